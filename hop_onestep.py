@@ -1,0 +1,2052 @@
+"""HOP+ with one-step planning: opponent modelling with inferred goals in mixed-motive grid games, in one file.
+
+A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers (a VAE's z for every seat, from
+what that seat did in this match). A model of other agents (MOA) predicts their actions from z; a one-step planner scores
+each own action by the expected r + gamma V' over sampled co-player actions; PPO learns with the planner's scores in the
+policy. Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (Schulman et al.,
+arXiv 1707.06347), GAE (arXiv 1506.02438).
+
+    python hop_onestep.py --num-envs 16                          # train on the small stag hunt
+    python hop_onestep.py --env-id msg --co-players self         # self-play on the snowdrift game
+    python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
+
+Co-players are, wherever they are asked for: `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
+also with -noisy); the path of a checkpoint of this script; `package.module:name` or a callable `(observation [B, C, H, W],
+action_mask [B, A], clock [B, 2], generator) -> actions [B]`, a class being instantiated once for each of the N-1 co-players.
+If it has a method `start_match(which [B] bool)`, that is called when matches start.
+
+Tensor shapes in comments: B games, N seats (one a player), A actions, C planes, K samples, M items, T steps, R rows.
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import importlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from pettingzoo import ParallelEnv
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    # common
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
+    seed: int = 1  # seed of everything random
+    torch_deterministic: bool = True  # use torch's deterministic algorithms
+    cuda: bool = False  # run on the GPU
+    compile: bool = False  # compile the game step, the planner's networks and the PPO loss with torch.compile
+    track: bool = False  # log to Weights and Biases as well (WANDB_MODE=offline works)
+    wandb_project_name: str = "hop-plus"  # W&B project
+    wandb_entity: str | None = None  # W&B team
+    capture_video: bool = (
+        False  # write episode.gif into the run's folder at the end: one episode, and what the focal player believes
+    )
+    save_model: bool = False  # write model.pt at the end: the agent alone, to share or to play as a co-player (checkpoint.pt is always written)
+    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
+    resume: str | None = None  # folder or checkpoint of a run to go on with; its options hold unless given again
+    profile: bool = False  # print where the time went, as a tree, and log it
+    evaluate: str | None = (
+        None  # folder or checkpoint to play instead of training, with --co-players, --eval-episodes, --match-episodes, --seed
+    )
+    eval_episodes: int = 200  # episodes of --evaluate
+
+    # game and co-players
+    env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
+    co_players: str | None = (
+        None  # co-player, or a comma list to draw each match's seats from (default: self, the game's scripted ones, noisy ones)
+    )
+    match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
+    prosocial: float = 0.0  # share of the mean reward of all players in the learner's reward, the rest being its own
+
+    # PPO; None: the default of the game's family, FAMILY_DEFAULTS
+    total_timesteps: int = 1_000_000  # game steps of the run, over all parallel games
+    num_envs: int = 64  # parallel games
+    num_steps: int = 64  # steps in each game per iteration
+    learning_rate: float = 1e-3  # of policy and value (Adam)
+    anneal: bool = True  # let learning rate and entropy coefficient fall linearly over the run
+    gamma: float | None = None  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimates
+    update_epochs: int = 4  # passes over each rollout
+    num_minibatches: int = 4  # minibatches a pass
+    norm_adv: bool = True  # normalise advantages by minibatch
+    clip_coef: float = 0.2  # PPO's clipping
+    ent_coef: float = 0.02  # entropy bonus at the start
+    ent_floor: float = 0.1  # share of it that is left at the end, if annealed
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # gradient clipping
+    hidden_size: int = 64  # width of the policy's, value's and transition networks
+
+    # goals and MOA
+    goal: Literal["inferred", "none", "oracle"] = (
+        "inferred"  # goals of co-players: the VAE's z; zero (Direct-OM); or the truth, for scripted co-players
+    )
+    goal_size: int = 8  # dimensions of z
+    moa_hidden_size: int = 64  # width of the MOA's networks
+    moa_learning_rate: float = 1e-3  # of the MOA (Adam)
+    moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
+    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
+    moa_updates: int = 4  # minibatches for the MOA an iteration
+    moa_matches: int = 16  # matches in each
+    moa_capacity: int = 1000  # matches that the MOA's buffer holds
+    moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
+    load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
+    freeze_moa: bool = False  # do not train the MOA
+    pretrain_moa_steps: int = (
+        0  # game steps, besides the run's, played first to train the VAE alone (reconstruction and KL)
+    )
+
+    # planner
+    plan_update: Literal["offset", "hop", "none"] | None = (
+        None  # how the planner's scores act: in the policy's logits, in its place (learnt by cross-entropy), or not (plain PPO)
+    )
+    plan_beta: float | None = None  # weight of the scores, in units of one over their running root mean square
+    plan_until: float = 1.0  # share of the run after which the planner is switched off and plain PPO goes on
+    plan_samples: int = 16  # sampled joint actions of the co-players a decision
+    plan_slope_init: float = 0.0  # `offset`: calibration at the start; it follows the regression of (return - V) on the scores, clipped to 0..1
+    transition: Literal["network", "simulator"] = "network"  # where the planner takes reward and next value from
+    transition_learning_rate: float = 1e-3  # of the transition network (Adam)
+    transition_epochs: int = 2  # passes over each rollout for the transition network
+    reward_scale: float | None = (
+        None  # rewards are multiplied by it for learning (default: 3 over the game's best mean return)
+    )
+
+
+FAMILY_DEFAULTS = {
+    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "co_players": "self,ns,nh,random,ns-noisy,nh-noisy"},
+    "msg": {
+        "gamma": 0.85,
+        "plan_update": "offset",
+        "plan_beta": 1.0,
+        "co_players": "self,cleaner,exploiter,random,cleaner-noisy,exploiter-noisy",
+    },
+}
+
+
+def resolved(args: Args) -> Args:
+    """`args` with the family's defaults in place of None, checked. Raises UsageError."""
+    game = GridGame(args.env_id)
+    defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
+    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    positive = (
+        "checkpoint_every eval_episodes match_episodes total_timesteps num_envs num_steps learning_rate update_epochs"
+    )
+    positive += (
+        " num_minibatches clip_coef max_grad_norm hidden_size goal_size moa_hidden_size moa_learning_rate moa_updates"
+    )
+    positive += " moa_matches moa_capacity plan_samples transition_learning_rate transition_epochs reward_scale"
+    for name in positive.split():
+        if not 0 < getattr(args, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in ("seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} must lie in 0..1, not {getattr(args, name)}")
+    for name in ("goal", "moa_buffer", "plan_update", "transition"):
+        field = next(f for f in dataclasses.fields(Args) if f.name == name)
+        choices = re.findall(r"'(\w+)'", str(field.type))
+        if getattr(args, name) not in choices:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, not {getattr(args, name)!r}"
+            )
+    if args.total_timesteps < args.num_envs * args.num_steps:
+        raise UsageError("--total-timesteps is less than one iteration, --num-envs times --num-steps")
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device is available")
+    if not re.fullmatch(r"[\w.+-]+", args.exp_name):
+        raise UsageError(f"--exp-name must be letters, digits and . _ + -, not {args.exp_name!r}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Games
+# ---------------------------------------------------------------------------------------------------------------------
+UP, DOWN, LEFT, RIGHT, STAY = range(5)  # the moves; interactions (STAG, HARE or REMOVE) follow
+COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
+COUNT = r"(0|[1-9][0-9]{0,3})"
+GAME_IDS = {
+    "msh": re.compile(rf"msh(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{COUNT}h{COUNT}s)?"),
+    "msg": re.compile(rf"msg(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{COUNT}d)?"),
+}
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; `main` prints the message as one line and exits with status 2."""
+
+
+class GameState(NamedTuple):
+    """B parallel games; all int64. Everything that changes while a game is played, and nothing else."""
+
+    players: Tensor  # [B, N] cell row * W + col; -1 once the player has left
+    items: Tensor  # [B, M] cell, stags before hares; -1 once gone
+    time: Tensor  # [B] steps done
+    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before it and in `msg`
+
+    def rows(self, index: Tensor) -> "GameState":
+        """The games at `index` (int64 [B'] or bool [B]), as a state of B' games."""
+        return GameState(*(field[index] for field in self))
+
+    def replaced(self, which: Tensor, other: "GameState") -> "GameState":
+        """This state with the games of bool [B] `which` taken from `other`."""
+        return GameState(
+            *(torch.where(which.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in zip(self, other, strict=True))
+        )
+
+
+class GridGame:
+    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): the fixed facts of one game, and pure functions of its state.
+
+    Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts;
+    `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002), section 4.1. Players act at once; an
+    action is read against the state before the step. Raises UsageError for an id that names no game.
+    """
+
+    def __init__(self, env_id: str, device: str | torch.device = "cpu"):
+        self.family, match = next(((f, m) for f, r in GAME_IDS.items() if (m := r.fullmatch(env_id))), ("", None))
+        if match is None:
+            raise UsageError(f"unknown game {env_id!r}: ids are msh[-HxW][-Np][-KhMs] and msg[-HxW][-Np][-Dd]")
+        height, width, players, *counts = (None if group is None else int(group) for group in match.groups())
+        self.height, self.width, self.num_players = height or 8, width or 8, players or 4
+        counts = counts if counts[0] is not None else {"msh": [4, 1], "msg": [6]}[self.family]
+        self.item_counts = counts[::-1]  # stags before hares
+        self.num_items, self.num_cells = sum(counts), self.height * self.width
+        if 0 in (height, width, players) or self.item_counts[0] == 0:
+            raise UsageError(f"bad game id {env_id!r}: sides, players, stags and drifts must be at least 1")
+        if self.num_items > self.num_cells:
+            raise UsageError(f"bad game id {env_id!r}: {self.num_items} items on {self.num_cells} cells")
+        if self.num_cells > 4096 or self.num_players > 64:
+            raise UsageError(f"bad game id {env_id!r}: at most 4096 cells and 64 players")
+        msh = self.family == "msh"
+        items = f"{counts[0]}h{counts[1]}s" if msh else f"{counts[0]}d"
+        self.id = f"{self.family}-{self.height}x{self.width}-{self.num_players}p-{items}"  # one spelling a game
+        self.item_names = ["stag", "hare"] if msh else ["drift"]
+        self.action_names = ["up", "down", "left", "right", "stay", *(["stag", "hare"] if msh else ["remove"])]
+        self.num_actions, self.horizon = len(self.action_names), 35 if msh else 50
+        self.obs_shape = (self.num_players + len(self.item_names), self.height, self.width)
+        self.device = torch.device(device)
+        kind = torch.repeat_interleave(torch.arange(len(self.item_counts)), torch.tensor(self.item_counts))
+        self.item_kind = kind.to(device)  # int64 [M]
+        self.item_action = self.item_kind + 5  # int64 [M] the action that takes it
+        self.quota = (2 - self.item_kind if msh else self.item_kind + 1).to(device)  # int64 [M] players needed
+        self.share = torch.tensor([10.0, 1.0] if msh else [-4.0], device=device)[self.item_kind]  # split by the takers
+        self.bonus = 0.0 if msh else 6.0  # to every player for every item taken
+        cell = torch.arange(self.num_cells, device=device)
+        row, col = cell // self.width, cell % self.width
+        far = torch.tensor([-1], device=device)  # row S of every table is reached by index -1: left or gone
+        legal = torch.stack([row > 0, row < self.height - 1, col > 0, col < self.width - 1, row >= 0], 1)
+        off_grid = torch.tensor([[False, False, False, False, True]], device=device)
+        self.legal_moves = torch.cat([legal, off_grid])  # bool [S + 1, 5]
+        moved = cell[:, None] + torch.tensor([-self.width, self.width, -1, 1, 0], device=device)
+        moved = torch.where(legal, moved, cell[:, None])  # an illegal move is STAY
+        moved = torch.cat([moved, cell[:, None].expand(-1, len(self.item_names))], 1)
+        self.next_cell = torch.cat([moved, far.expand(1, self.num_actions)])  # int64 [S + 1, A]
+        distance = (row[:, None] - row).abs() + (col[:, None] - col).abs()
+        self.distance = F.pad(distance, (0, 1, 0, 1), value=4 * (self.height + self.width))  # int64 [S + 1, S + 1]
+
+    @property
+    def best_return(self) -> float:
+        """Highest possible mean return per player, over all ways to play together (undiscounted)."""
+        if self.family == "msg":
+            return self.item_counts[0] * (6.0 - 4.0 / self.num_players)
+        stags = range(min(self.item_counts[0], self.num_players // 2) + 1)
+        return max(10.0 * s + min(self.item_counts[1], self.num_players - 2 * s) for s in stags) / self.num_players
+
+    def initial_state(self, batch: int, generator: torch.Generator | None = None) -> GameState:
+        """A fresh GameState of `batch` games: players on any cells, items on distinct cells, all uniform."""
+        players = torch.randint(self.num_cells, (batch, self.num_players), generator=generator, device=self.device)
+        order = torch.rand(batch, self.num_cells, generator=generator, device=self.device).argsort(1)
+        zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        return GameState(players, order[:, : self.num_items], zeros, zeros)
+
+    def hits(self, state: GameState, actions: Tensor) -> Tensor:
+        """bool [B, N, M]: player n plays the interaction of item m on its cell, in `actions` int64 [B, N]."""
+        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
+        return on_cell & (actions.unsqueeze(2) == self.item_action)
+
+    def step(self, state: GameState, actions: Tensor) -> tuple[GameState, Tensor, Tensor, Tensor]:
+        """Next state, reward float32 [B, N], terminated bool [B], truncated bool [B] for `actions` int64 [B, N].
+
+        Draws nothing, resets nothing, changes no argument; illegal actions count as STAY. Raises ValueError if an action
+        lies outside 0..A-1 (not checked inside torch.compile).
+        """
+        if not torch.compiler.is_compiling() and bool(((actions < 0) | (actions >= self.num_actions)).any()):
+            raise ValueError(f"actions must lie in 0..{self.num_actions - 1}")
+        hits = self.hits(state, actions)
+        takers = hits.sum(1)  # [B, M]
+        taken = takers >= self.quota
+        wins = hits & taken.unsqueeze(1)
+        reward = (wins * (self.share / takers.clamp(min=1)).unsqueeze(1)).sum(2)
+        reward = reward + self.bonus * taken.sum(1, keepdim=True)
+        items = state.items.masked_fill(taken, -1)
+        players, time = self.next_cell[state.players, actions], state.time + 1
+        first_hunt, terminated = state.first_hunt, (items < 0).all(1)
+        if self.family == "msh":
+            players = players.masked_fill(wins.any(2), -1)
+            first_hunt = torch.where((first_hunt == 0) & taken.any(1), time, first_hunt)
+            terminated = terminated | (players < 0).all(1) | ((first_hunt > 0) & (time >= first_hunt + COUNTDOWN))
+        truncated = (time >= self.horizon) & ~terminated
+        return GameState(players, items, time, first_hunt), reward, terminated, truncated
+
+    def clock(self, state: GameState) -> Tensor:
+        """int64 [B, 2]: steps done, steps left until the game must end (the countdown after a first hunt included)."""
+        end = torch.where(state.first_hunt > 0, (state.first_hunt + COUNTDOWN).clamp(max=self.horizon), self.horizon)
+        return torch.stack([state.time, end - state.time], 1)
+
+    def action_mask(self, state: GameState) -> Tensor:
+        """bool [B, N, A]: legal actions; STAY alone for a player that has left."""
+        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
+        interact = [here.any(2, keepdim=True) for here in on_cell.split(self.item_counts, 2)]
+        return torch.cat([self.legal_moves[state.players], *interact], 2)
+
+    def observe(self, state: GameState) -> Tensor:
+        """float32 [B, N, C, H, W]: seat i's view; own plane, then players i+1, i+2, ... mod N, then a plane a kind."""
+
+        def planes(cells: Tensor) -> Tensor:  # [B, n] -> [B, n, S]
+            return F.one_hot(cells % (self.num_cells + 1), self.num_cells + 1)[..., :-1].float()  # -1 falls off the end
+
+        seats = torch.arange(self.num_players, device=self.device)
+        players = planes(state.players)[:, (seats[:, None] + seats) % self.num_players]  # [B, N, N, S]
+        items = [part.sum(1) for part in planes(state.items).split(self.item_counts, 1)]
+        items = torch.stack(items, 1).unsqueeze(1).expand(-1, self.num_players, -1, -1)
+        return torch.cat([players, items], 2).unflatten(-1, (self.height, self.width))
+
+
+# imports: math, numpy as np, torch; from gymnasium import spaces; from pettingzoo import ParallelEnv
+# from PIL import Image, ImageDraw, ImageFont
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering and the PettingZoo environment
+# ---------------------------------------------------------------------------------------------------------------------
+PLAYER_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#117799", "#997700", "#882255", "#444444"]
+ITEM_LOOKS = {"stag": (3, 180, "#C8A27A"), "hare": (4, 45, "#F2D76B"), "drift": (6, 0, "#BFE3F5")}  # sides, turn, fill
+
+
+def render_frame(game: GridGame, state: GameState, beliefs: dict | None = None, title: str = "") -> np.ndarray:
+    """Picture of the one game in `state`: uint8 [H', W', 3], of one size for one game with, and without, beliefs.
+
+    `beliefs` is {"focal": seat, "probs": float [N, M + 1]}: what the focal player takes each player's next item to be,
+    last column none. Every co-player gets a bar chart, and a line to the item that it most likely heads for.
+    """
+    cells, item_cells = state.players[0].tolist(), state.items[0].tolist()
+    names = [f"{game.item_names[k]} {m - sum(game.item_counts[:k])}" for m, k in enumerate(game.item_kind.tolist())]
+    colours = [PLAYER_COLOURS[seat % len(PLAYER_COLOURS)] for seat in range(game.num_players)]
+    focal = None if beliefs is None else int(beliefs["focal"])
+    charts = [] if focal is None else [seat for seat in range(game.num_players) if seat != focal]
+    # everything is drawn at twice its size and halved at the end, which smooths the edges
+    cell, top, chart_h = 2 * min(96, max(16, 448 // max(game.height, game.width))), 104, 44 + 28 * (game.num_items + 1)
+    side_x, body_h = 48 + cell * game.width, max(260, cell * game.height, chart_h * len(charts))
+    slot, width = (body_h - 36) / game.num_players, max(640, side_x + 64 + 440 * bool(charts))
+    image, font = Image.new("RGB", (width, top + body_h + 24), "white"), ImageFont.load_default(size=24)
+    draw, (time, steps_left) = ImageDraw.Draw(image), game.clock(state)[0].tolist()
+    draw.text((24, 12), title, "black", font.font_variant(size=30))
+    draw.text((24, 58), f"time {time}, {steps_left} steps left", "#555555", font.font_variant(size=30))
+    corners = [(24 + c % game.width * cell, top + c // game.width * cell) for c in range(game.num_cells)]
+    for x, y in corners:
+        draw.rectangle((x, y, x + cell, y + cell), "#FAFAF7", "#C8C8C8", 2)
+    disks = []  # centre x, centre y and radius, by seat
+    for seat, c in enumerate(cells):
+        if c < 0:  # beside the grid, each seat in its own slot
+            draw.text((side_x, top), "left", "#555555", font)
+            disks.append((side_x + 28, top + 36 + (seat + 0.5) * slot, min(23.0, 0.45 * slot)))
+            continue
+        here, low = [other for other, at in enumerate(cells) if at == c], 0.3 * cell * (c in item_cells)
+        columns = math.ceil(len(here) ** 0.5)
+        w, h, (row, column) = cell / columns, (cell - low) / columns, divmod(here.index(seat), columns)
+        x, y = corners[c][0] + (column + 0.5) * w, corners[c][1] + low + (row + 0.5) * h
+        disks.append((x, y, max(2.0, min(0.45 * h, 0.32 * cell))))
+    for k, seat in enumerate(charts):
+        probs = [float(p) if cells[seat] >= 0 else 0.0 for p in beliefs["probs"][seat]]
+        x, y = side_x + 80, top + k * chart_h
+        draw.text((x, y), f"player {seat}{' (left)' if cells[seat] < 0 else ''}: next item?", colours[seat], font)
+        for m, (p, name, c) in enumerate(zip(probs, [*names, "none"], [*item_cells, -1], strict=True)):
+            place = f"({c // game.width},{c % game.width})" if c >= 0 else "(gone)" if name != "none" else ""
+            draw.text((x, y + 28 * m + 34), f"{name} {place}", "black", font.font_variant(size=22))
+            draw.rectangle((x + 180, y + 28 * m + 37, x + 400, y + 28 * m + 57), "#EDEDED")
+            if p > 0:
+                draw.rectangle((x + 180, y + 28 * m + 37, x + 180 + 220 * p, y + 28 * m + 57), colours[seat])
+            if c >= 0 and p > 0 and m == probs.index(max(probs)):
+                goal = [corner + cell / 2 for corner in corners[c]]
+                draw.line((*disks[seat][:2], *goal), colours[seat], round(2 + 8 * p))
+    for name, c in zip(names, item_cells, strict=True):
+        if c >= 0:
+            (x, y), (sides, turn, fill) = [corner + cell / 2 for corner in corners[c]], ITEM_LOOKS[name.split()[0]]
+            draw.regular_polygon((x, y, 0.48 * cell), sides, turn, fill, "#6B5B45", 2)
+            aside = 0.36 * cell * (c in cells)  # to where no disk hides it
+            draw.text((x - aside, y - aside), name[0].upper(), "black", font.font_variant(size=cell // 4), "mm")
+    for seat, (x, y, r) in enumerate(disks):
+        draw.ellipse((x - r, y - r, x + r, y + r), colours[seat], *(("black", 6) if seat == focal else ("white", 2)))
+        draw.text((x, y), str(seat), "white", font.font_variant(size=max(6, int(1.2 * r))), "mm")
+    return np.array(image.reduce(2))
+
+
+def render_text(game: GridGame, state: GameState) -> str:
+    """The one game in `state`, a row a line: S, H or D an item, the seats of the players on the cell, `.` nothing."""
+    letters = [game.item_names[kind][0].upper() for kind in game.item_kind.tolist()]
+    cells, items = state.players[0].tolist(), state.items[0].tolist()
+    seats = {c: ",".join(str(seat) for seat, at in enumerate(cells) if at == c) for c in range(-1, game.num_cells)}
+    texts = [(letters[items.index(c)] if c in items else "") + seats[c] or "." for c in range(game.num_cells)]
+    wide = max(4, max(map(len, texts)) + 1)
+    rows = ["".join(text.ljust(wide) for text in texts[c : c + game.width]) for c in range(0, len(texts), game.width)]
+    time, steps_left = game.clock(state)[0].tolist()
+    left = f", players that left: {seats[-1]}" if seats[-1] else ""
+    return "\n".join([*(row.rstrip() for row in rows), f"time {time}, {steps_left} steps left{left}"])
+
+
+class GridParallelEnv(ParallelEnv):
+    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` ... `player_{N-1}` in seat order.
+
+    Observations are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold "action_mask" again and
+    "clock", int64 [2]. A player that leaves the game is terminated in that step. An illegal action counts as STAY.
+    Raises UsageError for an unknown game or render mode, ValueError for an action outside the action space.
+    """
+
+    metadata = {
+        "name": "hop_grid_v0",
+        "render_modes": ["rgb_array", "ansi"],
+        "render_fps": 4,
+        "is_parallelizable": True,
+    }
+
+    def __init__(self, env_id: str = "msh-4h1s", render_mode: str | None = None):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UsageError(f"unknown render mode {render_mode!r}: it is rgb_array, ansi or None")
+        self.game, self.render_mode, self.game_state = GridGame(env_id), render_mode, None
+        self.generator = torch.Generator()
+        self.generator.seed()  # fresh entropy, until reset is given a seed
+        self.possible_agents, self.agents = [f"player_{seat}" for seat in range(self.game.num_players)], []
+        box, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
+        self.state_space = spaces.Box(*box)
+        self.observation_spaces = {
+            agent: spaces.Dict({"observation": spaces.Box(*box), "action_mask": spaces.MultiBinary(num_actions)})
+            for agent in self.possible_agents
+        }
+        self.action_spaces = {agent: spaces.Discrete(num_actions) for agent in self.possible_agents}
+
+    def observation_space(self, agent: str) -> spaces.Space:
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> spaces.Space:
+        return self.action_spaces[agent]
+
+    def views(self) -> tuple[dict, dict]:
+        """Observations and infos of the agents that are in the game."""
+        tensors = self.game.observe(self.game_state), self.game.action_mask(self.game_state).to(torch.int8)
+        clock, seats = self.game.clock(self.game_state)[0], map(self.possible_agents.index, self.agents)
+        views = {f"player_{seat}": [tensor[0, seat].numpy() for tensor in tensors] for seat in seats}
+        infos = {
+            agent: {"action_mask": mask.copy(), "clock": clock.numpy().copy()} for agent, (_, mask) in views.items()
+        }
+        return {agent: {"observation": planes, "action_mask": mask} for agent, (planes, mask) in views.items()}, infos
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        if seed is not None:
+            self.generator.manual_seed(seed)
+        self.game_state, self.agents = self.game.initial_state(1, self.generator), self.possible_agents[:]
+        return self.views()
+
+    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
+        if not self.agents:
+            raise RuntimeError("no game is being played: call reset first")
+        for agent in self.agents:
+            if not self.action_space(agent).contains(actions.get(agent)):
+                raise ValueError(f"{agent}: action {actions.get(agent)!r} is not in {self.action_space(agent)}")
+        played = [int(actions[agent]) if agent in self.agents else STAY for agent in self.possible_agents]
+        self.game_state, reward, over, cut = self.game.step(self.game_state, torch.tensor([played]))
+        ends = over | (self.game_state.players[0] < 0)  # bool [N]: a player that leaves is terminated
+        by_seat = [reward[0].tolist(), ends.tolist(), (cut & ~ends).tolist()]
+        rewards, terminations, truncations = (
+            {a: v for a, v in zip(self.possible_agents, values, strict=True) if a in self.agents} for values in by_seat
+        )
+        observations, infos = self.views()
+        self.agents = [agent for agent in self.agents if not (terminations[agent] or truncations[agent])]
+        return observations, rewards, terminations, truncations, infos
+
+    def state(self) -> np.ndarray:
+        """float32 [C, H, W]: a plane for each player in seat order, then one for each kind of item."""
+        return self.game.observe(self.game_state)[0, 0].numpy()  # seat 0's view is in seat order
+
+    def render(self) -> np.ndarray | str | None:
+        renderers = {"rgb_array": render_frame, "ansi": render_text}
+        return renderers[self.render_mode](self.game, self.game_state) if self.render_mode else None
+
+
+def parallel_env(env_id: str = "msh-4h1s", render_mode: str | None = None) -> GridParallelEnv:
+    """The game `env_id` as a PettingZoo ParallelEnv; `render_mode` is None, "rgb_array" or "ansi"."""
+    return GridParallelEnv(env_id, render_mode)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Co-players
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPTED = ("random", "ns", "nh", "cleaner", "exploiter")
+SCRIPTED_OF = {"msh": ("ns", "nh", "random"), "msg": ("cleaner", "exploiter", "random")}
+NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+
+
+def scripted_actions(
+    game: GridGame,
+    state: GameState,
+    mask: Tensor,
+    kind: Tensor,
+    noisy: Tensor,
+    target: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat.
+
+    `kind` int64 [B, N] indexes SCRIPTED (other values act as `random`), `noisy` bool [B, N], `mask` bool [B, N, A], `target`
+    that of the step before. Nearest is by Manhattan distance, ties uniform; a target is kept while it is there.
+    """
+    ns, nh, cleaner, exploiter = (kind == k for k in range(1, 5))
+    present = state.items >= 0  # [B, M]
+    stags = (present & (game.item_kind == 0)).any(1, keepdim=True)
+    wanted = torch.where(cleaner | (ns & stags), 0, torch.where(ns | nh, 1, -1))  # item kind, [B, N]
+    wanted = wanted.masked_fill(state.players < 0, -1)
+    eligible = present.unsqueeze(1) & (game.item_kind == wanted.unsqueeze(2))  # [B, N, M]
+    away = game.distance[state.players.unsqueeze(2), state.items.unsqueeze(1)].float()
+    away = away + 0.5 * torch.rand(away.shape, generator=generator, device=away.device)
+    nearest = away.masked_fill(~eligible, math.inf).argmin(2)
+    keep = (target >= 0) & eligible.gather(2, target.clamp(min=0).unsqueeze(2)).squeeze(2)
+    target = torch.where(keep, target, torch.where(eligible.any(2), nearest, -1))
+    goal = state.items.gather(1, target.clamp(min=0))  # [B, N] cell
+    here = (target >= 0) & (state.players == goal)
+    reach = game.next_cell[state.players][..., :5]  # [B, N, 5]
+    closer = game.distance[reach, goal.unsqueeze(2)] < game.distance[state.players, goal].unsqueeze(2)
+    allowed = F.pad(closer & (target >= 0).unsqueeze(2), (0, game.num_actions - 5))
+    allowed[..., STAY] = target < 0
+    take = F.one_hot(game.item_action[target.clamp(min=0)], game.num_actions).bool()
+    allowed = torch.where(here.unsqueeze(2), take, allowed)
+    moves = mask & (torch.arange(game.num_actions, device=mask.device) <= STAY)
+    allowed = torch.where(exploiter.unsqueeze(2), moves, allowed)
+    noise = noisy & (torch.rand(kind.shape, generator=generator, device=kind.device) < NOISE)
+    anything = noise | ~(ns | nh | cleaner | exploiter) | (state.players < 0)
+    allowed = torch.where(anything.unsqueeze(2), mask, allowed)
+    draw = 1.0 - torch.rand(mask.shape, generator=generator, device=mask.device)  # in (0, 1]
+    return (allowed * draw).argmax(2), target
+
+
+class CoPlayers:
+    """Who sits where in B parallel matches, and what the seats that are not the learner's play.
+
+    `pool` lists co-players (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
+    seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are dealt at random at each
+    match. Kind 0 is `self`: those seats are played, and learnt from, by the learner. Raises UsageError.
+    """
+
+    def __init__(
+        self,
+        game: GridGame,
+        pool: list,
+        batch: int,
+        match_episodes: int,
+        generator: torch.Generator,
+        fixed: bool = False,
+    ):
+        self.game, self.batch, self.match_episodes, self.generator = game, batch, match_episodes, generator
+        pool = [resolve_co_player(game, entry) for entry in pool]
+        others = game.num_players - 1
+        if fixed and len(pool) != others:
+            raise UsageError(f"{game.id} takes {others} co-players, not {len(pool)}")
+        self.names = ["self"]  # of the kinds, by index
+        self.players = [None]  # None: scripted or self; an Agent; or a list of N-1 callables, one a slot
+        index = []
+        for name, player in pool:
+            if name not in self.names or player is not None:
+                self.names.append(name)
+                self.players.append(player)
+            index.append(len(self.names) - 1 if player is not None else self.names.index(name))
+        device = game.device
+        for k, player in enumerate(self.players):
+            if player is not None and not isinstance(player, Agent):
+                self.players[k] = [instance_of(player) for _ in range(others)]
+        self.memory = {k: p.initial_memory(batch) for k, p in enumerate(self.players) if isinstance(p, Agent)}
+        self.pool, self.fixed = torch.tensor(index, device=device), fixed  # [entries] kind
+        stem = [name.removesuffix("-noisy") for name in self.names]
+        scripted = [p is None and s in SCRIPTED for s, p in zip(stem, self.players, strict=True)]
+        self.script = torch.tensor(
+            [SCRIPTED.index(s) if is_script else -1 for s, is_script in zip(stem, scripted, strict=True)], device=device
+        )  # [kinds] index into SCRIPTED, -1: not scripted
+        self.noisy = torch.tensor([n.endswith("-noisy") for n in self.names], device=device) & (self.script >= 0)
+        self.seat = torch.zeros(batch, game.num_players, dtype=torch.int64, device=device)  # of slot; slot 0 is focal
+        self.kind = torch.zeros(batch, game.num_players, dtype=torch.int64, device=device)  # of seat
+        self.target = torch.full_like(self.kind, -1)  # item index that a scripted player walks to
+        self.episode = torch.zeros(batch, dtype=torch.int64, device=device)  # number within the match
+        self.start_matches(torch.ones(batch, dtype=torch.bool, device=device))
+
+    @property
+    def learner(self) -> Tensor:
+        """bool [B, N]: the seat is played by the learned policy."""
+        return self.kind == 0
+
+    def start_matches(self, which: Tensor) -> None:
+        """Deals seats and kinds anew in the games of bool [B] `which`."""
+        b, n, dev = self.batch, self.game.num_players, self.game.device
+        seat = torch.rand(b, n, generator=self.generator, device=dev).argsort(1)
+        if self.fixed:
+            drawn = self.pool.expand(b, n - 1)
+        else:
+            each = torch.randint(len(self.pool), (b, n - 1), generator=self.generator, device=dev)
+            uniform = torch.rand(b, 1, generator=self.generator, device=dev) < 0.5
+            drawn = self.pool[torch.where(uniform, each[:, :1], each)]
+        kind = torch.zeros_like(self.kind).scatter(1, seat[:, 1:], drawn)
+        self.seat = torch.where(which.unsqueeze(1), seat, self.seat)
+        self.kind = torch.where(which.unsqueeze(1), kind, self.kind)
+        self.target = self.target.masked_fill(which.unsqueeze(1), -1)
+        self.episode = self.episode.masked_fill(which, 0)
+        for k, players in enumerate(self.players):
+            for slot, player in enumerate(players if isinstance(players, list) else [], start=1):
+                if hasattr(player, "start_match"):
+                    player.start_match(which & (self.kind.gather(1, self.seat[:, slot : slot + 1]).squeeze(1) == k))
+
+    def act(self, state: GameState, mask: Tensor) -> Tensor:
+        """Actions int64 [B, N] of all seats but the learner's (there: arbitrary legal ones)."""
+        actions, self.target = scripted_actions(
+            self.game, state, mask, self.script[self.kind], self.noisy[self.kind], self.target, self.generator
+        )
+        for k, players in enumerate(self.players):
+            if isinstance(players, Agent):
+                oracle = self.oracle(players, state)
+                chosen = players.act(state, mask, self.memory[k], self.kind == k, self.generator, oracle).action
+                actions = torch.where(self.kind == k, chosen, actions)
+            elif players is not None:
+                views, clock, games = self.game.observe(state), self.game.clock(state), torch.arange(self.batch)
+                for slot, player in enumerate(players, start=1):
+                    seat = self.seat[:, slot]
+                    chosen = player(views[games, seat], mask[games, seat], clock, self.generator)
+                    if not isinstance(chosen, Tensor) or chosen.shape != (self.batch,):
+                        raise UsageError(f"co-player {self.names[k]!r} must return a tensor of {self.batch} actions")
+                    played = (self.kind == k) & (
+                        torch.arange(self.game.num_players, device=seat.device) == seat[:, None]
+                    )
+                    actions = torch.where(played, chosen.to(actions).unsqueeze(1), actions)
+        return actions
+
+    def oracle(self, agent: "Agent", state: GameState) -> Tensor | None:
+        """[B, N, Zo] true kinds and targets of the step under way, for an agent of `--goal oracle`; else None."""
+        if agent.args.goal != "oracle":
+            return None
+        return true_goals(agent.relative, state, self.script[self.kind], self.noisy[self.kind], self.target)
+
+    def observe(self, state: GameState, actions: Tensor, ended: Tensor) -> Tensor:
+        """Takes in one step (`actions` [B, N] in `state`, `ended` bool [B]); returns bool [B]: the match ended, too."""
+        self.target = self.target.masked_fill(ended.unsqueeze(1), -1)
+        self.episode = self.episode + ended
+        match_ended = ended & (self.episode >= self.match_episodes)
+        for k, memory in self.memory.items():
+            self.memory[k] = self.players[k].remember(memory, state, actions, ended, match_ended)
+        if match_ended.any():
+            self.start_matches(match_ended)
+        return match_ended
+
+
+def instance_of(player: Callable) -> Callable:
+    """A co-player for one slot: a class is instantiated, an object copied, a function used as it is."""
+    return player() if isinstance(player, type) else copy.deepcopy(player)
+
+
+def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, object]:
+    """Name and player (None for `self` and scripted ones) of a co-player as the module docstring lists them."""
+    if not isinstance(entry, str):
+        if not callable(entry):
+            raise UsageError(f"co-player {entry!r} is neither a name nor callable")
+        return getattr(entry, "__name__", type(entry).__name__), entry
+    name = entry.strip()
+    if name == "self" or name.removesuffix("-noisy") in SCRIPTED_OF[game.family]:
+        return name, None
+    if name.removesuffix("-noisy") in SCRIPTED:
+        raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(SCRIPTED_OF[game.family])} do")
+    if name.endswith(".pt") or Path(name).exists():
+        agent = load_agent(name, game.device)
+        if agent.game.id != game.id:
+            raise UsageError(f"co-player {name!r} was trained on {agent.game.id}, not on {game.id}")
+        return name, agent
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UsageError(f"unknown co-player {name!r}: give a name, a checkpoint, or package.module:name")
+    try:
+        player = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"cannot import co-player {name!r}: {error}") from None
+    if not callable(player):
+        raise UsageError(f"co-player {name!r} is not callable")
+    return name, player
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+class RelativeFeatures:
+    """What networks read of a state: fixed functions of relative cells, summed by kind of item. No parameters.
+
+    Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the cell
+    relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it sees of the
+    items itself. A player that has left, or an item that is gone, adds zero.
+    """
+
+    def __init__(self, game: GridGame):
+        self.game, height, width, dev = game, game.height, game.width, game.device
+        dr = torch.arange(1 - height, height, device=dev).float().repeat_interleave(2 * width - 1)
+        dc = torch.arange(1 - width, width, device=dev).float().repeat(2 * height - 1)
+        d, size = dr.abs() + dc.abs(), max(height, width)
+        near, far = torch.exp(-d / 1.5), torch.exp(-d / 4.0)
+        ways = [dr < 0, dr > 0, dc < 0, dc > 0]
+        functions = [d >= 0, d == 0, d == 1, d == 2, dr / size, dc / size, dr.abs() / size, dc.abs() / size]
+        functions += [d / size, near, far, *(w * near for w in ways), *(w * far for w in ways), dr == 0, dc == 0]
+        table = torch.stack([f.float() for f in functions], 1)  # [cells, R]
+        self.table = F.pad(table, (0, 0, 0, 1))  # [cells + 1, R]; the last row is for the absent
+        self.absent, self.size = len(table), table.shape[1]
+        cell = torch.arange(game.num_cells, device=dev)
+        line = cell // width * (2 * width - 1) + cell % width
+        centre = (height - 1) * (2 * width - 1) + width - 1
+        self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] position of the other cell
+        self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] position of the own cell
+        steps = torch.arange(game.horizon + 1, device=dev).float()
+        done, left = steps[:, None].expand(-1, len(steps)), steps.expand(len(steps), -1)
+        clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8)]
+        clock += [left == 1, left == 2, left == 3, left <= 5, done + left < game.horizon, done >= 0]
+        self.clock_table = torch.stack([c.float() for c in clock], 2).flatten(0, 1)  # [(T + 1)^2, 10]
+        self.own_size = self.clock_table.shape[1] + 5 + len(game.item_counts) * self.size
+        self.other_size = (1 + len(game.item_counts)) * self.size
+        seats = torch.arange(game.num_players, device=dev)
+        self.others = (seats[:, None] + seats[1:]) % game.num_players  # [N, N-1] the co-players of each seat
+
+    def index(self, own: Tensor, other: Tensor) -> Tensor:
+        """int64 [..] row of `table` for the cells `other` relative to the cells `own` (int64, broadcast)."""
+        return (self.line[other] - self.origin[own]).clamp(max=self.absent)
+
+    def cells(self, own: Tensor, other: Tensor) -> Tensor:
+        """[.., R] functions of the cells `other` relative to the cells `own` (int64, broadcast)."""
+        return self.table[self.index(own, other)]
+
+    def items(self, own: Tensor, items: Tensor) -> Tensor:
+        """[.., kinds * R] what is seen of `items` [.., M] from the cells `own` [..]."""
+        parts = self.index(own.unsqueeze(-1), items).split(self.game.item_counts, -1)
+        sums = [F.embedding_bag(p.reshape(-1, p.shape[-1]), self.table, mode="sum") for p in parts if p.shape[-1]]
+        sums += [self.table.new_zeros(own.numel(), self.size) for p in parts if not p.shape[-1]]
+        return torch.cat(sums, 1).unflatten(0, own.shape)
+
+    def clock_and_walls(self, own: Tensor, clock: Tensor) -> Tensor:
+        """[.., 15] functions of the `clock` [.., 2] and the legal moves at the cells `own` [..]."""
+        ticks = self.clock_table[clock[..., 0] * (self.game.horizon + 1) + clock[..., 1]]
+        return torch.cat([ticks, self.game.legal_moves[own]], -1)
+
+    def __call__(self, state: GameState) -> tuple[Tensor, Tensor]:
+        """Own features [B, N, X] and co-players' features [B, N, N-1, Y] of every seat."""
+        n = self.game.num_players
+        seen = self.items(state.players, state.items.unsqueeze(1).expand(-1, n, -1))
+        clock = self.game.clock(state).unsqueeze(1).expand(-1, n, -1)
+        own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
+        near = self.cells(state.players.unsqueeze(2), state.players[:, self.others])
+        return own, torch.cat([near, seen[:, self.others]], 3)
+
+
+def layer(inputs: int, outputs: int, gain: float = math.sqrt(2.0), bias: bool = True) -> nn.Linear:
+    """A linear layer with orthogonal weights of the given gain and zero bias."""
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.orthogonal_(linear.weight, gain)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+class RelativeNetwork(nn.Module):
+    """out(relu(hidden(relu(own(x) + goal(g) + mix(sum over co-players of relu(other(y_j)))))))."""
+
+    def __init__(self, own: int, other: int, goal: int, outputs: int, hidden: int, gain: float):
+        super().__init__()
+        self.own, self.other, self.mix = layer(own, hidden), layer(other, hidden // 2), layer(hidden // 2, hidden)
+        self.goal, self.hidden = layer(goal, hidden, bias=False), layer(hidden, hidden)
+        self.out = layer(hidden, outputs, gain)
+
+    def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
+        """[.., outputs] for own [.., X], others [.., N-1, Y] and a goal [.., Z] (or [.., K, Z] for [.., K, outputs])."""
+        return self.head(own, F.relu(self.other(others)).sum(-2), goal)
+
+    def head(self, own: Tensor, seen: Tensor, goal: Tensor) -> Tensor:
+        """[.., outputs] when what is seen of the co-players is already summed, in `seen` [.., H / 2]."""
+        first, goal = self.own(own) + self.mix(seen), self.goal(goal)
+        if goal.dim() > first.dim():
+            first = first.unsqueeze(-2)
+        return self.out(F.relu(self.hidden(F.relu(first + goal))))
+
+
+def masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """`logits` [.., A] with -1e9 where bool `mask` [.., A] is False."""
+    return logits.masked_fill(~mask, -1e9)
+
+
+def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """int64 [..]: draws from softmax(`logits` [.., A]) (Gumbel-max)."""
+    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20)
+    return (logits - (-uniform.log()).log()).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Goal model and MOA
+# ---------------------------------------------------------------------------------------------------------------------
+class Memory(NamedTuple):
+    """What a MOA has seen of every seat in the running match, as sums over steps of joint features of (o, a)."""
+
+    match: Tensor  # float32 [B, N, E + 1] over the match; the last entry counts steps
+    episode: Tensor  # float32 [B, N, E + 1] over the episode
+
+
+class MOA(nn.Module):
+    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the subgoal's reconstruction.
+
+    The encoder sums a feature of each (o_j, a_j) over the match and over the episode, so that it is updated step by step.
+    The subgoal of j is the item of its next successful interaction in the episode, or none (after OMG, Yu et al. 2024).
+    """
+
+    def __init__(self, relative: RelativeFeatures, hidden: int, goal_size: int, goal: str, oracle_size: int):
+        super().__init__()
+        game, x, y, r = relative.game, relative.own_size, relative.other_size, relative.size
+        self.relative, self.goal, self.latent, self.summary = relative, goal, goal_size, hidden
+        self.goal_size = oracle_size if goal == "oracle" else goal_size
+        self.step_feature = layer(x + r + game.num_actions, self.summary, 1.0)
+        self.encoder = nn.Sequential(
+            layer(4 * self.summary + 2 + x + r, 2 * hidden), nn.ReLU(), layer(2 * hidden, 2 * self.latent, 0.1)
+        )
+        self.decoder = RelativeNetwork(x, y, self.goal_size, game.num_actions, hidden, 0.01)
+        self.subgoal = RelativeNetwork(x, y, self.goal_size, len(game.item_counts) * r + 1, hidden, 0.01)
+
+    def initial_memory(self, batch: int) -> Memory:
+        zeros = torch.zeros(batch, self.relative.game.num_players, self.summary + 1, device=self.relative.game.device)
+        return Memory(zeros, zeros)
+
+    def seen(self, own: Tensor, others: Tensor) -> Tensor:
+        """[.., X + R] own features beside the sum over co-players of their relative cells' functions."""
+        return torch.cat([own, others[..., : self.relative.size].sum(-2)], -1)
+
+    def features(self, seen: Tensor, actions: Tensor, active: Tensor) -> Tensor:
+        """[.., E + 1] what one step adds to the memory: 0 where bool `active` [..] is False."""
+        chosen = F.one_hot(actions, self.relative.game.num_actions).float()
+        feature = torch.tanh(self.step_feature(torch.cat([seen, chosen], -1)))
+        return F.pad(feature, (0, 1), value=1.0) * active.unsqueeze(-1)
+
+    def encode(self, memory: Memory, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation [.., Z] of q_phi(z | h): sums [.., E + 1] of `memory`, o now in `seen`."""
+        inputs = [seen]
+        for total in memory:
+            count = total[..., -1:]
+            inputs += [total[..., :-1] / (1.0 + count), 0.1 * total[..., :-1] / (1.0 + 0.02 * count)]
+            inputs += [torch.log1p(count) / 4.0]
+        mean, log_std = self.encoder(torch.cat(inputs, -1)).chunk(2, -1)
+        return mean, log_std.clamp(-6.0, 2.0)
+
+    def subgoal_logits(self, cells: Tensor, items: Tensor, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
+        """[.., M + 1] of the next item of players at `cells` [..], of `items` [.., M]; last: none. -1e9 for gone items."""
+        relative, game = self.relative, self.relative.game
+        out = self.subgoal(own, others, goal)
+        query = out[..., :-1].unflatten(-1, (len(game.item_counts), relative.size))[..., game.item_kind, :]
+        scores = (query * relative.cells(cells.unsqueeze(-1), items)).sum(-1)
+        return torch.cat([masked(scores, items >= 0), out[..., -1:]], -1)
+
+
+def kl_to_standard_normal(mean: Tensor, log_std: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_std)^2) || N(0, 1)) [..], in nats, summed over the last dimension."""
+    return 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std).sum(-1)
+
+
+def true_goals(relative: RelativeFeatures, state: GameState, script: Tensor, noisy: Tensor, target: Tensor) -> Tensor:
+    """[B, N, Zo] what `--goal oracle` tells: the kind (`script` int64 [B, N], -1: not scripted; `noisy` bool [B, N]), and
+    the relative cell of the item that the player walks to (`target` int64 [B, N], -1: none)."""
+    kind = F.one_hot(script + 1, len(SCRIPTED) + 1).float()
+    item = state.items.gather(1, target.clamp(min=0)).masked_fill((target < 0) | (script < 0), -1)
+    flags = torch.stack([noisy, item >= 0], 2).float()
+    return torch.cat([kind, flags, relative.cells(state.players, item)], 2)
+
+
+def moa_loss(
+    moa: MOA, batch: "MatchBatch", alpha: float, subgoal_coef: float, pretraining: bool, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss -log pi_hat + alpha KL + subgoal_coef * reconstruction over the steps of `batch`, and its terms.
+
+    `pretraining` leaves the first term out: the VAE alone.
+    """
+    own, others = moa.relative(batch.state)
+    mask, active = moa.relative.game.action_mask(batch.state), batch.active.flatten(0, 1)
+    rows = active.flatten().nonzero(as_tuple=True)[0]  # [R] of S * L * N
+    weight = batch.weight.flatten()[rows]
+    weight = weight / weight.sum().clamp(min=1e-9)
+    if moa.goal == "inferred":
+        seen = moa.seen(own, others)
+        step = moa.features(seen, batch.actions.flatten(0, 1), active).unflatten(0, batch.start.shape)
+        before = step.cumsum(1) - step  # [S, L, N, E + 1] sums over the match, strictly before each step
+        start = batch.start[..., None, None].expand_as(before)
+        history = Memory(before, before - before.gather(1, start))
+        history = Memory(*(total.flatten(0, 2)[rows] for total in history))
+        mean, log_std = moa.encode(history, seen.flatten(0, 1)[rows])
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        goal, kl = mean + noise * log_std.exp(), kl_to_standard_normal(mean, log_std)
+    else:
+        goal = own.new_zeros(len(rows), moa.goal_size) if batch.oracle is None else batch.oracle.flatten(0, 2)[rows]
+        kl = own.new_zeros(len(rows))
+    own, others, mask = (x.flatten(0, 1)[rows] for x in (own, others, mask))
+    logits = masked(moa.decoder(own, others, goal), mask)
+    nll = F.cross_entropy(logits, batch.actions.flatten()[rows], reduction="none")
+    game, cells = moa.relative.game, batch.state.players.flatten()[rows]
+    items = batch.state.items[rows // game.num_players]
+    subgoals = moa.subgoal_logits(cells, items, own, others, goal)
+    recon = F.cross_entropy(subgoals, batch.subgoal.flatten()[rows], reduction="none")
+    nll, kl, recon = ((weight * term).sum() for term in (nll, kl, recon))
+    loss = alpha * kl + subgoal_coef * recon + (0.0 if pretraining else nll)
+    return loss, {"moa/nll": nll.detach(), "moa/kl": kl.detach(), "moa/recon": recon.detach()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planner
+# ---------------------------------------------------------------------------------------------------------------------
+class TransitionNetwork(nn.Module):
+    """Reward and next value of (o_i, a_i, a_-i): one feed-forward network, no simulator.
+
+    The own action and each co-player's action select a block of the first layer's weights, so that a sampled joint action
+    costs a sum of rows and the layers above it.
+    """
+
+    def __init__(self, own: int, other: int, num_actions: int, hidden: int):
+        super().__init__()
+        self.num_actions = num_actions
+        self.own, self.own_action = layer(own, hidden), layer(own + hidden, num_actions * hidden)
+        self.other, self.other_action = layer(other, hidden // 2), layer(other + hidden // 2, num_actions * hidden)
+        self.hidden, self.out = layer(hidden, hidden), layer(hidden, 2, 0.1)
+
+    def blocks(self, own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """First-layer rows of every own action [.., A, H] and of every co-player's every action [.., N-1, A, H]."""
+        mine = self.own_action(torch.cat([own, F.relu(self.own(own))], -1))
+        theirs = self.other_action(torch.cat([others, F.relu(self.other(others))], -1))
+        return mine.unflatten(-1, (self.num_actions, -1)), theirs.unflatten(-1, (self.num_actions, -1))
+
+    def outcome(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward [..] and next value [..] from summed first-layer rows [.., H]."""
+        reward, value = self.out(F.relu(self.hidden(F.relu(first)))).unbind(-1)
+        return reward, value
+
+    def forward(self, own: Tensor, others: Tensor, action: Tensor, other_actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward [R] and next value [R] for own [R, X], others [R, N-1, Y], action [R], other_actions [R, N-1]."""
+        mine, theirs = self.blocks(own, others)
+        rows, slots = torch.arange(len(own), device=own.device), torch.arange(others.shape[1], device=own.device)
+        return self.outcome(mine[rows, action] + theirs[rows[:, None], slots, other_actions].sum(1))
+
+
+def centred(q_plan: Tensor, mask: Tensor) -> Tensor:
+    """`q_plan` [.., A] less its mean over the legal actions of bool `mask` [.., A]; 0 for the others."""
+    return (q_plan - (q_plan * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)) * mask
+
+
+class Decision(NamedTuple):
+    """What the policy of every seat saw, thought and did in one step of B games."""
+
+    action: Tensor  # int64 [B, N]
+    log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
+    value: Tensor  # float32 [B, N] in units of 1 / reward_scale
+    own: Tensor  # float32 [B, N, X]
+    others: Tensor  # float32 [B, N, N-1, Y]
+    goal: Tensor  # float32 [B, N, Z] inferred of every seat
+    mask: Tensor  # bool [B, N, A]
+    q_plan: Tensor  # float32 [B, N, A] the planner's scores of legal actions; 0 where it did not run
+    offset: Tensor  # float32 [B, N, A] beta * (q_plan - its mean over legal actions): the planner in the logits
+    prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
+
+
+class Agent(nn.Module):
+    """The learned player: policy, value, MOA, transition network and planner, for every seat of B games at once."""
+
+    def __init__(self, game: GridGame, args: "Args"):
+        super().__init__()
+        self.game, self.args, self.relative = game, args, RelativeFeatures(game)
+        relative, hidden, actions = self.relative, args.hidden_size, game.num_actions
+        oracle_size = len(SCRIPTED) + 3 + relative.size
+        self.moa = MOA(relative, args.moa_hidden_size, args.goal_size, args.goal, oracle_size)
+        self.goal_size = self.moa.goal_size
+        other = relative.other_size + self.goal_size
+        self.actor = RelativeNetwork(relative.own_size, other, self.goal_size, actions, hidden, 0.01)
+        self.critic = RelativeNetwork(relative.own_size, other, self.goal_size, 1, hidden, 1.0)
+        self.transition = TransitionNetwork(relative.own_size, other, actions, hidden)
+        self.register_buffer("plan_slope", torch.tensor(args.plan_slope_init))  # regression of (return - V) on Q_plan
+        self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of q_plan over legal actions
+        self.plan_mode = args.plan_update  # "none" after --plan-until
+        self.timer = Timer(False)
+        self.to(game.device)
+
+    @property
+    def uses_moa(self) -> bool:
+        """Whether anything reads the MOA: its goals, or the co-players' actions that it predicts."""
+        return self.args.goal == "inferred" or self.args.plan_update != "none"
+
+    def on_game(self, env_id: str) -> GridGame:
+        """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
+        game = GridGame(env_id, self.game.device)
+        if game.family != self.game.family:
+            raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
+        self.game, self.relative = game, RelativeFeatures(game)
+        self.moa.relative = self.relative
+        return game
+
+    def initial_memory(self, batch: int) -> Memory:
+        return self.moa.initial_memory(batch)
+
+    @torch.no_grad()
+    def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
+        """The memory after `actions` [B, N] in `state`; emptied where the episode or the match ended (bool [B])."""
+        if self.args.goal != "inferred":
+            return memory
+        own, others = self.relative(state)
+        step = self.moa.features(self.moa.seen(own, others), actions, state.players >= 0)
+        clear = [which.view(-1, 1, 1) for which in (match_ended, ended)]
+        return Memory(*((total + step).masked_fill(c, 0.0) for total, c in zip(memory, clear, strict=True)))
+
+    def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+        """Co-players' features beside their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z]."""
+        theirs = goal[..., self.relative.others, :]
+        return torch.cat([others, theirs], -1), theirs.sum(-2)
+
+    def value(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
+        """V [.., N] for features [.., N, X], [.., N, N-1, Y] and the goals [.., N, Z] of all seats."""
+        return self.critic(own, *self.with_goals(others, goal)).squeeze(-1)
+
+    @torch.no_grad()
+    def act(
+        self,
+        state: GameState,
+        mask: Tensor,
+        memory: Memory,
+        seats: Tensor,
+        generator: torch.Generator,
+        oracle: Tensor | None = None,
+    ) -> Decision:
+        """A Decision for every seat of `state`; only where bool `seats` [B, N] is True does the planner run.
+
+        `mask` bool [B, N, A], `memory` of this agent, `oracle` [B, N, Zo] for `--goal oracle`.
+        """
+        with self.timer("goal inference"):
+            own, others = self.relative(state)
+            mean, log_std = self.infer(memory, own, others, oracle)
+        with self.timer("policy and value"):
+            joined, total = self.with_goals(others, mean)
+            logits = masked(self.actor(own, joined, total), mask)
+            value = self.critic(own, joined, total).squeeze(-1)
+        q_plan = torch.zeros_like(logits)
+        prior = logits.log_softmax(-1)
+        if self.plan_mode != "none":
+            with self.timer("planner"):
+                seats = seats & (state.players >= 0) & (mask.sum(-1) > 1)
+                q_plan = self.plan(state, mask, own, others, mean, log_std, seats, generator)
+        offset = self.plan_beta * centred(q_plan, mask)
+        policy = masked(offset if self.plan_mode == "hop" else prior + offset, mask).log_softmax(-1)
+        action = sample(policy, generator)
+        log_prob = policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return Decision(action, log_prob, value, own, others, mean, mask, q_plan, offset, prior)
+
+    @property
+    def plan_beta(self) -> Tensor:
+        """What multiplies q_plan: `--plan-beta` standard deviations, and for `offset` times the clipped slope."""
+        calibration = self.plan_slope.clamp(0.0, 1.0) if self.plan_mode == "offset" else 1.0
+        return self.args.plan_beta * calibration / self.plan_rms
+
+    def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation [B, N, Z] of every seat's goal: inferred, true (`oracle`), or zero."""
+        if self.args.goal == "inferred":
+            return self.moa.encode(memory, self.moa.seen(own, others))
+        goal = oracle if self.args.goal == "oracle" else own.new_zeros(*own.shape[:-1], self.goal_size)
+        return goal, torch.full_like(goal, -30.0)
+
+    def plan(self, state, mask, own, others, mean, log_std, seats, generator) -> Tensor:
+        """Q_plan [B, N, A]: E[r + gamma V(o')] over K sampled joint actions of the co-players; 0 where not `seats`.
+
+        The same samples serve every own action, and every observer (common random numbers; one sample of z_j and a_j a seat).
+        """
+        with self.timer("moa sampling"):
+            noise = torch.randn(
+                *mean.shape[:2], self.args.plan_samples, mean.shape[2], generator=generator, device=mean.device
+            )
+            goals = mean.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)  # [B, N, K, Z]
+            predicted = masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2))
+            joint = sample(predicted, generator).transpose(1, 2)  # [B, K, N]
+        games, seat = seats.nonzero(as_tuple=True)  # D decisions
+        score = self.score_simulator if self.args.transition == "simulator" else self.score_network
+        q_plan = torch.zeros(mask.shape, device=own.device)
+        q_plan[games, seat] = score(state, mask, own, others, mean, joint, games, seat)
+        return q_plan
+
+    def score_network(self, state, mask, own, others, goal, joint, games, seat) -> Tensor:
+        """[D, A]: mean over K joint actions [B, K, N] of r_hat + gamma V_hat' by the transition network."""
+        joined, _ = self.with_goals(others, goal)
+        mine, theirs = self.transition.blocks(own[games, seat], joined[games, seat])  # [D, A, H], [D, N-1, A, H]
+        taken = joint[games].gather(
+            2, self.relative.others[seat].unsqueeze(1).expand(-1, joint.shape[1], -1)
+        )  # [D, K, N-1]
+        index = taken.transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, theirs.shape[3])
+        theirs = theirs.gather(2, index).sum(1)  # [D, K, H]
+        which, action = mask[games, seat].nonzero(as_tuple=True)
+        scores = mine.new_zeros(len(games), self.game.num_actions)
+        for p in torch.arange(len(which), device=which.device).split(self.chunk(joint.shape[1])):
+            reward, value = self.transition.outcome(mine[which[p], action[p]].unsqueeze(1) + theirs[which[p]])
+            scores[which[p], action[p]] = (reward + self.args.gamma * value).mean(1)
+        return scores
+
+    def score_simulator(self, state, mask, own, others, goal, joint, games, seat) -> Tensor:
+        """[D, A]: mean over K joint actions [B, K, N] of r + gamma V(o') by exact steps of the game.
+
+        A move changes nothing but the own cell: the game is stepped once for all own moves, and once for the interaction of
+        those who stand on an item.
+        """
+        game, relative, samples = self.game, self.relative, joint.shape[1]
+        with self.timer("transition"):
+            legal, d = mask[games, seat], torch.arange(len(games), device=own.device)
+            on_item, interaction = legal[:, STAY + 1 :].nonzero(as_tuple=True)
+            variant_of = d.unsqueeze(1).repeat(
+                1, game.num_actions
+            )  # [D, A] row of the step that shows the action's outcome
+            variant_of[on_item, interaction + STAY + 1] = len(games) + torch.arange(len(on_item), device=own.device)
+            source = torch.cat([d, on_item])  # [V] decision
+            first = torch.cat([torch.full_like(d, STAY), interaction + STAY + 1])  # [V] own action
+            at, me = games[source], seat[source]
+            slot = me.view(-1, 1, 1).expand(-1, samples, 1)
+            actions = joint[at].scatter(2, slot, first.view(-1, 1, 1).expand(-1, samples, 1))
+            after, reward, terminated, _ = game.step(state.rows(at.repeat_interleave(samples)), actions.flatten(0, 1))
+            players, items = after.players.unflatten(0, (-1, samples)), after.items.unflatten(0, (-1, samples))
+            clock = game.clock(after).unflatten(0, (-1, samples))  # [V, K, 2]
+            reward = reward.unflatten(0, (-1, samples)).gather(2, slot).squeeze(2) * self.args.reward_scale
+            which, action = legal.nonzero(as_tuple=True)  # P legal (decision, action) pairs
+            v = variant_of[which, action]
+            moved = game.next_cell[state.players[games, seat][which], action].unsqueeze(1)
+            mine = torch.where((action <= STAY).unsqueeze(1), moved, players.gather(2, slot).squeeze(2)[v])  # [P, K]
+        with self.timer("value"):
+            cells = players.gather(2, relative.others[me].unsqueeze(1).expand(-1, samples, -1))  # [V, K, N-1]
+            seen = relative.items(cells, items.unsqueeze(2).expand(-1, -1, cells.shape[2], -1))
+            theirs = goal[at.unsqueeze(1), relative.others[me]]  # [V, N-1, Z]
+            # first layer of the critic for co-players: one part by step, one part by relative cell, looked up in a table
+            weight, total = self.critic.other.weight, theirs.sum(1).unsqueeze(1)
+            by_step = F.linear(
+                torch.cat([seen, theirs.unsqueeze(1).expand(-1, samples, -1, -1)], 3), weight[:, relative.size :]
+            )
+            by_step += self.critic.other.bias
+            by_cell = relative.table @ weight[:, : relative.size].T  # [cells + 1, H / 2]
+            alive = ~terminated.unflatten(0, (-1, samples))
+            value = torch.empty_like(mine, dtype=torch.float32)
+            for p in torch.arange(len(v), device=v.device).split(self.chunk(samples)):
+                step, cell = v[p], mine[p]
+                pair = by_cell[relative.index(cell.unsqueeze(2), cells[step])]
+                pair = pair.add_(by_step[step]).relu_().sum(2)
+                x = torch.cat([relative.clock_and_walls(cell, clock[step]), relative.items(cell, items[step])], 2)
+                value[p] = self.critic.head(x, pair, total[step]).squeeze(2) * ((cell >= 0) & alive[step])
+        scores = own.new_zeros(len(games), game.num_actions)
+        scores[which, action] = (reward[v] + self.args.gamma * value).mean(1)
+        return scores
+
+    def chunk(self, samples: int) -> int:
+        """Decisions' rows scored at a time: on a CPU few enough to stay in its cache."""
+        return max(1, 4096 // samples) if self.game.device.type == "cpu" else 1 << 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffer
+# ---------------------------------------------------------------------------------------------------------------------
+class MatchBatch(NamedTuple):
+    """S matches of L steps for the MOA."""
+
+    state: GameState  # of S * L games
+    actions: Tensor  # int64 [S, L, N]
+    active: Tensor  # bool [S, L, N] the step is within the match and the player has not left
+    start: Tensor  # int64 [S, L] index of the first step of the same episode
+    subgoal: Tensor  # int64 [S, L, N] item of the next successful interaction, M for none
+    weight: Tensor  # float32 [S, L, N] what the rule of collection gives the step's loss
+    oracle: Tensor | None  # float32 [S, L, N, Zo] true goals
+
+
+class MOABuffer:
+    """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are rebuilt.
+
+    Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive` those with reward
+    > 0, as the original does; `balanced` keeps every one, and weighs them so that each class of outcome (nothing taken,
+    an item of the first kind, of the second; for drifts: none, one, more) counts alike, by at most a factor `most`.
+    Episodes that are not kept still serve as history of those that are. A match in which none is kept is not stored.
+    """
+
+    def __init__(self, game: GridGame, batch: int, capacity: int, match_episodes: int, rule: str, most: float = 4.0):
+        self.game, self.batch, self.capacity, self.episodes = game, batch, capacity, match_episodes
+        self.rule, self.most = rule, most
+        rows, length, n, dev = batch + capacity, match_episodes * game.horizon, game.num_players, game.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int16) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype, device=dev)
+
+        # rows 0..B-1 hold the running matches, the others a ring of ended ones
+        self.data = {
+            "players": zeros(length, n),
+            "items": zeros(length, game.num_items),
+            "time": zeros(length),
+            "first_hunt": zeros(length),
+            "actions": zeros(length, n),
+            "episode": zeros(length),
+            "subgoal": zeros(length, n),
+            "target": zeros(length, n),
+            "script": zeros(n),
+            "length": zeros(dtype=torch.int64),
+            "episode_reward": zeros(match_episodes, n, dtype=torch.float32),
+            "taken": zeros(match_episodes, n, 2, dtype=torch.int16),  # items of the first kind and of the others
+            "born": zeros(dtype=torch.int64),
+        }
+        self.stored, self.kept, self.offered = (
+            0,
+            0,
+            0,
+        )  # matches ever stored, players' episodes ever kept and ever played
+
+    def add(self, state: GameState, actions: Tensor, co_players: CoPlayers, reward: Tensor, after: GameState):
+        """Takes one step of the B running matches; call before `co_players.observe`."""
+        data, games = self.data, torch.arange(self.batch, device=self.game.device)
+        at, episode = data["length"][: self.batch].clone(), co_players.episode
+        wins = self.game.hits(state, actions) & (after.items < 0).unsqueeze(1)  # [B, N, M]
+        subgoal = torch.where(wins.any(2), wins.int().argmax(2), -1)
+        values = {**state._asdict(), "actions": actions, "episode": episode, "subgoal": subgoal}
+        for name, value in {**values, "target": co_players.target}.items():
+            data[name][games, at] = value.short()
+        script = co_players.script[co_players.kind] + len(SCRIPTED) * co_players.noisy[co_players.kind]
+        data["script"][: self.batch] = torch.where(co_players.script[co_players.kind] < 0, -1, script).short()
+        data["episode_reward"][games, episode] += reward
+        first = (wins & (self.game.item_kind == 0)).sum(2)
+        data["taken"][games, episode] += torch.stack([first, wins.sum(2) - first], 2).short()
+        data["length"][: self.batch] += 1
+
+    def end(self, ended: Tensor, step: int) -> None:
+        """Stores the running matches of bool [B] `ended`, played until game step `step`, by the rule of collection."""
+        if not ended.any():
+            return
+        data, rows = self.data, ended.nonzero(as_tuple=True)[0]
+        self.offered += self.episodes * self.game.num_players * len(rows)
+        keep = self.keep(rows).flatten(1)
+        kept = rows[keep.any(1)]
+        self.kept += int(keep.sum())
+        if len(kept):
+            slots = self.batch + (self.stored + torch.arange(len(kept), device=rows.device)) % self.capacity
+            self.stored += len(kept)
+            data["born"][kept] = step
+            for value in data.values():
+                value[slots] = value[kept]
+            # the next successful interaction at or after each step, if it lies in the same episode
+            event, episode = data["subgoal"][slots], data["episode"][slots].unsqueeze(2)
+            steps = torch.arange(event.shape[1], device=rows.device).view(1, -1, 1)
+            live = (event >= 0) & (steps < data["length"][slots].view(-1, 1, 1))
+            coming = torch.where(live, steps, event.shape[1]).flip(1).cummin(1).values.flip(1)
+            at = coming.clamp(max=event.shape[1] - 1)
+            same = (coming < event.shape[1]) & (episode.expand_as(event).gather(1, at) == episode)
+            data["subgoal"][slots] = torch.where(same, event.gather(1, at), self.game.num_items).short()
+        for name in ("length", "episode_reward", "taken"):
+            data[name][rows] = 0
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """bool [rows, episodes, N]: which players' episodes the rule keeps."""
+        reward = self.data["episode_reward"][rows]
+        return reward > 0 if self.rule == "positive" else torch.ones_like(reward, dtype=torch.bool)
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """float32 [rows, episodes, N]: the weight of each player's episode in the loss."""
+        if self.rule != "balanced":
+            return self.keep(rows).float()
+        held = self.batch + torch.arange(len(self), device=rows.device)
+        count = torch.bincount(self.outcome(held).flatten(), minlength=3).float()
+        present = (count > 0).sum()
+        weight = (count.sum() / (present * count.clamp(min=1))).clamp(max=self.most)
+        return weight[self.outcome(rows)]
+
+    def outcome(self, rows: Tensor) -> Tensor:
+        """int64 [rows, episodes, N] in 0..2: class of the outcome of each player's episode."""
+        first, other = self.data["taken"][rows].long().unbind(-1)
+        return (
+            torch.where(first > 0, 1, torch.where(other > 0, 2, 0)) if self.game.family == "msh" else first.clamp(max=2)
+        )
+
+    def __len__(self) -> int:
+        return min(self.stored, self.capacity)
+
+    def statistics(self, step: int) -> dict[str, float]:
+        """Fill (players' episodes held, of what would fit), their share of those played, and their mean age in game steps."""
+        held = self.batch + torch.arange(len(self), device=self.game.device)
+        fill = self.keep(held).sum() / (self.capacity * self.episodes * self.game.num_players)
+        age = (step - self.data["born"][held].float()).mean() if len(self) else torch.tensor(0.0)
+        return {
+            "moa/buffer_fill": float(fill),
+            "moa/buffer_kept": self.kept / max(1, self.offered),
+            "moa/buffer_age": float(age),
+        }
+
+    def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: torch.Generator) -> MatchBatch:
+        """`matches` ended matches, uniformly, with replacement."""
+        rows = torch.randint(len(self), (matches,), generator=generator, device=self.game.device)
+        return self.batch_of(self.batch + rows, relative, oracle)
+
+    def batch_of(self, rows: Tensor, relative: RelativeFeatures, oracle: bool = False) -> MatchBatch:
+        """The matches at `rows`, cut to the longest of them."""
+        data, game = self.data, self.game
+        length = data["length"][rows]
+        most = max(1, int(length.max()))
+        part = {k: data[k][rows, :most].long() for k in (*GameState._fields, "actions", "episode", "subgoal", "target")}
+        state = GameState(*(part[k].flatten(0, 1) for k in GameState._fields))
+        steps = torch.arange(most, device=rows.device)
+        valid = steps < length.unsqueeze(1)
+        active = valid.unsqueeze(2) & (part["players"] >= 0)
+        start = torch.where(part["time"] == 0, steps, 0).cummax(1).values
+        weight = self.weights(rows).gather(1, part["episode"].unsqueeze(2).expand(-1, -1, game.num_players)) * active
+        goals = None
+        if oracle:
+            script = data["script"][rows].long().unsqueeze(1).expand(-1, most, -1).flatten(0, 1)
+            known = torch.where(script < 0, -1, script % len(SCRIPTED))
+            goals = true_goals(relative, state, known, script >= len(SCRIPTED), part["target"].flatten(0, 1))
+            goals = goals.unflatten(0, (-1, most))
+        return MatchBatch(state, part["actions"], active, start, part["subgoal"], weight, goals)
+
+    def memory(self, moa: MOA, episode: Tensor) -> Memory:
+        """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
+        batch = self.batch_of(torch.arange(self.batch, device=self.game.device), moa.relative)
+        own, others = moa.relative(batch.state)
+        step = moa.features(moa.seen(own, others), batch.actions.flatten(0, 1), batch.active.flatten(0, 1))
+        step = step.unflatten(0, batch.start.shape)  # [B, L, N, E + 1]
+        running = self.data["episode"][: self.batch, : step.shape[1]] == episode.unsqueeze(1)
+        return Memory(step.sum(1), (step * running[..., None, None]).sum(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PPO
+# ---------------------------------------------------------------------------------------------------------------------
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, next_values: Tensor, goes_on: Tensor, gamma: float, gae_lambda: float
+) -> Tensor:
+    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16).
+
+    All arguments are [T, B, N]. `next_values`: V of the player's next state; 0 where the player left or the game terminated,
+    V of the final state where it was truncated. `goes_on` bool: the next row continues the player's episode.
+    """
+    delta = rewards + gamma * next_values - values
+    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + gamma * gae_lambda * goes_on[t] * running
+        advantages[t] = running
+    return advantages
+
+
+def ppo_loss(agent: Agent, rows: dict[str, Tensor], args: "Args", ent_coef: float) -> tuple[Tensor, dict]:
+    """Loss of one minibatch of R rows, and its terms by row.
+
+    Clipped PPO on the policy that acted: log pi_theta plus the stored planner's offset, so the ratio is exact. While the
+    planner acts alone (`hop`), cross-entropy towards its policy, and a value that learns from both the lambda-return and
+    the planner (Huang et al. 2024, section 3.3).
+    """
+    own, others, goal, mask = rows["own"], rows["others"], rows["goal"], rows["mask"]
+    prior = masked(agent.actor(own, others, goal), mask)
+    value = agent.critic(own, others, goal).squeeze(-1)
+    terms = {}
+    if agent.plan_mode == "hop":
+        target = masked(rows["offset"], mask).softmax(-1)
+        log_policy = prior.log_softmax(-1)
+        policy_loss = -(target * log_policy).sum(-1)
+    else:
+        log_policy = (prior + rows["offset"]).log_softmax(-1)
+        log_ratio = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - rows["log_prob"]
+        ratio = log_ratio.exp()
+        advantage = rows["advantage"]
+        clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+        policy_loss = -torch.minimum(advantage * ratio, advantage * clipped)
+        terms["approx_kl"] = (ratio - 1.0 - log_ratio).detach()
+        terms["clip_fraction"] = ((ratio - 1.0).abs() > args.clip_coef).float()
+    value_loss = 0.5 * (value - rows["return"]).square()
+    entropy = -(log_policy.exp() * log_policy.clamp(min=-50.0)).sum(-1)
+    loss = policy_loss.mean() + args.vf_coef * value_loss.mean()
+    if agent.plan_mode != "hop":
+        loss = loss - ent_coef * entropy.mean()
+    terms |= {"policy": policy_loss.detach(), "value": value_loss.detach(), "entropy": entropy.detach()}
+    return loss, terms
+
+
+def update_policy(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    rows: dict[str, Tensor],
+    args: "Args",
+    ent_coef: float,
+    generator: torch.Generator,
+    loss_of: Callable,
+) -> dict[str, Tensor]:
+    """PPO epochs over R rows of the learner's seats; returns means over all minibatches, the losses by seat as well."""
+    n, count = agent.game.num_players, len(rows["action"])
+    sums: dict[str, Tensor] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for _ in range(args.update_epochs):
+        for index in torch.randperm(count, generator=generator, device=agent.game.device).tensor_split(
+            args.num_minibatches
+        ):
+            minibatch = {name: value[index] for name, value in rows.items()}
+            if args.norm_adv and len(index) > 1:
+                advantage = minibatch["advantage"]
+                minibatch["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+            loss, terms = loss_of(agent, minibatch, args, ent_coef)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            seats = F.one_hot(minibatch["seat"], n).float()
+            for name, term in terms.items():
+                by_seat = torch.cat([term.unsqueeze(0) @ seats, seats.sum(0, keepdim=True)])  # [2, N]
+                sums[name] = sums.get(name, 0) + by_seat
+            sums["grad_norm"] = sums.get("grad_norm", 0) + torch.stack([norm, torch.ones_like(norm)]).unsqueeze(1)
+    metrics = {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
+    for name in ("policy", "value"):
+        for seat in range(n):
+            metrics[f"losses/{name}_seat_{seat}"] = sums[name][0, seat] / sums[name][1, seat].clamp(min=1)
+    return metrics
+
+
+def update_transition(
+    agent: Agent, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor], args: "Args", generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Regression of the reward and TD of the next value, over R rows of every seat; returns means over minibatches."""
+    metrics = {"losses/transition_reward": 0.0, "losses/transition_value": 0.0}
+    parts = args.transition_epochs * args.num_minibatches
+    for _ in range(args.transition_epochs):
+        order = torch.randperm(len(rows["action"]), generator=generator, device=agent.game.device)
+        for index in order.tensor_split(args.num_minibatches):
+            part = {name: value[index] for name, value in rows.items()}
+            reward, value = agent.transition(part["own"], part["others"], part["action"], part["other_actions"])
+            reward_loss = (reward - part["reward"]).square().mean()
+            value_loss = (value - part["next_value"]).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            (reward_loss + value_loss).backward()
+            optimizer.step()
+            metrics["losses/transition_reward"] += reward_loss.detach() / parts
+            metrics["losses/transition_value"] += value_loss.detach() / parts
+    return metrics
+
+
+class Rollout(NamedTuple):
+    """T steps of B games, and what the learner's seats earned."""
+
+    rows: dict[str, Tensor]  # [T, B, N, ..]: what ppo_loss and update_transition read
+    learner: Tensor  # bool [T, B, N] a seat of the learner, still in the game
+    active: Tensor  # bool [T, B, N] any seat still in the game
+
+
+class Trainer:
+    """All that changes while a run goes on: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
+
+    def __init__(self, args: "Args"):
+        self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
+        torch.manual_seed(args.seed)
+        self.game = game = GridGame(args.env_id, self.device)
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.agent = Agent(game, args)
+        policy = [*self.agent.actor.parameters(), *self.agent.critic.parameters()]
+        self.optimizers = {
+            "policy": torch.optim.Adam(policy, lr=args.learning_rate, eps=1e-5),
+            "moa": torch.optim.Adam(self.agent.moa.parameters(), lr=args.moa_learning_rate, eps=1e-5),
+            "transition": torch.optim.Adam(
+                self.agent.transition.parameters(), lr=args.transition_learning_rate, eps=1e-5
+            ),
+        }
+        pool = args.co_players.split(",")
+        self.co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, self.generator)
+        self.buffer = MOABuffer(game, args.num_envs, args.moa_capacity, args.match_episodes, args.moa_buffer)
+        self.state = game.initial_state(args.num_envs, self.generator)
+        self.memory = self.agent.initial_memory(args.num_envs)
+        self.returns = torch.zeros(args.num_envs, game.num_players, device=self.device)  # of the running episodes
+        self.global_step, self.iteration, self.pretrained = 0, 0, 0
+        self.loss_of, self.seconds = ppo_loss, 0.0
+        self.log: dict[str, list] = {}
+
+    def rollout(self) -> Rollout:
+        """Plays `--num-steps` steps in every game; episodes that end start anew."""
+        args, game, agent, timer = self.args, self.game, self.agent, self.agent.timer
+        kept: dict[str, list[Tensor]] = collections.defaultdict(list)
+        value = None
+        if agent.uses_moa and not args.freeze_moa:
+            self.memory = self.buffer.memory(agent.moa, self.co_players.episode)
+        for _ in range(args.num_steps):
+            state, co_players = self.state, self.co_players
+            mask, learner = game.action_mask(state), co_players.learner & (state.players >= 0)
+            with timer("co-players"):
+                actions = co_players.act(state, mask)
+            with timer("compute_action"):
+                decision = agent.act(
+                    state, mask, self.memory, co_players.learner, self.generator, co_players.oracle(agent, state)
+                )
+            if value is not None:
+                kept["next_value"].append(torch.where(kept["goes_on"][-1], decision.value, kept["final_value"].pop()))
+            actions = torch.where(co_players.learner, decision.action, actions)
+            with timer("game"):
+                after, reward, terminated, truncated = game.step(state, actions)
+            ended = terminated | truncated
+            with timer("moa buffer"):
+                if agent.uses_moa:
+                    self.buffer.add(state, actions, co_players, reward, after)
+            final_value = torch.zeros_like(reward)
+            if truncated.any():
+                none = torch.zeros_like(ended)
+                with timer("compute_action"):
+                    memory = agent.remember(self.memory, state, actions, none, none)
+                    final_value = self.value_of(after, memory) * (truncated.unsqueeze(1) & (after.players >= 0))
+            goes_on = (after.players >= 0) & ~ended.unsqueeze(1)
+            mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
+            others = actions[:, agent.relative.others]  # [B, N, N-1]
+            values = {**decision._asdict(), "reward": mixed * args.reward_scale, "other_actions": others}
+            values |= {"action": actions, "goes_on": goes_on, "learner": learner, "active": state.players >= 0}
+            for name, field in values.items():
+                kept[name].append(field)
+            kept["final_value"].append(final_value)
+            value = decision.value
+            self.returns += reward
+            with timer("goal memory"):
+                self.memory = agent.remember(
+                    self.memory, state, actions, ended, ended & (co_players.episode + 1 >= args.match_episodes)
+                )
+            if ended.any():
+                self.record(ended, after)
+                self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
+            else:
+                self.state = after
+            self.global_step += args.num_envs
+            match_ended = co_players.observe(state, actions, ended)
+            if agent.uses_moa:
+                self.buffer.end(match_ended, self.global_step)
+        with timer("compute_action"):
+            last = self.value_of(self.state, self.memory)
+        kept["next_value"].append(torch.where(kept["goes_on"][-1], last, kept["final_value"].pop()))
+        rows = {name: torch.stack(fields) for name, fields in kept.items() if fields}
+        learner, active = rows.pop("learner"), rows.pop("active")
+        return Rollout(rows, learner, active)
+
+    @torch.no_grad()
+    def value_of(self, state: GameState, memory: Memory) -> Tensor:
+        """V [B, N] of `state`."""
+        own, others = self.agent.relative(state)
+        goal, _ = self.agent.infer(memory, own, others, self.co_players.oracle(self.agent, state))
+        return self.agent.value(own, others, goal)
+
+    def record(self, ended: Tensor, after: GameState) -> None:
+        """Notes the returns of the episodes that ended in the games of bool [B] `ended`."""
+        co_players = self.co_players
+        for kind, seat, total in zip(
+            co_players.kind[ended].flatten().tolist(),
+            [*range(self.game.num_players)] * int(ended.sum()),
+            self.returns[ended].flatten().tolist(),
+            strict=True,
+        ):
+            self.log.setdefault(f"returns/{co_players.names[kind]}", []).append(total)
+            if kind == 0:
+                self.log.setdefault(f"returns/seat_{seat}", []).append(total)
+                self.log.setdefault("charts/episodic_return", []).append(total)
+        self.log.setdefault("charts/episodic_length", []).extend(after.time[ended].tolist())
+        self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
+
+    def update(self, rollout: Rollout) -> dict[str, Tensor]:
+        """One iteration's updates of MOA, transition network, policy and value; returns metrics."""
+        args, agent, timer = self.args, self.agent, self.agent.timer
+        metrics = {}
+        if agent.uses_moa and not args.freeze_moa:
+            with timer("moa"):
+                metrics |= self.update_moa(pretraining=False)
+        rows, planned = rollout.rows, agent.plan_mode != "none"
+        advantages = generalised_advantages(
+            rows["reward"], rows["value"], rows["next_value"], rows["goes_on"], args.gamma, args.gae_lambda
+        )
+        rows["advantage"], rows["return"] = advantages, advantages + rows["value"]
+        rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
+        if agent.args.transition == "network" and args.plan_update != "none" and planned:
+            with timer("transition"):
+                names = ("own", "others", "action", "other_actions", "reward", "next_value")
+                part = {name: rows[name][rollout.active] for name in names}
+                metrics |= update_transition(agent, self.optimizers["transition"], part, args, self.generator)
+        learner = rollout.learner
+        rows["seat"] = torch.arange(self.game.num_players, device=self.device).expand(learner.shape)
+        rows = {name: value[learner] for name, value in rows.items()}
+        if planned:
+            metrics |= self.calibrate(rows)
+        if agent.plan_mode == "hop":
+            expected = (masked(rows["offset"], rows["mask"]).softmax(-1) * rows["q_plan"]).sum(-1)
+            mean = 0.5 * (rows["return"] + expected)
+            rows["return"] = torch.where(rows["mask"].sum(-1) > 1, mean, rows["return"])
+        with timer("ppo"):
+            decay = 1.0 - (self.global_step / args.total_timesteps if args.anneal else 0.0)
+            ent_coef = args.ent_coef * max(decay, args.ent_floor)
+            metrics |= update_policy(
+                agent, self.optimizers["policy"], rows, args, ent_coef, self.generator, self.loss_of
+            )
+        residual = rows["return"] - rows["value"]
+        metrics["losses/explained_variance"] = 1.0 - residual.var() / rows["return"].var().clamp(min=1e-9)
+        return metrics
+
+    def calibrate(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Regression of (return - V) on (Q_plan(a) - E_pi Q_plan) over the rollout's R rows: the planner's slope."""
+        agent, q_plan, mask = self.agent, rows["q_plan"], rows["mask"]
+        policy = masked(rows["prior"] + rows["offset"], mask).softmax(-1)
+        gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
+        choice = mask.sum(-1) > 1
+        slope = (gain * rows["advantage"])[choice].sum() / gain[choice].square().sum().clamp(min=1e-9)
+        rms = (centred(q_plan, mask)[choice].square().sum() / mask[choice].sum().clamp(min=1)).sqrt()
+        agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
+        agent.plan_rms.lerp_(rms.clamp(min=1e-3), 0.2)
+        return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
+
+    def update_moa(self, pretraining: bool) -> dict[str, Tensor]:
+        """`--moa-updates` minibatches of matches from the buffer; returns means over them."""
+        args, moa, sums = self.args, self.agent.moa, collections.Counter()
+        if not len(self.buffer):
+            return {}
+        for _ in range(args.moa_updates):
+            batch = self.buffer.sample(args.moa_matches, self.agent.relative, args.goal == "oracle", self.generator)
+            loss, terms = moa_loss(moa, batch, args.moa_alpha, args.subgoal_coef, pretraining, self.generator)
+            self.optimizers["moa"].zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(moa.parameters(), 1.0)
+            self.optimizers["moa"].step()
+            for name, term in terms.items():
+                sums[name] += term / args.moa_updates
+        return dict(sums)
+
+    def iterate(self) -> dict[str, Tensor]:
+        """One iteration: rollout and updates; returns metrics."""
+        args, agent, timer = self.args, self.agent, self.agent.timer
+        progress = self.global_step / args.total_timesteps
+        agent.plan_mode = args.plan_update if progress < args.plan_until else "none"
+        rate = args.learning_rate * (1.0 - progress if args.anneal else 1.0)
+        for group in self.optimizers["policy"].param_groups:
+            group["lr"] = rate
+        with timer("rollout"):
+            rollout = self.rollout()
+        with timer("update"):
+            metrics = self.update(rollout)
+        self.iteration += 1
+        metrics["charts/learning_rate"] = torch.tensor(rate)
+        if agent.uses_moa:
+            metrics |= self.buffer.statistics(self.global_step)
+        return metrics
+
+    def pretrain(self) -> None:
+        """Plays `--pretrain-moa-steps` game steps with the first policy and trains the VAE alone on them."""
+        args = self.args
+        while self.agent.uses_moa and self.pretrained < args.pretrain_moa_steps:
+            self.rollout()
+            self.update_moa(pretraining=True)
+            self.pretrained += args.num_envs * args.num_steps
+        if self.global_step and not self.iteration:
+            self.global_step, self.log = 0, {}
+
+    def load_moa(self, path: str) -> None:
+        """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
+        content = load_checkpoint(path, self.device)
+        weights = {k.removeprefix("moa."): v for k, v in content["agent"].items() if k.startswith("moa.")}
+        try:
+            self.agent.moa.load_state_dict(weights)
+        except RuntimeError:
+            raise UsageError(f"--load-moa: the MOA of {path} is of another game, goal or size") from None
+
+    def model(self) -> dict:
+        """What a checkpoint needs to be played."""
+        head = {"script": SCRIPT, "game": self.game.id, "args": dataclasses.asdict(self.args)}
+        return {**head, "plan_mode": self.agent.plan_mode, "agent": self.agent.state_dict()}
+
+    def content(self) -> dict:
+        """Everything that the run needs to go on as if it had not stopped; tensors and plain Python values."""
+        players, buffer = self.co_players, self.buffer
+        held = self.args.num_envs + len(buffer)
+        return {
+            **self.model(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "generator": self.generator.get_state(),
+            "counters": [self.global_step, self.iteration, self.pretrained, self.seconds],
+            "state": list(self.state),
+            "memory": list(self.memory),
+            "returns": self.returns,
+            "co_players": [players.seat, players.kind, players.target, players.episode],
+            "co_player_memory": {k: list(memory) for k, memory in players.memory.items()},
+            "buffer": {name: value[:held].clone() for name, value in buffer.data.items()},
+            "buffer_counters": [buffer.stored, buffer.kept, buffer.offered],
+        }
+
+    def load(self, content: dict) -> None:
+        """Goes on from a checkpoint's `content`. Raises UsageError if it lacks something or its options do not fit."""
+        if "state" not in content:
+            raise UsageError("--resume needs a checkpoint.pt; a model.pt can only be played")
+        free = {
+            "total_timesteps",
+            "checkpoint_every",
+            "capture_video",
+            "save_model",
+            "profile",
+            "resume",
+            "track",
+            "compile",
+        }
+        free |= {"wandb_project_name", "wandb_entity", "exp_name", "evaluate", "eval_episodes", "load_moa"}
+        for name, value in dataclasses.asdict(self.args).items():
+            if name not in free and content["args"][name] != value:
+                raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
+        self.agent.load_state_dict(content["agent"])
+        self.agent.plan_mode = content["plan_mode"]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(content["optimizers"][name])
+        self.generator.set_state(content["generator"].cpu())
+        self.global_step, self.iteration, self.pretrained, self.seconds = content["counters"]
+        self.state, self.memory, self.returns = (
+            GameState(*content["state"]),
+            Memory(*content["memory"]),
+            content["returns"],
+        )
+        players, buffer = self.co_players, self.buffer
+        players.seat, players.kind, players.target, players.episode = content["co_players"]
+        players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
+        for name, value in content["buffer"].items():
+            buffer.data[name][: len(value)] = value
+        buffer.stored, buffer.kept, buffer.offered = content["buffer_counters"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def play_matches(
+    agent: Agent, co_players: CoPlayers, generator: torch.Generator, watch: Callable | None = None
+) -> Tensor:
+    """Returns [B, episodes, N], by seat, of one whole match in each game. `watch(state, memory, episode)` sees each step."""
+    game, batch, episodes = agent.game, co_players.batch, co_players.match_episodes
+    state, memory = co_players.game.initial_state(batch, generator), agent.initial_memory(batch)
+    game = co_players.game
+    returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
+    playing = torch.ones(batch, dtype=torch.bool, device=game.device)
+    games = torch.arange(batch, device=game.device)
+    while playing.any():
+        if watch is not None:
+            watch(state, memory, co_players.episode)
+        mask = game.action_mask(state)
+        actions = co_players.act(state, mask)
+        seats = co_players.learner & playing.unsqueeze(1)
+        chosen = agent.act(state, mask, memory, seats, generator, co_players.oracle(agent, state)).action
+        actions = torch.where(co_players.learner, chosen, actions)
+        after, reward, terminated, truncated = game.step(state, actions)
+        ended = terminated | truncated
+        returns[games, co_players.episode] += reward * playing.unsqueeze(1)
+        match_ended = ended & (co_players.episode + 1 >= episodes)
+        memory = agent.remember(memory, state, actions, ended, match_ended)
+        playing = playing & ~match_ended
+        co_players.observe(state, actions, ended)
+        state = after.replaced(ended, game.initial_state(batch, generator))
+    return returns
+
+
+def evaluate(
+    checkpoint: str | Path,
+    co_players: str | Callable | list,
+    *,
+    env_id: str | None = None,
+    episodes: int = 200,
+    num_envs: int = 64,
+    match_episodes: int = 10,
+    seed: int = 1,
+    device: str = "cpu",
+) -> dict[str, object]:
+    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players.
+
+    `co_players`: one name, path or callable for all of them, or N-1 of them (a list, or separated by commas). `env_id`: by
+    default the game trained on; another of the same family will do. Returns a dict: `focal_return` (mean over episodes),
+    `focal_returns` [episodes] in the order of matches, `co_player_return`, `by_episode` [match_episodes] (focal mean at the
+    k-th episode of a match). Returns are undiscounted sums of rewards. Actions are drawn from the policy, with the planner
+    if the checkpoint had it on. Raises UsageError.
+    """
+    if min(episodes, num_envs, match_episodes) < 1:
+        raise UsageError("episodes, num_envs and match_episodes must be at least 1")
+    agent = load_agent(checkpoint, device)
+    game = agent.on_game(env_id or agent.game.id)
+    others = game.num_players - 1
+    entries = co_players.split(",") if isinstance(co_players, str) else co_players
+    entries = list(entries) if isinstance(entries, list | tuple) else [entries]
+    entries = entries * others if len(entries) == 1 else entries
+    matches = math.ceil(episodes / match_episodes)
+    generator = torch.Generator(game.device).manual_seed(seed)
+    focal, company = [], []
+    for _ in range(math.ceil(matches / num_envs)):
+        players = CoPlayers(game, entries, min(num_envs, matches), match_episodes, generator, fixed=True)
+        seat = players.seat[:, 0].clone()
+        returns = play_matches(agent, players, generator)  # [B, episodes, N]
+        mine = returns.gather(2, seat.view(-1, 1, 1).expand(-1, match_episodes, 1)).squeeze(2)
+        focal.append(mine)
+        company.append((returns.sum(2) - mine) / max(1, others))
+    focal, company = torch.cat(focal)[:matches], torch.cat(company)[:matches]
+    kept = focal.flatten()[:episodes]
+    return {
+        "focal_return": float(kept.mean()),
+        "focal_returns": kept.tolist(),
+        "co_player_return": float(company.flatten()[:episodes].mean()),
+        "by_episode": focal.mean(0).tolist(),
+    }
+
+
+def record_episode(agent: Agent, co_players: CoPlayers, generator: torch.Generator, path: Path) -> None:
+    """A GIF of the last episode of one match: all players, the items, and what the focal player believes of the others."""
+    frames, focal = [], int(co_players.seat[0, 0])
+    kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
+
+    def watch(state: GameState, memory: Memory, episode: Tensor) -> None:
+        if int(episode[0]) < co_players.match_episodes - 1:
+            return
+        own, others = agent.relative(state)
+        goal, _ = agent.infer(memory, own, others, co_players.oracle(agent, state))
+        items = state.items.unsqueeze(1).expand(-1, agent.game.num_players, -1)
+        probs = agent.moa.subgoal_logits(state.players, items, own, others, goal).softmax(-1)[0]
+        title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
+        frames.append(render_frame(agent.game, state, {"focal": focal, "probs": probs.cpu().numpy()}, title))
+
+    play_matches(agent, co_players, generator, watch)
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=500, loop=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and logging
+# ---------------------------------------------------------------------------------------------------------------------
+SCRIPT = Path(__file__).stem
+
+
+class Timer:
+    """`with timer("name"):` sums seconds by nested path; a disabled timer does nothing."""
+
+    def __init__(self, enabled: bool, cuda: bool = False):
+        self.enabled, self.cuda = enabled, cuda
+        self.seconds: dict[tuple[str, ...], float] = {}
+        self.calls: collections.Counter = collections.Counter()
+        self.path: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        if not self.enabled:
+            yield
+            return
+        outer, self.path = self.path, (*self.path, name)
+        self.seconds.setdefault(self.path, 0.0)  # parents before their parts
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.seconds[self.path] += self.now() - start
+            self.calls[self.path] += 1
+            self.path = outer
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def tree(self) -> str:
+        """Seconds, share of the whole and calls of every part, as an indented table."""
+        whole = sum(s for path, s in self.seconds.items() if len(path) == 1)
+        lines = [f"{'part':40} {'seconds':>9} {'share':>6} {'calls':>8}"]
+        for path in sorted(self.seconds, key=lambda p: [(-self.seconds[p[: k + 1]], p[k]) for k in range(len(p))]):
+            label = "  " * (len(path) - 1) + path[-1]
+            lines.append(f"{label:40} {self.seconds[path]:9.2f} {self.seconds[path] / whole:6.1%} {self.calls[path]:8}")
+        return "\n".join(lines)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save to a temporary file beside `path`, then renamed: a killed run leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
+    """The content of a checkpoint of this script, or of its run's folder. Raises UsageError."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on damaged files
+        raise UsageError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:120]}") from None
+    if not isinstance(content, dict) or "script" not in content:
+        raise UsageError(f"{path} is not a checkpoint of {SCRIPT}.py")
+    if content["script"] != SCRIPT:
+        raise UsageError(f"{path} is a checkpoint of {content['script']}.py, not of {SCRIPT}.py")
+    return content
+
+
+def load_agent(path: str | Path, device: str | torch.device = "cpu") -> Agent:
+    """The agent of a checkpoint, ready to play. Raises UsageError."""
+    content = load_checkpoint(path, device)
+    try:
+        agent = Agent(GridGame(content["game"], device), Args(**content["args"]))
+        agent.load_state_dict(content["agent"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UsageError(f"checkpoint {path} does not fit this version: {str(error).splitlines()[0][:120]}") from None
+    agent.plan_mode = content["plan_mode"]
+    return agent.eval()
+
+
+def print_evaluation(args: Args) -> None:
+    """`--evaluate`: plays the checkpoint and prints the returns with 95 % intervals over matches."""
+    co_players = args.co_players or "self"
+    result = evaluate(
+        args.evaluate,
+        co_players,
+        episodes=args.eval_episodes,
+        num_envs=args.num_envs,
+        match_episodes=args.match_episodes,
+        seed=args.seed,
+        device="cuda" if args.cuda else "cpu",
+    )
+    returns = np.array(result["focal_returns"])
+    matches = [part.mean() for part in np.array_split(returns, math.ceil(len(returns) / args.match_episodes))]
+    error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
+    print(
+        f"focal return      {result['focal_return']:7.3f} +- {error:.3f}  ({len(returns)} episodes, with {co_players})"
+    )
+    print(f"co-player return  {result['co_player_return']:7.3f}")
+    print("by episode of a match " + " ".join(f"{value:.2f}" for value in result["by_episode"]))
+
+
+def start_run(trainer: "Trainer", args: Args, folder: Path | None) -> tuple[Path, SummaryWriter]:
+    """The run's folder (a new one, or `folder` of a resumed run), its args.json, and its TensorBoard writer."""
+    if folder is None:
+        folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        while folder.exists():
+            folder = folder.with_name(folder.name + "+")
+        folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            sync_tensorboard=True,
+            config=dataclasses.asdict(args),
+            name=folder.name,
+            dir=str(folder),
+        )
+    writer = SummaryWriter(str(folder), purge_step=trainer.global_step if trainer.global_step else None)
+    table = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    return folder, writer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict[str, float]:
+    """The whole run; returns the final metrics, with `run` (its folder). Raises UsageError before anything is written."""
+    args = resolved(args)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    trainer, folder = Trainer(args), None
+    if args.load_moa:
+        trainer.load_moa(args.load_moa)
+    if args.resume:
+        trainer.load(load_checkpoint(args.resume, trainer.device))
+        folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
+    if args.track:
+        importlib.import_module("wandb")
+    folder, writer = start_run(trainer, args, folder)
+    stop: list[int] = []  # the signals that came
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    trainer.agent.timer = timer = Timer(args.profile, args.cuda)
+    metrics: dict[str, float] = {}
+    per_iteration = args.num_envs * args.num_steps
+    progress = tqdm(
+        total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id
+    )
+    try:
+        trainer.pretrain()
+        save_atomically(trainer.content(), folder / "checkpoint.pt")
+        while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
+            start, log = time.perf_counter(), trainer.log
+            trainer.log = {}
+            metrics = {name: float(value) for name, value in trainer.iterate().items()}
+            trainer.seconds += time.perf_counter() - start
+            metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
+            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
+            metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"{name} is {value} at step {trainer.global_step}; see {folder / 'checkpoint.pt'}"
+                    )
+                writer.add_scalar(name, value, trainer.global_step)
+            if "charts/episodic_return" in metrics:
+                progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}", refresh=False)
+            progress.update(per_iteration)
+            if trainer.iteration % args.checkpoint_every == 0:
+                save_atomically(trainer.content(), folder / "checkpoint.pt")
+        save_atomically(trainer.content(), folder / "checkpoint.pt")
+        if args.save_model:
+            save_atomically(trainer.model(), folder / "model.pt")
+        if args.capture_video and not stop:
+            generator = torch.Generator(trainer.device).manual_seed(args.seed)
+            players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
+            record_episode(trainer.agent, players, generator, folder / "episode.gif")
+    finally:
+        progress.close()
+        writer.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if args.profile:
+        print(timer.tree())
+    print(f"{'stopped' if stop else 'done'} at step {trainer.global_step}: {folder}")
+    return {**metrics, "run": str(folder)}
+
+
+def parse_arguments(arguments: list[str]) -> Args:
+    """Args from the command line; those of a resumed run are its own unless given again. Raises UsageError."""
+
+    def parse(default: Args) -> Args:
+        message = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(message):
+                return tyro.cli(Args, args=arguments, default=default, description=__doc__)
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+            box = message.getvalue().split("─" * 8 + " ")[0]
+            lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()[1:]]
+            raise UsageError(" ".join(lines[: lines.index("")] if "" in lines else lines) or box) from None
+
+    args = parse(Args())
+    if args.resume is None:
+        return args
+    return parse(Args(**load_checkpoint(args.resume)["args"]))
+
+
+def main() -> None:
+    """Command line: trains, or evaluates with `--evaluate`. Exit status 2 and one line for what cannot be done."""
+    try:
+        args = parse_arguments(sys.argv[1:])
+        if args.evaluate is None:
+            train(args)
+        else:
+            print_evaluation(args)
+    except (UsageError, FloatingPointError) as error:
+        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+if __name__ == "__main__":
+    main()
