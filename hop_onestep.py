@@ -1,21 +1,20 @@
 """HOP+ with one-step planning: opponent modelling with inferred goals in mixed-motive grid games, in one file.
 
-A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers (a VAE's z for every seat, from
-what that seat did in this match). A model of other agents (MOA) predicts their actions from z; a one-step planner scores
-each own action by the expected r + gamma V' over sampled co-player actions; PPO learns with the planner's scores in the
-policy. Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (Schulman et al.,
-arXiv 1707.06347), GAE (arXiv 1506.02438).
+A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: a VAE's z for every seat, from
+what that seat did in this match. A model of other agents (MOA) predicts their actions from z; a one-step planner scores
+each own action by the expected r + gamma V' over sampled co-player actions; PPO learns around the planner. Papers: HOP
+(Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (arXiv 1707.06347), GAE (arXiv 1506.02438).
 
     python hop_onestep.py --num-envs 16                          # train on the small stag hunt
     python hop_onestep.py --env-id msg --co-players self         # self-play on the snowdrift game
     python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
 
-Co-players are, wherever they are asked for: `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
-also with -noisy); the path of a checkpoint of this script; `package.module:name` or a callable `(observation [B, C, H, W],
-action_mask [B, A], clock [B, 2], generator) -> actions [B]`, a class being instantiated once for each of the N-1 co-players.
-If it has a method `start_match(which [B] bool)`, that is called when matches start.
+A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy); the
+path of a checkpoint of this script; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask [B, A],
+clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each). If it has
+a method `start_match(which [B] bool)`, that is called when matches start.
 
-Tensor shapes in comments: B games, N seats (one a player), A actions, C planes, K samples, M items, T steps, R rows.
+Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, ..
 """
 
 import collections
@@ -31,7 +30,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,7 +41,7 @@ import tyro
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -54,52 +53,45 @@ class Args:
     seed: int = 1  # seed of everything random
     torch_deterministic: bool = True  # use torch's deterministic algorithms
     cuda: bool = False  # run on the GPU
-    compile: bool = False  # compile the game step, the planner's networks and the PPO loss with torch.compile
-    track: bool = False  # log to Weights and Biases as well (WANDB_MODE=offline works)
+    compile: bool = False  # compile the game, the planner and the PPO loss with torch.compile
+    track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "hop-plus"  # W&B project
     wandb_entity: str | None = None  # W&B team
-    capture_video: bool = (
-        False  # write episode.gif into the run's folder at the end: one episode, and what the focal player believes
-    )
-    save_model: bool = False  # write model.pt at the end: the agent alone, to share or to play as a co-player (checkpoint.pt is always written)
+    capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
+    save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
     checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
     resume: str | None = None  # folder or checkpoint of a run to go on with; its options hold unless given again
-    profile: bool = False  # print where the time went, as a tree, and log it
-    evaluate: str | None = (
-        None  # folder or checkpoint to play instead of training, with --co-players, --eval-episodes, --match-episodes, --seed
-    )
+    profile: bool = False  # log where the time goes, and print it at the end as a tree
+    evaluate: str | None = None  # folder or checkpoint to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
 
     # game and co-players
     env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
-    co_players: str | None = (
-        None  # co-player, or a comma list to draw each match's seats from (default: self, the game's scripted ones, noisy ones)
-    )
+    co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
-    prosocial: float = 0.0  # share of the mean reward of all players in the learner's reward, the rest being its own
+    prosocial: float = 0.0  # share of all players' mean reward in the learner's reward; the rest is its own
 
-    # PPO; None: the default of the game's family, FAMILY_DEFAULTS
-    total_timesteps: int = 1_000_000  # game steps of the run, over all parallel games
+    # PPO
+    total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
-    num_steps: int = 64  # steps in each game per iteration
+    num_steps: int = 64  # steps in each game an iteration
     learning_rate: float = 1e-3  # of policy and value (Adam)
-    anneal: bool = True  # let learning rate and entropy coefficient fall linearly over the run
-    gamma: float | None = None  # discount
-    gae_lambda: float = 0.95  # lambda of the generalised advantage estimates
+    anneal: bool = True  # let learning rate and entropy bonus fall linearly over the run
+    gamma: float | None = None  # discount (default: by game)
+    gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
     num_minibatches: int = 4  # minibatches a pass
     norm_adv: bool = True  # normalise advantages by minibatch
     clip_coef: float = 0.2  # PPO's clipping
     ent_coef: float = 0.02  # entropy bonus at the start
-    ent_floor: float = 0.1  # share of it that is left at the end, if annealed
+    ent_floor: float = 0.1  # share of the entropy bonus that is left at the end, if annealed
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of the policy's, value's and transition networks
+    hidden_size: int = 64  # width of the policy's, value's and transition network
+    reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
 
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = (
-        "inferred"  # goals of co-players: the VAE's z; zero (Direct-OM); or the truth, for scripted co-players
-    )
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
     goal_size: int = 8  # dimensions of z
     moa_hidden_size: int = 64  # width of the MOA's networks
     moa_learning_rate: float = 1e-3  # of the MOA (Adam)
@@ -111,67 +103,52 @@ class Args:
     moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
     load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = (
-        0  # game steps, besides the run's, played first to train the VAE alone (reconstruction and KL)
-    )
+    pretrain_moa_steps: int = 0  # game steps played first, besides the run's, to train the VAE alone (subgoal and KL)
 
     # planner
-    plan_update: Literal["offset", "hop", "none"] | None = (
-        None  # how the planner's scores act: in the policy's logits, in its place (learnt by cross-entropy), or not (plain PPO)
-    )
-    plan_beta: float | None = None  # weight of the scores, in units of one over their running root mean square
-    plan_until: float = 1.0  # share of the run after which the planner is switched off and plain PPO goes on
+    plan_update: Literal["offset", "hop", "none"] | None = None  # scores in the logits; instead of them; plain PPO
+    plan_beta: float | None = None  # weight of the scores, over their running root mean square (default: by game)
+    plan_until: float | None = None  # share of the run after which plain PPO goes on alone (default: by game)
     plan_samples: int = 16  # sampled joint actions of the co-players a decision
-    plan_slope_init: float = 0.0  # `offset`: calibration at the start; it follows the regression of (return - V) on the scores, clipped to 0..1
-    transition: Literal["network", "simulator"] = "network"  # where the planner takes reward and next value from
+    transition: Literal["network", "simulator"] = "network"  # where reward and next value of the planner come from
     transition_learning_rate: float = 1e-3  # of the transition network (Adam)
     transition_epochs: int = 2  # passes over each rollout for the transition network
-    reward_scale: float | None = (
-        None  # rewards are multiplied by it for learning (default: 3 over the game's best mean return)
-    )
+    transition_minibatches: int = 16  # minibatches a pass
 
 
-FAMILY_DEFAULTS = {
-    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "co_players": "self,ns,nh,random,ns-noisy,nh-noisy"},
-    "msg": {
-        "gamma": 0.85,
-        "plan_update": "offset",
-        "plan_beta": 1.0,
-        "co_players": "self,cleaner,exploiter,random,cleaner-noisy,exploiter-noisy",
-    },
+FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
+    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
+    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
 }
+POSITIVE = """checkpoint_every eval_episodes match_episodes total_timesteps num_envs num_steps learning_rate update_epochs
+    num_minibatches clip_coef max_grad_norm hidden_size reward_scale goal_size moa_hidden_size moa_learning_rate moa_updates
+    moa_matches moa_capacity plan_samples transition_learning_rate transition_epochs transition_minibatches""".split()
+NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
 
 
 def resolved(args: Args) -> Args:
-    """`args` with the family's defaults in place of None, checked. Raises UsageError."""
+    """`args` with the game's defaults in place of None, checked. Raises UsageError."""
     game = GridGame(args.env_id)
+    scripted = SCRIPTED_OF[game.family]
     defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
+    defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    positive = (
-        "checkpoint_every eval_episodes match_episodes total_timesteps num_envs num_steps learning_rate update_epochs"
-    )
-    positive += (
-        " num_minibatches clip_coef max_grad_norm hidden_size goal_size moa_hidden_size moa_learning_rate moa_updates"
-    )
-    positive += " moa_matches moa_capacity plan_samples transition_learning_rate transition_epochs reward_scale"
-    for name in positive.split():
-        if not 0 < getattr(args, name) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in ("seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, not {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} must lie in 0..1, not {getattr(args, name)}")
-    for name in ("goal", "moa_buffer", "plan_update", "transition"):
-        field = next(f for f in dataclasses.fields(Args) if f.name == name)
-        choices = re.findall(r"'(\w+)'", str(field.type))
-        if getattr(args, name) not in choices:
-            raise UsageError(
-                f"--{name.replace('_', '-')} must be one of {', '.join(choices)}, not {getattr(args, name)!r}"
-            )
+    for name, value in dataclasses.asdict(args).items():
+        kind = str(Args.__dataclass_fields__[name].type)
+        choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
+        if choices:
+            wanted = "" if value in choices else f"one of {', '.join(choices)}"
+        elif name in SHARES:
+            wanted = "" if 0 <= value <= 1 else "in 0..1"
+        elif name in NOT_NEGATIVE:
+            wanted = "" if 0 <= value < math.inf else "at least 0"
+        else:
+            wanted = "" if name not in POSITIVE or 0 < value < math.inf else "positive"
+        if wanted:
+            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
     if args.total_timesteps < args.num_envs * args.num_steps:
-        raise UsageError("--total-timesteps is less than one iteration, --num-envs times --num-steps")
+        raise UsageError("--total-timesteps is less than one iteration (--num-envs times --num-steps)")
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device is available")
     if not re.fullmatch(r"[\w.+-]+", args.exp_name):
@@ -272,7 +249,7 @@ class GridGame:
         stags = range(min(self.item_counts[0], self.num_players // 2) + 1)
         return max(10.0 * s + min(self.item_counts[1], self.num_players - 2 * s) for s in stags) / self.num_players
 
-    def initial_state(self, batch: int, generator: torch.Generator | None = None) -> GameState:
+    def initial_state(self, batch: int, generator: Generator | None = None) -> GameState:
         """A fresh GameState of `batch` games: players on any cells, items on distinct cells, all uniform."""
         players = torch.randint(self.num_cells, (batch, self.num_players), generator=generator, device=self.device)
         order = torch.rand(batch, self.num_cells, generator=generator, device=self.device).argsort(1)
@@ -431,7 +408,7 @@ class GridParallelEnv(ParallelEnv):
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UsageError(f"unknown render mode {render_mode!r}: it is rgb_array, ansi or None")
         self.game, self.render_mode, self.game_state = GridGame(env_id), render_mode, None
-        self.generator = torch.Generator()
+        self.generator = Generator()
         self.generator.seed()  # fresh entropy, until reset is given a seed
         self.possible_agents, self.agents = [f"player_{seat}" for seat in range(self.game.num_players)], []
         box, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
@@ -504,13 +481,7 @@ NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` ki
 
 
 def scripted_actions(
-    game: GridGame,
-    state: GameState,
-    mask: Tensor,
-    kind: Tensor,
-    noisy: Tensor,
-    target: Tensor,
-    generator: torch.Generator,
+    game: GridGame, state: GameState, mask: Tensor, kind: Tensor, noisy: Tensor, target: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat.
 
@@ -554,13 +525,7 @@ class CoPlayers:
     """
 
     def __init__(
-        self,
-        game: GridGame,
-        pool: list,
-        batch: int,
-        match_episodes: int,
-        generator: torch.Generator,
-        fixed: bool = False,
+        self, game: GridGame, pool: list, batch: int, match_episodes: int, generator: Generator, fixed: bool = False
     ):
         self.game, self.batch, self.match_episodes, self.generator = game, batch, match_episodes, generator
         pool = [resolve_co_player(game, entry) for entry in pool]
@@ -579,7 +544,7 @@ class CoPlayers:
         for k, player in enumerate(self.players):
             if player is not None and not isinstance(player, Agent):
                 self.players[k] = [instance_of(player) for _ in range(others)]
-        self.memory = {k: p.initial_memory(batch) for k, p in enumerate(self.players) if isinstance(p, Agent)}
+        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if isinstance(p, Agent)}
         self.pool, self.fixed = torch.tensor(index, device=device), fixed  # [entries] kind
         stem = [name.removesuffix("-noisy") for name in self.names]
         scripted = [p is None and s in SCRIPTED for s, p in zip(stem, self.players, strict=True)]
@@ -696,11 +661,11 @@ def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, objec
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
 class RelativeFeatures:
-    """What networks read of a state: fixed functions of relative cells, summed by kind of item. No parameters.
+    """What networks read of a state: fixed functions of relative cells, summed over items of a kind. No parameters.
 
     Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the cell
-    relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it sees of the
-    items itself. A player that has left, or an item that is gone, adds zero.
+    relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it sees of
+    the items itself. A player that has left, or an item that is gone, adds zero.
     """
 
     def __init__(self, game: GridGame):
@@ -708,25 +673,24 @@ class RelativeFeatures:
         dr = torch.arange(1 - height, height, device=dev).float().repeat_interleave(2 * width - 1)
         dc = torch.arange(1 - width, width, device=dev).float().repeat(2 * height - 1)
         d, size = dr.abs() + dc.abs(), max(height, width)
-        near, far = torch.exp(-d / 1.5), torch.exp(-d / 4.0)
-        ways = [dr < 0, dr > 0, dc < 0, dc > 0]
-        functions = [d >= 0, d == 0, d == 1, d == 2, dr / size, dc / size, dr.abs() / size, dc.abs() / size]
-        functions += [d / size, near, far, *(w * near for w in ways), *(w * far for w in ways), dr == 0, dc == 0]
-        table = torch.stack([f.float() for f in functions], 1)  # [cells, R]
-        self.table = F.pad(table, (0, 0, 0, 1))  # [cells + 1, R]; the last row is for the absent
-        self.absent, self.size = len(table), table.shape[1]
+        near, far, ways = torch.exp(-d / 1.5), torch.exp(-d / 4.0), (dr < 0, dr > 0, dc < 0, dc > 0)
+        functions = [d >= 0, d == 0, d == 1, d == 2, dr == 0, dc == 0, near, far]
+        functions += [x / size for x in (dr, dc, dr.abs(), dc.abs(), d)] + [
+            way * x for way in ways for x in (near, far)
+        ]
+        self.size, self.absent = len(functions), len(d)
+        self.table = F.pad(torch.stack([f.float() for f in functions], 1), (0, 0, 0, 1))  # [relative cells + 1, R]
         cell = torch.arange(game.num_cells, device=dev)
-        line = cell // width * (2 * width - 1) + cell % width
-        centre = (height - 1) * (2 * width - 1) + width - 1
-        self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] position of the other cell
-        self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] position of the own cell
+        line, centre = cell // width * (2 * width - 1) + cell % width, (height - 1) * (2 * width - 1) + width - 1
+        self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] where the other cell lies
+        self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] where the own cell lies
         steps = torch.arange(game.horizon + 1, device=dev).float()
         done, left = steps[:, None].expand(-1, len(steps)), steps.expand(len(steps), -1)
-        clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8)]
-        clock += [left == 1, left == 2, left == 3, left <= 5, done + left < game.horizon, done >= 0]
-        self.clock_table = torch.stack([c.float() for c in clock], 2).flatten(0, 1)  # [(T + 1)^2, 10]
-        self.own_size = self.clock_table.shape[1] + 5 + len(game.item_counts) * self.size
-        self.other_size = (1 + len(game.item_counts)) * self.size
+        clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8), left <= 5]
+        clock += [left == 1, left == 2, left == 3, done + left < game.horizon, done >= 0]
+        self.clock_table = torch.stack([c.float() for c in clock], 2)  # [T + 1, T + 1, 10]
+        self.own_size = len(clock) + 5 + len(game.item_counts) * self.size  # X
+        self.other_size = (1 + len(game.item_counts)) * self.size  # Y
         seats = torch.arange(game.num_players, device=dev)
         self.others = (seats[:, None] + seats[1:]) % game.num_players  # [N, N-1] the co-players of each seat
 
@@ -740,23 +704,22 @@ class RelativeFeatures:
 
     def items(self, own: Tensor, items: Tensor) -> Tensor:
         """[.., kinds * R] what is seen of `items` [.., M] from the cells `own` [..]."""
-        parts = self.index(own.unsqueeze(-1), items).split(self.game.item_counts, -1)
-        sums = [F.embedding_bag(p.reshape(-1, p.shape[-1]), self.table, mode="sum") for p in parts if p.shape[-1]]
-        sums += [self.table.new_zeros(own.numel(), self.size) for p in parts if not p.shape[-1]]
+        kinds = self.index(own.unsqueeze(-1), items).flatten(0, -2).split(self.game.item_counts, 1)
+        none = self.table.new_zeros(own.numel(), self.size)
+        sums = [F.embedding_bag(kind, self.table, mode="sum") if kind.shape[1] else none for kind in kinds]
         return torch.cat(sums, 1).unflatten(0, own.shape)
 
     def clock_and_walls(self, own: Tensor, clock: Tensor) -> Tensor:
-        """[.., 15] functions of the `clock` [.., 2] and the legal moves at the cells `own` [..]."""
-        ticks = self.clock_table[clock[..., 0] * (self.game.horizon + 1) + clock[..., 1]]
-        return torch.cat([ticks, self.game.legal_moves[own]], -1)
+        """[.., 15] functions of the `clock` [.., 2], and the legal moves at the cells `own` [..]."""
+        return torch.cat([self.clock_table[clock[..., 0], clock[..., 1]], self.game.legal_moves[own]], -1)
 
     def __call__(self, state: GameState) -> tuple[Tensor, Tensor]:
         """Own features [B, N, X] and co-players' features [B, N, N-1, Y] of every seat."""
         n = self.game.num_players
         seen = self.items(state.players, state.items.unsqueeze(1).expand(-1, n, -1))
         clock = self.game.clock(state).unsqueeze(1).expand(-1, n, -1)
-        own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
         near = self.cells(state.players.unsqueeze(2), state.players[:, self.others])
+        own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
         return own, torch.cat([near, seen[:, self.others]], 3)
 
 
@@ -779,15 +742,21 @@ class RelativeNetwork(nn.Module):
         self.out = layer(hidden, outputs, gain)
 
     def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] for own [.., X], others [.., N-1, Y] and a goal [.., Z] (or [.., K, Z] for [.., K, outputs])."""
+        """[.., outputs] for own [.., X], others [.., N-1, Y], goal [.., Z]; or [.., K, outputs] for goals [.., K, Z]."""
         return self.head(own, F.relu(self.other(others)).sum(-2), goal)
 
     def head(self, own: Tensor, seen: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] when what is seen of the co-players is already summed, in `seen` [.., H / 2]."""
+        """The same when what is seen of the co-players is already summed, in `seen` [.., H / 2]."""
         first, goal = self.own(own) + self.mix(seen), self.goal(goal)
-        if goal.dim() > first.dim():
-            first = first.unsqueeze(-2)
+        first = first.unsqueeze(-2) if goal.dim() > first.dim() else first
         return self.out(F.relu(self.hidden(F.relu(first + goal))))
+
+    def other_parts(self, relative: RelativeFeatures, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer `other` in two summands: one by relative cell, a row for each of `relative.table`; one of `rest`, the
+        co-players' other features [.., Y - R]."""
+        weight = self.other.weight
+        by_cell = relative.table @ weight[:, : relative.size].T
+        return by_cell, F.linear(rest, weight[:, relative.size :], self.other.bias)
 
 
 def masked(logits: Tensor, mask: Tensor) -> Tensor:
@@ -795,7 +764,7 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, -1e9)
 
 
-def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+def sample(logits: Tensor, generator: Generator) -> Tensor:
     """int64 [..]: draws from softmax(`logits` [.., A]) (Gumbel-max)."""
     uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20)
     return (logits - (-uniform.log()).log()).argmax(-1)
@@ -805,32 +774,38 @@ def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 # Goal model and MOA
 # ---------------------------------------------------------------------------------------------------------------------
 class Memory(NamedTuple):
-    """What a MOA has seen of every seat in the running match, as sums over steps of joint features of (o, a)."""
+    """What a MOA has seen of every seat in the running match, as sums over steps of a joint feature of (o, a)."""
 
     match: Tensor  # float32 [B, N, E + 1] over the match; the last entry counts steps
     episode: Tensor  # float32 [B, N, E + 1] over the episode
 
 
 class MOA(nn.Module):
-    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the subgoal's reconstruction.
+    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the subgoal's decoder.
 
     The encoder sums a feature of each (o_j, a_j) over the match and over the episode, so that it is updated step by step.
     The subgoal of j is the item of its next successful interaction in the episode, or none (after OMG, Yu et al. 2024).
     """
 
-    def __init__(self, relative: RelativeFeatures, hidden: int, goal_size: int, goal: str, oracle_size: int):
+    def __init__(self, relative: RelativeFeatures, hidden: int, latent: int, goal: str):
         super().__init__()
-        game, x, y, r = relative.game, relative.own_size, relative.other_size, relative.size
-        self.relative, self.goal, self.latent, self.summary = relative, goal, goal_size, hidden
-        self.goal_size = oracle_size if goal == "oracle" else goal_size
-        self.step_feature = layer(x + r + game.num_actions, self.summary, 1.0)
-        self.encoder = nn.Sequential(
-            layer(4 * self.summary + 2 + x + r, 2 * hidden), nn.ReLU(), layer(2 * hidden, 2 * self.latent, 0.1)
+        game, own, other, seen = (
+            relative.game,
+            relative.own_size,
+            relative.other_size,
+            relative.own_size + relative.size,
         )
-        self.decoder = RelativeNetwork(x, y, self.goal_size, game.num_actions, hidden, 0.01)
-        self.subgoal = RelativeNetwork(x, y, self.goal_size, len(game.item_counts) * r + 1, hidden, 0.01)
+        self.relative, self.goal, self.summary = relative, goal, hidden
+        self.goal_size = len(SCRIPTED) + 3 + relative.size if goal == "oracle" else latent
+        self.step_feature = layer(seen + game.num_actions, hidden, 1.0)
+        first = layer(4 * hidden + 2 + seen, 2 * hidden)
+        self.encoder = nn.Sequential(first, nn.ReLU(), layer(2 * hidden, 2 * latent, 0.1))
+        self.decoder = RelativeNetwork(own, other, self.goal_size, game.num_actions, hidden, 0.01)
+        queries = len(game.item_counts) * relative.size + 1
+        self.subgoal = RelativeNetwork(own, other, self.goal_size, queries, hidden, 0.01)
 
     def initial_memory(self, batch: int) -> Memory:
+        """The empty memory of B matches."""
         zeros = torch.zeros(batch, self.relative.game.num_players, self.summary + 1, device=self.relative.game.device)
         return Memory(zeros, zeros)
 
@@ -839,8 +814,8 @@ class MOA(nn.Module):
         return torch.cat([own, others[..., : self.relative.size].sum(-2)], -1)
 
     def features(self, seen: Tensor, actions: Tensor, active: Tensor) -> Tensor:
-        """[.., E + 1] what one step adds to the memory: 0 where bool `active` [..] is False."""
-        chosen = F.one_hot(actions, self.relative.game.num_actions).float()
+        """[.., E + 1] what one step adds to the memory; 0 where bool `active` [..] is False."""
+        chosen = F.one_hot(actions, self.relative.game.num_actions)
         feature = torch.tanh(self.step_feature(torch.cat([seen, chosen], -1)))
         return F.pad(feature, (0, 1), value=1.0) * active.unsqueeze(-1)
 
@@ -848,14 +823,13 @@ class MOA(nn.Module):
         """Mean and log standard deviation [.., Z] of q_phi(z | h): sums [.., E + 1] of `memory`, o now in `seen`."""
         inputs = [seen]
         for total in memory:
-            count = total[..., -1:]
-            inputs += [total[..., :-1] / (1.0 + count), 0.1 * total[..., :-1] / (1.0 + 0.02 * count)]
-            inputs += [torch.log1p(count) / 4.0]
+            sums, count = total[..., :-1], total[..., -1:]
+            inputs += [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
         mean, log_std = self.encoder(torch.cat(inputs, -1)).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
     def subgoal_logits(self, cells: Tensor, items: Tensor, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., M + 1] of the next item of players at `cells` [..], of `items` [.., M]; last: none. -1e9 for gone items."""
+        """[.., M + 1] of the next item of players at `cells` [..] among `items` [.., M]; last: none. -1e9 if gone."""
         relative, game = self.relative, self.relative.game
         out = self.subgoal(own, others, goal)
         query = out[..., :-1].unflatten(-1, (len(game.item_counts), relative.size))[..., game.item_kind, :]
@@ -863,27 +837,22 @@ class MOA(nn.Module):
         return torch.cat([masked(scores, items >= 0), out[..., -1:]], -1)
 
 
-def kl_to_standard_normal(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_std)^2) || N(0, 1)) [..], in nats, summed over the last dimension."""
-    return 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std).sum(-1)
-
-
 def true_goals(relative: RelativeFeatures, state: GameState, script: Tensor, noisy: Tensor, target: Tensor) -> Tensor:
-    """[B, N, Zo] what `--goal oracle` tells: the kind (`script` int64 [B, N], -1: not scripted; `noisy` bool [B, N]), and
-    the relative cell of the item that the player walks to (`target` int64 [B, N], -1: none)."""
-    kind = F.one_hot(script + 1, len(SCRIPTED) + 1).float()
+    """float32 [B, N, Z]: what `--goal oracle` tells of every seat. All arguments but `relative` are [B, N].
+
+    The kind (`script` indexes SCRIPTED, -1: not scripted; bool `noisy`), and the relative cell of the item that the player
+    walks to (`target`, -1: none).
+    """
     item = state.items.gather(1, target.clamp(min=0)).masked_fill((target < 0) | (script < 0), -1)
-    flags = torch.stack([noisy, item >= 0], 2).float()
+    kind, flags = F.one_hot(script + 1, len(SCRIPTED) + 1), torch.stack([noisy, item >= 0], 2)
     return torch.cat([kind, flags, relative.cells(state.players, item)], 2)
 
 
 def moa_loss(
-    moa: MOA, batch: "MatchBatch", alpha: float, subgoal_coef: float, pretraining: bool, generator: torch.Generator
+    moa: MOA, batch: "MatchBatch", alpha: float, subgoal_coef: float, pretraining: bool, generator: Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + alpha KL + subgoal_coef * reconstruction over the steps of `batch`, and its terms.
-
-    `pretraining` leaves the first term out: the VAE alone.
-    """
+    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction over the steps of `batch`, and its terms
+    in nats a step. `pretraining` leaves the first term out: the VAE alone."""
     own, others = moa.relative(batch.state)
     mask, active = moa.relative.game.action_mask(batch.state), batch.active.flatten(0, 1)
     rows = active.flatten().nonzero(as_tuple=True)[0]  # [R] of S * L * N
@@ -893,21 +862,19 @@ def moa_loss(
         seen = moa.seen(own, others)
         step = moa.features(seen, batch.actions.flatten(0, 1), active).unflatten(0, batch.start.shape)
         before = step.cumsum(1) - step  # [S, L, N, E + 1] sums over the match, strictly before each step
-        start = batch.start[..., None, None].expand_as(before)
-        history = Memory(before, before - before.gather(1, start))
-        history = Memory(*(total.flatten(0, 2)[rows] for total in history))
+        within = before - before.gather(1, batch.start[..., None, None].expand_as(before))
+        history = Memory(*(total.flatten(0, 2)[rows] for total in (before, within)))
         mean, log_std = moa.encode(history, seen.flatten(0, 1)[rows])
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        goal, kl = mean + noise * log_std.exp(), kl_to_standard_normal(mean, log_std)
+        goal = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
+        kl = 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std).sum(-1)
     else:
         goal = own.new_zeros(len(rows), moa.goal_size) if batch.oracle is None else batch.oracle.flatten(0, 2)[rows]
         kl = own.new_zeros(len(rows))
     own, others, mask = (x.flatten(0, 1)[rows] for x in (own, others, mask))
     logits = masked(moa.decoder(own, others, goal), mask)
     nll = F.cross_entropy(logits, batch.actions.flatten()[rows], reduction="none")
-    game, cells = moa.relative.game, batch.state.players.flatten()[rows]
-    items = batch.state.items[rows // game.num_players]
-    subgoals = moa.subgoal_logits(cells, items, own, others, goal)
+    items = batch.state.items[rows // moa.relative.game.num_players]
+    subgoals = moa.subgoal_logits(batch.state.players.flatten()[rows], items, own, others, goal)
     recon = F.cross_entropy(subgoals, batch.subgoal.flatten()[rows], reduction="none")
     nll, kl, recon = ((weight * term).sum() for term in (nll, kl, recon))
     loss = alpha * kl + subgoal_coef * recon + (0.0 if pretraining else nll)
@@ -920,8 +887,8 @@ def moa_loss(
 class TransitionNetwork(nn.Module):
     """Reward and next value of (o_i, a_i, a_-i): one feed-forward network, no simulator.
 
-    The own action and each co-player's action select a block of the first layer's weights, so that a sampled joint action
-    costs a sum of rows and the layers above it.
+    The own action and each co-player's action select a block of the first layer's weights, so that a sampled joint
+    action costs a sum of rows and the layers above it.
     """
 
     def __init__(self, own: int, other: int, num_actions: int, hidden: int):
@@ -959,7 +926,7 @@ class Decision(NamedTuple):
 
     action: Tensor  # int64 [B, N]
     log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
-    value: Tensor  # float32 [B, N] in units of 1 / reward_scale
+    value: Tensor  # float32 [B, N] of returns times reward_scale
     own: Tensor  # float32 [B, N, X]
     others: Tensor  # float32 [B, N, N-1, Y]
     goal: Tensor  # float32 [B, N, Z] inferred of every seat
@@ -972,19 +939,17 @@ class Decision(NamedTuple):
 class Agent(nn.Module):
     """The learned player: policy, value, MOA, transition network and planner, for every seat of B games at once."""
 
-    def __init__(self, game: GridGame, args: "Args"):
+    def __init__(self, game: GridGame, args: Args):
         super().__init__()
         self.game, self.args, self.relative = game, args, RelativeFeatures(game)
-        relative, hidden, actions = self.relative, args.hidden_size, game.num_actions
-        oracle_size = len(SCRIPTED) + 3 + relative.size
-        self.moa = MOA(relative, args.moa_hidden_size, args.goal_size, args.goal, oracle_size)
-        self.goal_size = self.moa.goal_size
-        other = relative.other_size + self.goal_size
-        self.actor = RelativeNetwork(relative.own_size, other, self.goal_size, actions, hidden, 0.01)
-        self.critic = RelativeNetwork(relative.own_size, other, self.goal_size, 1, hidden, 1.0)
-        self.transition = TransitionNetwork(relative.own_size, other, actions, hidden)
-        self.register_buffer("plan_slope", torch.tensor(args.plan_slope_init))  # regression of (return - V) on Q_plan
-        self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of q_plan over legal actions
+        own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
+        self.moa = MOA(self.relative, args.moa_hidden_size, args.goal_size, args.goal)
+        other, goal = self.relative.other_size + self.moa.goal_size, self.moa.goal_size
+        self.actor = RelativeNetwork(own, other, goal, actions, hidden, 0.01)
+        self.critic = RelativeNetwork(own, other, goal, 1, hidden, 1.0)
+        self.transition = TransitionNetwork(own, other, actions, hidden)
+        self.register_buffer("plan_slope", torch.tensor(0.0))  # running regression of (return - V) on Q_plan
+        self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of centred Q_plan
         self.plan_mode = args.plan_update  # "none" after --plan-until
         self.timer = Timer(False)
         self.to(game.device)
@@ -993,6 +958,11 @@ class Agent(nn.Module):
     def uses_moa(self) -> bool:
         """Whether anything reads the MOA: its goals, or the co-players' actions that it predicts."""
         return self.args.goal == "inferred" or self.args.plan_update != "none"
+
+    @property
+    def plan_beta(self) -> Tensor:
+        """What multiplies centred q_plan: `--plan-beta` over its root mean square, times the slope clipped to 0..1."""
+        return self.args.plan_beta * self.plan_slope.clamp(0.0, 1.0) / self.plan_rms
 
     def on_game(self, env_id: str) -> GridGame:
         """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
@@ -1003,161 +973,140 @@ class Agent(nn.Module):
         self.moa.relative = self.relative
         return game
 
-    def initial_memory(self, batch: int) -> Memory:
-        return self.moa.initial_memory(batch)
-
     @torch.no_grad()
     def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
         """The memory after `actions` [B, N] in `state`; emptied where the episode or the match ended (bool [B])."""
         if self.args.goal != "inferred":
             return memory
-        own, others = self.relative(state)
-        step = self.moa.features(self.moa.seen(own, others), actions, state.players >= 0)
+        step = self.moa.features(self.moa.seen(*self.relative(state)), actions, state.players >= 0)
         clear = [which.view(-1, 1, 1) for which in (match_ended, ended)]
         return Memory(*((total + step).masked_fill(c, 0.0) for total, c in zip(memory, clear, strict=True)))
+
+    def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation [B, N, Z] of every seat's goal: inferred, zero, or the truth `oracle`."""
+        if self.args.goal == "inferred":
+            return self.moa.encode(memory, self.moa.seen(own, others))
+        goal = own.new_zeros(*own.shape[:2], self.moa.goal_size) if oracle is None else oracle
+        return goal, torch.full_like(goal, -30.0)
 
     def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """Co-players' features beside their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z]."""
         theirs = goal[..., self.relative.others, :]
         return torch.cat([others, theirs], -1), theirs.sum(-2)
 
-    def value(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """V [.., N] for features [.., N, X], [.., N, N-1, Y] and the goals [.., N, Z] of all seats."""
+    @torch.no_grad()
+    def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
+        """V [B, N] of every seat."""
+        own, others = self.relative(state)
+        goal, _ = self.infer(memory, own, others, oracle)
         return self.critic(own, *self.with_goals(others, goal)).squeeze(-1)
 
     @torch.no_grad()
     def act(
-        self,
-        state: GameState,
-        mask: Tensor,
-        memory: Memory,
-        seats: Tensor,
-        generator: torch.Generator,
-        oracle: Tensor | None = None,
+        self, state: GameState, mask: Tensor, memory: Memory, seats: Tensor, generator: Generator, oracle: Tensor | None
     ) -> Decision:
-        """A Decision for every seat of `state`; only where bool `seats` [B, N] is True does the planner run.
+        """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True.
 
-        `mask` bool [B, N, A], `memory` of this agent, `oracle` [B, N, Zo] for `--goal oracle`.
+        `mask` bool [B, N, A] of legal actions, `memory` this agent's, `oracle` [B, N, Z] for `--goal oracle`.
         """
         with self.timer("goal inference"):
             own, others = self.relative(state)
-            mean, log_std = self.infer(memory, own, others, oracle)
+            goal, log_std = self.infer(memory, own, others, oracle)
         with self.timer("policy and value"):
-            joined, total = self.with_goals(others, mean)
-            logits = masked(self.actor(own, joined, total), mask)
+            joined, total = self.with_goals(others, goal)
+            prior = masked(self.actor(own, joined, total), mask).log_softmax(-1)
             value = self.critic(own, joined, total).squeeze(-1)
-        q_plan = torch.zeros_like(logits)
-        prior = logits.log_softmax(-1)
+        q_plan = torch.zeros_like(prior)
         if self.plan_mode != "none":
             with self.timer("planner"):
-                seats = seats & (state.players >= 0) & (mask.sum(-1) > 1)
-                q_plan = self.plan(state, mask, own, others, mean, log_std, seats, generator)
+                games, seat = (seats & (state.players >= 0) & (mask.sum(-1) > 1)).nonzero(as_tuple=True)  # D decisions
+                with self.timer("MOA sampling"):
+                    joint = self.sample_joint_actions(own, others, goal, log_std, mask, generator)
+                if self.args.transition == "simulator":
+                    q_plan[games, seat] = self.score_simulator(state, mask, goal, joint, games, seat)
+                else:
+                    q_plan[games, seat] = self.score_network(own, joined, mask, joint, games, seat)
         offset = self.plan_beta * centred(q_plan, mask)
         policy = masked(offset if self.plan_mode == "hop" else prior + offset, mask).log_softmax(-1)
         action = sample(policy, generator)
         log_prob = policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        return Decision(action, log_prob, value, own, others, mean, mask, q_plan, offset, prior)
+        return Decision(action, log_prob, value, own, others, goal, mask, q_plan, offset, prior)
 
-    @property
-    def plan_beta(self) -> Tensor:
-        """What multiplies q_plan: `--plan-beta` standard deviations, and for `offset` times the clipped slope."""
-        calibration = self.plan_slope.clamp(0.0, 1.0) if self.plan_mode == "offset" else 1.0
-        return self.args.plan_beta * calibration / self.plan_rms
+    def sample_joint_actions(self, own, others, goal, log_std, mask, generator) -> Tensor:
+        """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of samples serves every own
+        action (common random numbers) and every observer, since what is inferred of j is the same for all."""
+        shape = (*goal.shape[:2], self.args.plan_samples, goal.shape[2])
+        noise = torch.randn(shape, generator=generator, device=goal.device)
+        goals = goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)  # [B, N, K, Z]
+        return sample(masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2)), generator).transpose(1, 2)
 
-    def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation [B, N, Z] of every seat's goal: inferred, true (`oracle`), or zero."""
-        if self.args.goal == "inferred":
-            return self.moa.encode(memory, self.moa.seen(own, others))
-        goal = oracle if self.args.goal == "oracle" else own.new_zeros(*own.shape[:-1], self.goal_size)
-        return goal, torch.full_like(goal, -30.0)
+    def chunks(self, count: int) -> tuple[Tensor, ...]:
+        """Indices 0..count-1 of rows of K samples, in parts: on a CPU few enough rows at a time to stay in its cache."""
+        size = max(1, 4096 // self.args.plan_samples) if self.game.device.type == "cpu" else max(1, count)
+        return torch.arange(count, device=self.game.device).split(size)
 
-    def plan(self, state, mask, own, others, mean, log_std, seats, generator) -> Tensor:
-        """Q_plan [B, N, A]: E[r + gamma V(o')] over K sampled joint actions of the co-players; 0 where not `seats`.
-
-        The same samples serve every own action, and every observer (common random numbers; one sample of z_j and a_j a seat).
-        """
-        with self.timer("moa sampling"):
-            noise = torch.randn(
-                *mean.shape[:2], self.args.plan_samples, mean.shape[2], generator=generator, device=mean.device
-            )
-            goals = mean.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)  # [B, N, K, Z]
-            predicted = masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2))
-            joint = sample(predicted, generator).transpose(1, 2)  # [B, K, N]
-        games, seat = seats.nonzero(as_tuple=True)  # D decisions
-        score = self.score_simulator if self.args.transition == "simulator" else self.score_network
-        q_plan = torch.zeros(mask.shape, device=own.device)
-        q_plan[games, seat] = score(state, mask, own, others, mean, joint, games, seat)
-        return q_plan
-
-    def score_network(self, state, mask, own, others, goal, joint, games, seat) -> Tensor:
-        """[D, A]: mean over K joint actions [B, K, N] of r_hat + gamma V_hat' by the transition network."""
-        joined, _ = self.with_goals(others, goal)
-        mine, theirs = self.transition.blocks(own[games, seat], joined[games, seat])  # [D, A, H], [D, N-1, A, H]
-        taken = joint[games].gather(
-            2, self.relative.others[seat].unsqueeze(1).expand(-1, joint.shape[1], -1)
-        )  # [D, K, N-1]
-        index = taken.transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, theirs.shape[3])
-        theirs = theirs.gather(2, index).sum(1)  # [D, K, H]
-        which, action = mask[games, seat].nonzero(as_tuple=True)
-        scores = mine.new_zeros(len(games), self.game.num_actions)
-        for p in torch.arange(len(which), device=which.device).split(self.chunk(joint.shape[1])):
+    def score_network(self, own, others, mask, joint, games, seat) -> Tensor:
+        """[D, A]: mean over the K joint actions of r_hat + gamma V_hat', by the transition network."""
+        mine, theirs = self.transition.blocks(own[games, seat], others[games, seat])  # [D, A, H], [D, N-1, A, H]
+        slots = self.relative.others[seat].unsqueeze(1).expand(-1, joint.shape[1], -1)
+        taken = joint[games].gather(2, slots).transpose(1, 2).unsqueeze(3)  # [D, N-1, K, 1]
+        theirs = theirs.gather(2, taken.expand(-1, -1, -1, theirs.shape[3])).sum(1)  # [D, K, H]
+        which, action = mask[games, seat].nonzero(as_tuple=True)  # P legal (decision, action) pairs
+        scores = own.new_zeros(len(games), self.game.num_actions)
+        for p in self.chunks(len(which)):
             reward, value = self.transition.outcome(mine[which[p], action[p]].unsqueeze(1) + theirs[which[p]])
             scores[which[p], action[p]] = (reward + self.args.gamma * value).mean(1)
         return scores
 
-    def score_simulator(self, state, mask, own, others, goal, joint, games, seat) -> Tensor:
-        """[D, A]: mean over K joint actions [B, K, N] of r + gamma V(o') by exact steps of the game.
+    def score_simulator(self, state, mask, goal, joint, games, seat) -> Tensor:
+        """[D, A]: mean over the K joint actions of r + gamma V(o'), by exact steps of the game.
 
-        A move changes nothing but the own cell: the game is stepped once for all own moves, and once for the interaction of
-        those who stand on an item.
+        A move changes nothing but the own cell: so the game is stepped once for all the own moves of a decision, and once
+        for the interaction if the player stands on an item. These V steps show the outcomes of all P legal pairs.
         """
-        game, relative, samples = self.game, self.relative, joint.shape[1]
+        game, relative, samples, d = (
+            self.game,
+            self.relative,
+            joint.shape[1],
+            torch.arange(len(games), device=goal.device),
+        )
         with self.timer("transition"):
-            legal, d = mask[games, seat], torch.arange(len(games), device=own.device)
-            on_item, interaction = legal[:, STAY + 1 :].nonzero(as_tuple=True)
-            variant_of = d.unsqueeze(1).repeat(
-                1, game.num_actions
-            )  # [D, A] row of the step that shows the action's outcome
-            variant_of[on_item, interaction + STAY + 1] = len(games) + torch.arange(len(on_item), device=own.device)
-            source = torch.cat([d, on_item])  # [V] decision
-            first = torch.cat([torch.full_like(d, STAY), interaction + STAY + 1])  # [V] own action
+            legal = mask[games, seat]
+            on_item, taking = legal[:, STAY + 1 :].nonzero(as_tuple=True)
+            v_of = d.unsqueeze(1).repeat(1, game.num_actions)  # [D, A] which step shows the outcome
+            v_of[on_item, taking + STAY + 1] = len(d) + torch.arange(len(on_item), device=d.device)
+            source, own_action = (
+                torch.cat([d, on_item]),
+                torch.cat([torch.full_like(d, STAY), taking + STAY + 1]),
+            )  # [V]
             at, me = games[source], seat[source]
             slot = me.view(-1, 1, 1).expand(-1, samples, 1)
-            actions = joint[at].scatter(2, slot, first.view(-1, 1, 1).expand(-1, samples, 1))
-            after, reward, terminated, _ = game.step(state.rows(at.repeat_interleave(samples)), actions.flatten(0, 1))
-            players, items = after.players.unflatten(0, (-1, samples)), after.items.unflatten(0, (-1, samples))
-            clock = game.clock(after).unflatten(0, (-1, samples))  # [V, K, 2]
-            reward = reward.unflatten(0, (-1, samples)).gather(2, slot).squeeze(2) * self.args.reward_scale
-            which, action = legal.nonzero(as_tuple=True)  # P legal (decision, action) pairs
-            v = variant_of[which, action]
-            moved = game.next_cell[state.players[games, seat][which], action].unsqueeze(1)
-            mine = torch.where((action <= STAY).unsqueeze(1), moved, players.gather(2, slot).squeeze(2)[v])  # [P, K]
-        with self.timer("value"):
-            cells = players.gather(2, relative.others[me].unsqueeze(1).expand(-1, samples, -1))  # [V, K, N-1]
-            seen = relative.items(cells, items.unsqueeze(2).expand(-1, -1, cells.shape[2], -1))
-            theirs = goal[at.unsqueeze(1), relative.others[me]]  # [V, N-1, Z]
-            # first layer of the critic for co-players: one part by step, one part by relative cell, looked up in a table
-            weight, total = self.critic.other.weight, theirs.sum(1).unsqueeze(1)
-            by_step = F.linear(
-                torch.cat([seen, theirs.unsqueeze(1).expand(-1, samples, -1, -1)], 3), weight[:, relative.size :]
+            actions = joint[at].scatter(2, slot, own_action.view(-1, 1, 1).expand(-1, samples, 1))
+            after, reward, ended, _ = game.step(state.rows(at.repeat_interleave(samples)), actions.flatten(0, 1))
+            players, items, clock, reward, ended = (
+                x.unflatten(0, (-1, samples)) for x in (after.players, after.items, game.clock(after), reward, ended)
             )
-            by_step += self.critic.other.bias
-            by_cell = relative.table @ weight[:, : relative.size].T  # [cells + 1, H / 2]
-            alive = ~terminated.unflatten(0, (-1, samples))
-            value = torch.empty_like(mine, dtype=torch.float32)
-            for p in torch.arange(len(v), device=v.device).split(self.chunk(samples)):
-                step, cell = v[p], mine[p]
-                pair = by_cell[relative.index(cell.unsqueeze(2), cells[step])]
-                pair = pair.add_(by_step[step]).relu_().sum(2)
-                x = torch.cat([relative.clock_and_walls(cell, clock[step]), relative.items(cell, items[step])], 2)
-                value[p] = self.critic.head(x, pair, total[step]).squeeze(2) * ((cell >= 0) & alive[step])
-        scores = own.new_zeros(len(games), game.num_actions)
-        scores[which, action] = (reward[v] + self.args.gamma * value).mean(1)
+            reward = reward.gather(2, slot).squeeze(2) * self.args.reward_scale
+            which, action = legal.nonzero(as_tuple=True)
+            v = v_of[which, action]
+            moved = game.next_cell[state.players[games, seat][which], action].unsqueeze(1)
+            cell = torch.where((action <= STAY).unsqueeze(1), moved, players.gather(2, slot).squeeze(2)[v])  # [P, K]
+        with self.timer("value"):
+            others = players.gather(2, relative.others[me].unsqueeze(1).expand(-1, samples, -1))  # [V, K, N-1]
+            seen = relative.items(others, items.unsqueeze(2).expand(-1, -1, others.shape[2], -1))
+            theirs = goal[at.unsqueeze(1), relative.others[me]].unsqueeze(1)  # [V, 1, N-1, Z]
+            by_cell, by_step = self.critic.other_parts(
+                relative, torch.cat([seen, theirs.expand(-1, samples, -1, -1)], 3)
+            )
+            scores, total = goal.new_zeros(len(d), game.num_actions), theirs.sum(2)
+            for p in self.chunks(len(v)):
+                step = v[p]
+                pair = by_cell[relative.index(cell[p].unsqueeze(2), others[step])].add_(by_step[step]).relu_().sum(2)
+                own = relative.clock_and_walls(cell[p], clock[step]), relative.items(cell[p], items[step])
+                value = self.critic.head(torch.cat(own, 2), pair, total[step]).squeeze(2)
+                value = value * ((cell[p] >= 0) & ~ended[step])  # nothing follows a termination or for who has left
+                scores[which[p], action[p]] = (reward[step] + self.args.gamma * value).mean(1)
         return scores
-
-    def chunk(self, samples: int) -> int:
-        """Decisions' rows scored at a time: on a CPU few enough to stay in its cache."""
-        return max(1, 4096 // samples) if self.game.device.type == "cpu" else 1 << 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1292,7 +1241,7 @@ class MOABuffer:
             "moa/buffer_age": float(age),
         }
 
-    def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: torch.Generator) -> MatchBatch:
+    def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: Generator) -> MatchBatch:
         """`matches` ended matches, uniformly, with replacement."""
         rows = torch.randint(len(self), (matches,), generator=generator, device=self.game.device)
         return self.batch_of(self.batch + rows, relative, oracle)
@@ -1333,10 +1282,10 @@ class MOABuffer:
 def generalised_advantages(
     rewards: Tensor, values: Tensor, next_values: Tensor, goes_on: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
-    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16).
+    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments [T, B, N].
 
-    All arguments are [T, B, N]. `next_values`: V of the player's next state; 0 where the player left or the game terminated,
-    V of the final state where it was truncated. `goes_on` bool: the next row continues the player's episode.
+    `next_values`: V of the player's next state; 0 where the player left or the game terminated; V of the final state where
+    it was truncated. bool `goes_on`: the next row continues the player's episode.
     """
     delta = rewards + gamma * next_values - values
     advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
@@ -1346,316 +1295,255 @@ def generalised_advantages(
     return advantages
 
 
-def ppo_loss(agent: Agent, rows: dict[str, Tensor], args: "Args", ent_coef: float) -> tuple[Tensor, dict]:
-    """Loss of one minibatch of R rows, and its terms by row.
+def ppo_loss(
+    actor: nn.Module, critic: nn.Module, rows: dict[str, Tensor], args: Args, ent_coef: Tensor, imitate: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a minibatch of R rows, and its terms [R].
 
-    Clipped PPO on the policy that acted: log pi_theta plus the stored planner's offset, so the ratio is exact. While the
-    planner acts alone (`hop`), cross-entropy towards its policy, and a value that learns from both the lambda-return and
-    the planner (Huang et al. 2024, section 3.3).
+    Clipped PPO on the policy that acted: log pi_theta plus the planner's stored offset, so that the ratio is exact. Where
+    the planner acted alone, `imitate`: cross-entropy towards its policy (HOP, Huang et al. 2024, section 3.3).
     """
-    own, others, goal, mask = rows["own"], rows["others"], rows["goal"], rows["mask"]
-    prior = masked(agent.actor(own, others, goal), mask)
-    value = agent.critic(own, others, goal).squeeze(-1)
-    terms = {}
-    if agent.plan_mode == "hop":
-        target = masked(rows["offset"], mask).softmax(-1)
-        log_policy = prior.log_softmax(-1)
-        policy_loss = -(target * log_policy).sum(-1)
+    own, others, goal, mask, offset = (rows[name] for name in ("own", "others", "goal", "mask", "offset"))
+    prior = masked(actor(own, others, goal), mask)
+    log_policy = (prior if imitate else prior + offset).log_softmax(-1)
+    entropy = -(log_policy.exp() * log_policy).sum(-1)
+    terms = {"value": 0.5 * (critic(own, others, goal).squeeze(-1) - rows["return"]).square(), "entropy": entropy}
+    if imitate:
+        terms["policy"] = -(masked(offset, mask).softmax(-1) * log_policy).sum(-1)
     else:
-        log_policy = (prior + rows["offset"]).log_softmax(-1)
         log_ratio = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - rows["log_prob"]
-        ratio = log_ratio.exp()
-        advantage = rows["advantage"]
+        ratio, advantage = log_ratio.exp(), rows["advantage"]
+        if args.norm_adv:
+            advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
         clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-        policy_loss = -torch.minimum(advantage * ratio, advantage * clipped)
-        terms["approx_kl"] = (ratio - 1.0 - log_ratio).detach()
+        terms["policy"] = -torch.minimum(advantage * ratio, advantage * clipped)
+        terms["approx_kl"] = ratio - 1.0 - log_ratio
         terms["clip_fraction"] = ((ratio - 1.0).abs() > args.clip_coef).float()
-    value_loss = 0.5 * (value - rows["return"]).square()
-    entropy = -(log_policy.exp() * log_policy.clamp(min=-50.0)).sum(-1)
-    loss = policy_loss.mean() + args.vf_coef * value_loss.mean()
-    if agent.plan_mode != "hop":
-        loss = loss - ent_coef * entropy.mean()
-    terms |= {"policy": policy_loss.detach(), "value": value_loss.detach(), "entropy": entropy.detach()}
-    return loss, terms
+    loss = terms["policy"].mean() + args.vf_coef * terms["value"].mean()
+    loss = loss if imitate else loss - ent_coef * entropy.mean()
+    return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def update_policy(
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
-    rows: dict[str, Tensor],
-    args: "Args",
-    ent_coef: float,
-    generator: torch.Generator,
-    loss_of: Callable,
-) -> dict[str, Tensor]:
-    """PPO epochs over R rows of the learner's seats; returns means over all minibatches, the losses by seat as well."""
-    n, count = agent.game.num_players, len(rows["action"])
-    sums: dict[str, Tensor] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for _ in range(args.update_epochs):
-        for index in torch.randperm(count, generator=generator, device=agent.game.device).tensor_split(
-            args.num_minibatches
-        ):
-            minibatch = {name: value[index] for name, value in rows.items()}
-            if args.norm_adv and len(index) > 1:
-                advantage = minibatch["advantage"]
-                minibatch["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-            loss, terms = loss_of(agent, minibatch, args, ent_coef)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            seats = F.one_hot(minibatch["seat"], n).float()
-            for name, term in terms.items():
-                by_seat = torch.cat([term.unsqueeze(0) @ seats, seats.sum(0, keepdim=True)])  # [2, N]
-                sums[name] = sums.get(name, 0) + by_seat
-            sums["grad_norm"] = sums.get("grad_norm", 0) + torch.stack([norm, torch.ones_like(norm)]).unsqueeze(1)
-    metrics = {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
-    for name in ("policy", "value"):
-        for seat in range(n):
-            metrics[f"losses/{name}_seat_{seat}"] = sums[name][0, seat] / sums[name][1, seat].clamp(min=1)
-    return metrics
-
-
-def update_transition(
-    agent: Agent, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor], args: "Args", generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Regression of the reward and TD of the next value, over R rows of every seat; returns means over minibatches."""
-    metrics = {"losses/transition_reward": 0.0, "losses/transition_value": 0.0}
-    parts = args.transition_epochs * args.num_minibatches
-    for _ in range(args.transition_epochs):
-        order = torch.randperm(len(rows["action"]), generator=generator, device=agent.game.device)
-        for index in order.tensor_split(args.num_minibatches):
-            part = {name: value[index] for name, value in rows.items()}
-            reward, value = agent.transition(part["own"], part["others"], part["action"], part["other_actions"])
-            reward_loss = (reward - part["reward"]).square().mean()
-            value_loss = (value - part["next_value"]).square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            (reward_loss + value_loss).backward()
-            optimizer.step()
-            metrics["losses/transition_reward"] += reward_loss.detach() / parts
-            metrics["losses/transition_value"] += value_loss.detach() / parts
-    return metrics
-
-
-class Rollout(NamedTuple):
-    """T steps of B games, and what the learner's seats earned."""
-
-    rows: dict[str, Tensor]  # [T, B, N, ..]: what ppo_loss and update_transition read
-    learner: Tensor  # bool [T, B, N] a seat of the learner, still in the game
-    active: Tensor  # bool [T, B, N] any seat still in the game
+def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
+    """`epochs` passes over `rows` [R, ..], each in `parts` random parts."""
+    some = next(iter(rows.values()))
+    for _ in range(epochs):
+        for index in torch.randperm(len(some), generator=generator, device=some.device).tensor_split(parts):
+            if len(index):
+                yield {name: value[index] for name, value in rows.items()}
 
 
 class Trainer:
     """All that changes while a run goes on: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 
-    def __init__(self, args: "Args"):
+    def __init__(self, args: Args):
         self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
         torch.manual_seed(args.seed)
         self.game = game = GridGame(args.env_id, self.device)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.agent = Agent(game, args)
-        policy = [*self.agent.actor.parameters(), *self.agent.critic.parameters()]
+        self.generator = Generator(self.device).manual_seed(args.seed)
+        self.agent = agent = Agent(game, args)
+        policy = [*agent.actor.parameters(), *agent.critic.parameters()]
         self.optimizers = {
-            "policy": torch.optim.Adam(policy, lr=args.learning_rate, eps=1e-5),
-            "moa": torch.optim.Adam(self.agent.moa.parameters(), lr=args.moa_learning_rate, eps=1e-5),
-            "transition": torch.optim.Adam(
-                self.agent.transition.parameters(), lr=args.transition_learning_rate, eps=1e-5
-            ),
+            "policy": torch.optim.Adam(policy, args.learning_rate, eps=1e-5),
+            "moa": torch.optim.Adam(agent.moa.parameters(), args.moa_learning_rate, eps=1e-5),
+            "transition": torch.optim.Adam(agent.transition.parameters(), args.transition_learning_rate, eps=1e-5),
         }
         pool = args.co_players.split(",")
         self.co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, self.generator)
         self.buffer = MOABuffer(game, args.num_envs, args.moa_capacity, args.match_episodes, args.moa_buffer)
         self.state = game.initial_state(args.num_envs, self.generator)
-        self.memory = self.agent.initial_memory(args.num_envs)
+        self.memory = agent.moa.initial_memory(args.num_envs)
         self.returns = torch.zeros(args.num_envs, game.num_players, device=self.device)  # of the running episodes
         self.global_step, self.iteration, self.pretrained = 0, 0, 0
-        self.loss_of, self.seconds = ppo_loss, 0.0
-        self.log: dict[str, list] = {}
+        self.log: dict[str, list[float]] = collections.defaultdict(list)  # of the episodes that ended in this iteration
+        self.ppo_loss = ppo_loss
+        if args.compile:
+            self.ppo_loss = torch.compile(ppo_loss, dynamic=True)
+            for function in ("step", "hits", "action_mask"):
+                setattr(game, function, torch.compile(getattr(game, function), dynamic=True))
+            agent.critic.head = torch.compile(agent.critic.head, dynamic=True)
+            agent.transition.outcome = torch.compile(agent.transition.outcome, dynamic=True)
 
-    def rollout(self) -> Rollout:
-        """Plays `--num-steps` steps in every game; episodes that end start anew."""
-        args, game, agent, timer = self.args, self.game, self.agent, self.agent.timer
+    def rollout(self) -> dict[str, Tensor]:
+        """Plays `--num-steps` steps in every game, ended episodes starting anew; the fields of Decision and more, [T, B, N, ..]."""
+        args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
         kept: dict[str, list[Tensor]] = collections.defaultdict(list)
-        value = None
-        if agent.uses_moa and not args.freeze_moa:
-            self.memory = self.buffer.memory(agent.moa, self.co_players.episode)
+        if args.goal == "inferred" and not args.freeze_moa:
+            with timer("memory"):
+                self.memory = self.buffer.memory(agent.moa, co_players.episode)
         for _ in range(args.num_steps):
-            state, co_players = self.state, self.co_players
-            mask, learner = game.action_mask(state), co_players.learner & (state.players >= 0)
+            state, learner, episode = self.state, co_players.learner, co_players.episode
+            mask = game.action_mask(state)
             with timer("co-players"):
                 actions = co_players.act(state, mask)
             with timer("compute_action"):
-                decision = agent.act(
-                    state, mask, self.memory, co_players.learner, self.generator, co_players.oracle(agent, state)
-                )
-            if value is not None:
-                kept["next_value"].append(torch.where(kept["goes_on"][-1], decision.value, kept["final_value"].pop()))
-            actions = torch.where(co_players.learner, decision.action, actions)
+                oracle = co_players.oracle(agent, state)
+                decision = agent.act(state, mask, self.memory, learner, self.generator, oracle)
+            actions = torch.where(learner, decision.action, actions)
             with timer("game"):
                 after, reward, terminated, truncated = game.step(state, actions)
-            ended = terminated | truncated
-            with timer("moa buffer"):
-                if agent.uses_moa:
-                    self.buffer.add(state, actions, co_players, reward, after)
-            final_value = torch.zeros_like(reward)
+            ended, here = terminated | truncated, state.players >= 0
+            final_value, none = torch.zeros_like(reward), torch.zeros_like(ended)
             if truncated.any():
-                none = torch.zeros_like(ended)
                 with timer("compute_action"):
                     memory = agent.remember(self.memory, state, actions, none, none)
-                    final_value = self.value_of(after, memory) * (truncated.unsqueeze(1) & (after.players >= 0))
-            goes_on = (after.players >= 0) & ~ended.unsqueeze(1)
-            mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
-            others = actions[:, agent.relative.others]  # [B, N, N-1]
-            values = {**decision._asdict(), "reward": mixed * args.reward_scale, "other_actions": others}
-            values |= {"action": actions, "goes_on": goes_on, "learner": learner, "active": state.players >= 0}
-            for name, field in values.items():
-                kept[name].append(field)
-            kept["final_value"].append(final_value)
-            value = decision.value
-            self.returns += reward
-            with timer("goal memory"):
-                self.memory = agent.remember(
-                    self.memory, state, actions, ended, ended & (co_players.episode + 1 >= args.match_episodes)
-                )
-            if ended.any():
-                self.record(ended, after)
-                self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
-            else:
-                self.state = after
-            self.global_step += args.num_envs
-            match_ended = co_players.observe(state, actions, ended)
+                    final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & (after.players >= 0))
+            with timer("memory"):
+                match_ended = ended & (episode + 1 >= args.match_episodes)
+                self.memory = agent.remember(self.memory, state, actions, ended, match_ended)
             if agent.uses_moa:
-                self.buffer.end(match_ended, self.global_step)
+                with timer("MOA buffer"):
+                    self.buffer.add(state, actions, co_players, reward, after)
+                    self.buffer.end(match_ended, self.global_step)
+            goes_on = (after.players >= 0) & ~ended.unsqueeze(1)
+            if kept["value"]:
+                kept["next_value"].append(torch.where(kept["goes_on"][-1], decision.value, kept["final_value"][-1]))
+            mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
+            fields = {**decision._asdict(), "reward": mixed * args.reward_scale, "goes_on": goes_on, "active": here}
+            fields |= {"action": actions, "other_actions": actions[:, agent.relative.others], "learner": learner & here}
+            for name, field in {**fields, "final_value": final_value}.items():
+                kept[name].append(field)
+            self.returns += reward
+            self.state, self.global_step = after, self.global_step + args.num_envs
+            if ended.any():
+                self.record(ended)
+                self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
+            co_players.observe(state, actions, ended)
         with timer("compute_action"):
-            last = self.value_of(self.state, self.memory)
-        kept["next_value"].append(torch.where(kept["goes_on"][-1], last, kept["final_value"].pop()))
-        rows = {name: torch.stack(fields) for name, fields in kept.items() if fields}
-        learner, active = rows.pop("learner"), rows.pop("active")
-        return Rollout(rows, learner, active)
+            last = agent.value(self.state, self.memory, co_players.oracle(agent, self.state))
+        kept["next_value"].append(torch.where(kept["goes_on"][-1], last, kept["final_value"][-1]))
+        return {name: torch.stack(fields) for name, fields in kept.items()}
 
-    @torch.no_grad()
-    def value_of(self, state: GameState, memory: Memory) -> Tensor:
-        """V [B, N] of `state`."""
-        own, others = self.agent.relative(state)
-        goal, _ = self.agent.infer(memory, own, others, self.co_players.oracle(self.agent, state))
-        return self.agent.value(own, others, goal)
-
-    def record(self, ended: Tensor, after: GameState) -> None:
-        """Notes the returns of the episodes that ended in the games of bool [B] `ended`."""
-        co_players = self.co_players
-        for kind, seat, total in zip(
-            co_players.kind[ended].flatten().tolist(),
-            [*range(self.game.num_players)] * int(ended.sum()),
-            self.returns[ended].flatten().tolist(),
-            strict=True,
+    def record(self, ended: Tensor) -> None:
+        """Notes the returns of the episodes that ended in the games of bool [B] `ended`, by kind and by the learner's seat."""
+        kinds, returns = self.co_players.kind[ended].tolist(), self.returns[ended].tolist()
+        for kind, seat, total in (
+            (k, i, r)
+            for ks, rs in zip(kinds, returns, strict=True)
+            for i, (k, r) in enumerate(zip(ks, rs, strict=True))
         ):
-            self.log.setdefault(f"returns/{co_players.names[kind]}", []).append(total)
+            self.log[f"returns/{self.co_players.names[kind]}"].append(total)
             if kind == 0:
-                self.log.setdefault(f"returns/seat_{seat}", []).append(total)
-                self.log.setdefault("charts/episodic_return", []).append(total)
-        self.log.setdefault("charts/episodic_length", []).extend(after.time[ended].tolist())
+                self.log[f"returns/seat_{seat}"].append(total)
+                self.log["charts/episodic_return"].append(total)
+        self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
         self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
 
-    def update(self, rollout: Rollout) -> dict[str, Tensor]:
-        """One iteration's updates of MOA, transition network, policy and value; returns metrics."""
+    def iterate(self) -> dict[str, Tensor]:
+        """One iteration, rollout and updates; returns metrics."""
         args, agent, timer = self.args, self.agent, self.agent.timer
-        metrics = {}
-        if agent.uses_moa and not args.freeze_moa:
-            with timer("moa"):
-                metrics |= self.update_moa(pretraining=False)
-        rows, planned = rollout.rows, agent.plan_mode != "none"
-        advantages = generalised_advantages(
-            rows["reward"], rows["value"], rows["next_value"], rows["goes_on"], args.gamma, args.gae_lambda
-        )
-        rows["advantage"], rows["return"] = advantages, advantages + rows["value"]
-        rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
-        if agent.args.transition == "network" and args.plan_update != "none" and planned:
-            with timer("transition"):
-                names = ("own", "others", "action", "other_actions", "reward", "next_value")
-                part = {name: rows[name][rollout.active] for name in names}
-                metrics |= update_transition(agent, self.optimizers["transition"], part, args, self.generator)
-        learner = rollout.learner
-        rows["seat"] = torch.arange(self.game.num_players, device=self.device).expand(learner.shape)
-        rows = {name: value[learner] for name, value in rows.items()}
-        if planned:
-            metrics |= self.calibrate(rows)
-        if agent.plan_mode == "hop":
-            expected = (masked(rows["offset"], rows["mask"]).softmax(-1) * rows["q_plan"]).sum(-1)
-            mean = 0.5 * (rows["return"] + expected)
-            rows["return"] = torch.where(rows["mask"].sum(-1) > 1, mean, rows["return"])
-        with timer("ppo"):
-            decay = 1.0 - (self.global_step / args.total_timesteps if args.anneal else 0.0)
-            ent_coef = args.ent_coef * max(decay, args.ent_floor)
-            metrics |= update_policy(
-                agent, self.optimizers["policy"], rows, args, ent_coef, self.generator, self.loss_of
-            )
+        done = self.global_step / args.total_timesteps
+        agent.plan_mode = args.plan_update if done < args.plan_until else "none"
+        rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
+        for group in self.optimizers["policy"].param_groups:
+            group["lr"] = rate
+        with timer("rollout"):
+            rows = self.rollout()
+        metrics = {"charts/learning_rate": torch.tensor(rate)}
+        with timer("update"):
+            if agent.uses_moa:
+                metrics |= self.buffer.statistics(self.global_step)
+                with timer("MOA"):
+                    metrics |= {} if args.freeze_moa else self.update_moa(pretraining=False)
+            rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
+            if agent.plan_mode != "none" and args.transition == "network":
+                with timer("transition"):
+                    metrics |= self.update_transition(rows)
+            with timer("PPO"):
+                metrics |= self.update_policy(
+                    rows, args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
+                )
+        self.iteration += 1
+        return metrics
+
+    def update_policy(self, rows: dict[str, Tensor], ent_coef: float) -> dict[str, Tensor]:
+        """PPO, or imitation of the planner, on the learner's seats in a rollout; means over minibatches, losses by seat too."""
+        args, agent, n = self.args, self.agent, self.game.num_players
+        values, goes_on = (rows["value"], rows["next_value"]), rows["goes_on"]
+        rows["advantage"] = generalised_advantages(rows["reward"], *values, goes_on, args.gamma, args.gae_lambda)
+        rows["return"] = rows["advantage"] + rows["value"]
+        rows["seat"] = torch.arange(n, device=self.device).expand(goes_on.shape)
+        learner = rows["learner"]
+        unused = ("learner", "active", "goes_on", "final_value", "next_value", "other_actions", "reward")
+        rows = {name: value[learner] for name, value in rows.items() if name not in unused}  # [R, ..]
+        metrics = {} if agent.plan_mode == "none" else self.calibrate(rows)
         residual = rows["return"] - rows["value"]
         metrics["losses/explained_variance"] = 1.0 - residual.var() / rows["return"].var().clamp(min=1e-9)
+        if imitate := agent.plan_mode == "hop":
+            expected = (masked(rows["offset"], rows["mask"]).softmax(-1) * rows["q_plan"]).sum(-1)
+            rows["return"] = torch.where(rows["mask"].sum(-1) > 1, 0.5 * (rows["return"] + expected), rows["return"])
+        parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
+        sums: dict[str, Tensor | float] = collections.defaultdict(float)  # [2, N]: sums and counts by seat
+        for part in minibatches(rows, args.update_epochs, args.num_minibatches, self.generator):
+            loss, terms = self.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(ent_coef), imitate)
+            self.optimizers["policy"].zero_grad(set_to_none=True)
+            loss.backward()
+            terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).expand(len(part["seat"]))
+            self.optimizers["policy"].step()
+            seats = F.one_hot(part["seat"], n).float()
+            for name, term in terms.items():
+                sums[name] = sums[name] + torch.stack([term @ seats, seats.sum(0)])
+        metrics |= {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
+        for name in ("policy", "value"):
+            means = sums[name][0] / sums[name][1].clamp(min=1)
+            metrics |= {f"losses/{name}_seat_{seat}": means[seat] for seat in range(n)}
         return metrics
 
     def calibrate(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Regression of (return - V) on (Q_plan(a) - E_pi Q_plan) over the rollout's R rows: the planner's slope."""
+        """Regression of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows, and Q_plan's scale; both set beta."""
         agent, q_plan, mask = self.agent, rows["q_plan"], rows["mask"]
-        policy = masked(rows["prior"] + rows["offset"], mask).softmax(-1)
-        gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
         choice = mask.sum(-1) > 1
+        policy = masked(rows["offset"] + (0.0 if agent.plan_mode == "hop" else rows["prior"]), mask).softmax(-1)
+        gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
         slope = (gain * rows["advantage"])[choice].sum() / gain[choice].square().sum().clamp(min=1e-9)
         rms = (centred(q_plan, mask)[choice].square().sum() / mask[choice].sum().clamp(min=1)).sqrt()
         agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
         agent.plan_rms.lerp_(rms.clamp(min=1e-3), 0.2)
         return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
 
+    def update_transition(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Regression of the reward and TD of the next value, on all seats in a rollout; returns means over minibatches."""
+        args, network, sums = self.args, self.agent.transition, collections.Counter()
+        names = ("own", "others", "action", "other_actions", "reward", "next_value")
+        part_of = {name: rows[name][rows["active"]] for name in names}
+        for part in minibatches(part_of, args.transition_epochs, args.transition_minibatches, self.generator):
+            reward, value = network(*(part[name] for name in names[:4]))
+            losses = F.mse_loss(reward, part["reward"]), F.mse_loss(value, part["next_value"])
+            self.optimizers["transition"].zero_grad(set_to_none=True)
+            sum(losses).backward()
+            self.optimizers["transition"].step()
+            sums.update({"reward": losses[0].detach(), "value": losses[1].detach(), "parts": 1})
+        return {f"losses/transition_{name}": sums[name] / sums["parts"] for name in ("reward", "value")}
+
     def update_moa(self, pretraining: bool) -> dict[str, Tensor]:
         """`--moa-updates` minibatches of matches from the buffer; returns means over them."""
         args, moa, sums = self.args, self.agent.moa, collections.Counter()
-        if not len(self.buffer):
-            return {}
-        for _ in range(args.moa_updates):
+        for _ in range(args.moa_updates if len(self.buffer) else 0):
             batch = self.buffer.sample(args.moa_matches, self.agent.relative, args.goal == "oracle", self.generator)
             loss, terms = moa_loss(moa, batch, args.moa_alpha, args.subgoal_coef, pretraining, self.generator)
             self.optimizers["moa"].zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(moa.parameters(), 1.0)
             self.optimizers["moa"].step()
-            for name, term in terms.items():
-                sums[name] += term / args.moa_updates
-        return dict(sums)
-
-    def iterate(self) -> dict[str, Tensor]:
-        """One iteration: rollout and updates; returns metrics."""
-        args, agent, timer = self.args, self.agent, self.agent.timer
-        progress = self.global_step / args.total_timesteps
-        agent.plan_mode = args.plan_update if progress < args.plan_until else "none"
-        rate = args.learning_rate * (1.0 - progress if args.anneal else 1.0)
-        for group in self.optimizers["policy"].param_groups:
-            group["lr"] = rate
-        with timer("rollout"):
-            rollout = self.rollout()
-        with timer("update"):
-            metrics = self.update(rollout)
-        self.iteration += 1
-        metrics["charts/learning_rate"] = torch.tensor(rate)
-        if agent.uses_moa:
-            metrics |= self.buffer.statistics(self.global_step)
-        return metrics
+            sums.update(terms)
+        return {name: total / args.moa_updates for name, total in sums.items()}
 
     def pretrain(self) -> None:
-        """Plays `--pretrain-moa-steps` game steps with the first policy and trains the VAE alone on them."""
-        args = self.args
-        while self.agent.uses_moa and self.pretrained < args.pretrain_moa_steps:
+        """Plays `--pretrain-moa-steps` game steps with the first policy, and trains the VAE alone on them."""
+        while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps:
             self.rollout()
             self.update_moa(pretraining=True)
-            self.pretrained += args.num_envs * args.num_steps
-        if self.global_step and not self.iteration:
-            self.global_step, self.log = 0, {}
+            self.pretrained += self.args.num_envs * self.args.num_steps
+            self.global_step = 0
+        self.log.clear()
 
     def load_moa(self, path: str) -> None:
         """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
-        content = load_checkpoint(path, self.device)
-        weights = {k.removeprefix("moa."): v for k, v in content["agent"].items() if k.startswith("moa.")}
+        weights = load_checkpoint(path, self.device)["agent"]
         try:
-            self.agent.moa.load_state_dict(weights)
+            self.agent.moa.load_state_dict(
+                {k.removeprefix("moa."): v for k, v in weights.items() if k.startswith("moa.")}
+            )
         except RuntimeError:
             raise UsageError(f"--load-moa: the MOA of {path} is of another game, goal or size") from None
 
@@ -1665,38 +1553,28 @@ class Trainer:
         return {**head, "plan_mode": self.agent.plan_mode, "agent": self.agent.state_dict()}
 
     def content(self) -> dict:
-        """Everything that the run needs to go on as if it had not stopped; tensors and plain Python values."""
+        """All that the run needs to go on as if it had not stopped: tensors and plain Python values."""
         players, buffer = self.co_players, self.buffer
-        held = self.args.num_envs + len(buffer)
         return {
             **self.model(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
-            "counters": [self.global_step, self.iteration, self.pretrained, self.seconds],
-            "state": list(self.state),
-            "memory": list(self.memory),
-            "returns": self.returns,
+            "counters": [self.global_step, self.iteration, self.pretrained],
+            "games": [list(self.state), list(self.memory), self.returns],
             "co_players": [players.seat, players.kind, players.target, players.episode],
             "co_player_memory": {k: list(memory) for k, memory in players.memory.items()},
-            "buffer": {name: value[:held].clone() for name, value in buffer.data.items()},
+            "buffer": {name: value[: self.args.num_envs + len(buffer)].clone() for name, value in buffer.data.items()},
             "buffer_counters": [buffer.stored, buffer.kept, buffer.offered],
         }
 
     def load(self, content: dict) -> None:
-        """Goes on from a checkpoint's `content`. Raises UsageError if it lacks something or its options do not fit."""
-        if "state" not in content:
+        """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or its options do not fit."""
+        if "optimizers" not in content:
             raise UsageError("--resume needs a checkpoint.pt; a model.pt can only be played")
-        free = {
-            "total_timesteps",
-            "checkpoint_every",
-            "capture_video",
-            "save_model",
-            "profile",
-            "resume",
-            "track",
-            "compile",
-        }
-        free |= {"wandb_project_name", "wandb_entity", "exp_name", "evaluate", "eval_episodes", "load_moa"}
+        free = (
+            "total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name"
+        )
+        free = {*free.split(), "wandb_entity", "exp_name", "evaluate", "eval_episodes", "load_moa"}
         for name, value in dataclasses.asdict(self.args).items():
             if name not in free and content["args"][name] != value:
                 raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
@@ -1705,13 +1583,9 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         self.generator.set_state(content["generator"].cpu())
-        self.global_step, self.iteration, self.pretrained, self.seconds = content["counters"]
-        self.state, self.memory, self.returns = (
-            GameState(*content["state"]),
-            Memory(*content["memory"]),
-            content["returns"],
-        )
-        players, buffer = self.co_players, self.buffer
+        self.global_step, self.iteration, self.pretrained = content["counters"]
+        state, memory, self.returns = content["games"]
+        self.state, self.memory, players, buffer = GameState(*state), Memory(*memory), self.co_players, self.buffer
         players.seat, players.kind, players.target, players.episode = content["co_players"]
         players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
         for name, value in content["buffer"].items():
@@ -1723,12 +1597,10 @@ class Trainer:
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def play_matches(
-    agent: Agent, co_players: CoPlayers, generator: torch.Generator, watch: Callable | None = None
-) -> Tensor:
+def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watch: Callable | None = None) -> Tensor:
     """Returns [B, episodes, N], by seat, of one whole match in each game. `watch(state, memory, episode)` sees each step."""
     game, batch, episodes = agent.game, co_players.batch, co_players.match_episodes
-    state, memory = co_players.game.initial_state(batch, generator), agent.initial_memory(batch)
+    state, memory = co_players.game.initial_state(batch, generator), agent.moa.initial_memory(batch)
     game = co_players.game
     returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
     playing = torch.ones(batch, dtype=torch.bool, device=game.device)
@@ -1780,7 +1652,7 @@ def evaluate(
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
     entries = entries * others if len(entries) == 1 else entries
     matches = math.ceil(episodes / match_episodes)
-    generator = torch.Generator(game.device).manual_seed(seed)
+    generator = Generator(game.device).manual_seed(seed)
     focal, company = [], []
     for _ in range(math.ceil(matches / num_envs)):
         players = CoPlayers(game, entries, min(num_envs, matches), match_episodes, generator, fixed=True)
@@ -1799,7 +1671,7 @@ def evaluate(
     }
 
 
-def record_episode(agent: Agent, co_players: CoPlayers, generator: torch.Generator, path: Path) -> None:
+def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, path: Path) -> None:
     """A GIF of the last episode of one match: all players, the items, and what the focal player believes of the others."""
     frames, focal = [], int(co_players.seat[0, 0])
     kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
@@ -1978,10 +1850,9 @@ def train(args: Args) -> dict[str, float]:
         trainer.pretrain()
         save_atomically(trainer.content(), folder / "checkpoint.pt")
         while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
-            start, log = time.perf_counter(), trainer.log
-            trainer.log = {}
+            start = time.perf_counter()
+            trainer.log.clear()
             metrics = {name: float(value) for name, value in trainer.iterate().items()}
-            trainer.seconds += time.perf_counter() - start
             metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
             metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
             metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
@@ -2000,7 +1871,7 @@ def train(args: Args) -> dict[str, float]:
         if args.save_model:
             save_atomically(trainer.model(), folder / "model.pt")
         if args.capture_video and not stop:
-            generator = torch.Generator(trainer.device).manual_seed(args.seed)
+            generator = Generator(trainer.device).manual_seed(args.seed)
             players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
             record_episode(trainer.agent, players, generator, folder / "episode.gif")
     finally:
