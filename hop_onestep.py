@@ -80,7 +80,7 @@ class Args:
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
-    num_minibatches: int = 4  # minibatches a pass
+    num_minibatches: int = 8  # minibatches a pass
     norm_adv: bool = True  # normalise advantages by minibatch
     clip_coef: float = 0.2  # PPO's clipping
     ent_coef: float = 0.02  # entropy bonus at the start
@@ -114,15 +114,13 @@ class Args:
     transition_learning_rate: float = 1e-3  # of the transition network (Adam)
     transition_epochs: int = 2  # passes over each rollout for the transition network
     transition_minibatches: int = 16  # minibatches a pass
+    transition_reservoir: int = 4096  # surprising transitions of the whole run that are learnt from again
 
 
 FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
     "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
     "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
 }
-POSITIVE = """checkpoint_every eval_episodes match_episodes total_timesteps num_envs num_steps learning_rate update_epochs
-    num_minibatches clip_coef max_grad_norm hidden_size reward_scale goal_size moa_hidden_size moa_learning_rate moa_updates
-    moa_matches moa_capacity plan_samples transition_learning_rate transition_epochs transition_minibatches""".split()
 NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
 SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
 
@@ -135,16 +133,12 @@ def resolved(args: Args) -> Args:
     defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
     for name, value in dataclasses.asdict(args).items():
-        kind = str(Args.__dataclass_fields__[name].type)
-        choices = re.findall(r"'(\w+)'", kind) if "Literal" in kind else []
-        if choices:
-            wanted = "" if value in choices else f"one of {', '.join(choices)}"
-        elif name in SHARES:
-            wanted = "" if 0 <= value <= 1 else "in 0..1"
-        elif name in NOT_NEGATIVE:
-            wanted = "" if 0 <= value < math.inf else "at least 0"
-        else:
-            wanted = "" if name not in POSITIVE or 0 < value < math.inf else "positive"
+        choices, wanted = re.findall(r"'(\w+)'", str(Args.__annotations__[name]).partition("Literal")[2]), ""
+        if choices and value not in choices:
+            wanted = f"one of {', '.join(choices)}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            low, high = 0 if name in (*SHARES, *NOT_NEGATIVE) else 1e-12, 1 if name in SHARES else sys.float_info.max
+            wanted = "" if low <= value <= high else "in 0..1" if high == 1 else "positive" if low else "at least 0"
         if wanted:
             raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
     if args.total_timesteps < args.num_envs * args.num_steps:
@@ -215,8 +209,8 @@ class GridGame:
         if self.num_cells > 4096 or self.num_players > 64:
             raise UsageError(f"bad game id {env_id!r}: at most 4096 cells and 64 players")
         msh = self.family == "msh"
-        items = f"{counts[0]}h{counts[1]}s" if msh else f"{counts[0]}d"
-        self.id = f"{self.family}-{self.height}x{self.width}-{self.num_players}p-{items}"  # one spelling a game
+        self.id = f"{self.family}-{self.height}x{self.width}-{self.num_players}p-"  # one spelling a game
+        self.id += f"{counts[0]}h{counts[1]}s" if msh else f"{counts[0]}d"
         self.item_names = ["stag", "hare"] if msh else ["drift"]
         self.action_names = ["up", "down", "left", "right", "stay", *(["stag", "hare"] if msh else ["remove"])]
         self.num_actions, self.horizon = len(self.action_names), 35 if msh else 50
@@ -894,14 +888,13 @@ class TransitionNetwork(nn.Module):
     def __init__(self, own: int, other: int, num_actions: int, hidden: int):
         super().__init__()
         self.num_actions = num_actions
-        self.own, self.own_action = layer(own, hidden), layer(own + hidden, num_actions * hidden)
-        self.other, self.other_action = layer(other, hidden // 2), layer(other + hidden // 2, num_actions * hidden)
+        self.own, self.own_action = layer(own, hidden), layer(hidden, num_actions * hidden)
+        self.other, self.other_action = layer(other, hidden // 2), layer(hidden // 2, num_actions * hidden)
         self.hidden, self.out = layer(hidden, hidden), layer(hidden, 2, 0.1)
 
     def blocks(self, own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """First-layer rows of every own action [.., A, H] and of every co-player's every action [.., N-1, A, H]."""
-        mine = self.own_action(torch.cat([own, F.relu(self.own(own))], -1))
-        theirs = self.other_action(torch.cat([others, F.relu(self.other(others))], -1))
+        mine, theirs = self.own_action(F.relu(self.own(own))), self.other_action(F.relu(self.other(others)))
         return mine.unflatten(-1, (self.num_actions, -1)), theirs.unflatten(-1, (self.num_actions, -1))
 
     def outcome(self, first: Tensor) -> tuple[Tensor, Tensor]:
@@ -1003,12 +996,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, state: GameState, mask: Tensor, memory: Memory, seats: Tensor, generator: Generator, oracle: Tensor | None
+        self, state: GameState, mask, memory: Memory, seats, generator: Generator, oracle: Tensor | None
     ) -> Decision:
-        """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True.
-
-        `mask` bool [B, N, A] of legal actions, `memory` this agent's, `oracle` [B, N, Z] for `--goal oracle`.
-        """
+        """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True. bool `mask`
+        [B, N, A] has the legal actions; `memory` is this agent's; `oracle` [B, N, Z] is for `--goal oracle`."""
         with self.timer("goal inference"):
             own, others = self.relative(state)
             goal, log_std = self.infer(memory, own, others, oracle)
@@ -1064,22 +1055,15 @@ class Agent(nn.Module):
         A move changes nothing but the own cell: so the game is stepped once for all the own moves of a decision, and once
         for the interaction if the player stands on an item. These V steps show the outcomes of all P legal pairs.
         """
-        game, relative, samples, d = (
-            self.game,
-            self.relative,
-            joint.shape[1],
-            torch.arange(len(games), device=goal.device),
-        )
+        game, relative, samples = self.game, self.relative, joint.shape[1]
+        d = torch.arange(len(games), device=goal.device)
         with self.timer("transition"):
             legal = mask[games, seat]
             on_item, taking = legal[:, STAY + 1 :].nonzero(as_tuple=True)
             v_of = d.unsqueeze(1).repeat(1, game.num_actions)  # [D, A] which step shows the outcome
             v_of[on_item, taking + STAY + 1] = len(d) + torch.arange(len(on_item), device=d.device)
-            source, own_action = (
-                torch.cat([d, on_item]),
-                torch.cat([torch.full_like(d, STAY), taking + STAY + 1]),
-            )  # [V]
-            at, me = games[source], seat[source]
+            own_action = torch.cat([torch.full_like(d, STAY), taking + STAY + 1])  # [V]
+            at, me = (x[torch.cat([d, on_item])] for x in (games, seat))
             slot = me.view(-1, 1, 1).expand(-1, samples, 1)
             actions = joint[at].scatter(2, slot, own_action.view(-1, 1, 1).expand(-1, samples, 1))
             after, reward, ended, _ = game.step(state.rows(at.repeat_interleave(samples)), actions.flatten(0, 1))
@@ -1095,9 +1079,8 @@ class Agent(nn.Module):
             others = players.gather(2, relative.others[me].unsqueeze(1).expand(-1, samples, -1))  # [V, K, N-1]
             seen = relative.items(others, items.unsqueeze(2).expand(-1, -1, others.shape[2], -1))
             theirs = goal[at.unsqueeze(1), relative.others[me]].unsqueeze(1)  # [V, 1, N-1, Z]
-            by_cell, by_step = self.critic.other_parts(
-                relative, torch.cat([seen, theirs.expand(-1, samples, -1, -1)], 3)
-            )
+            seen = torch.cat([seen, theirs.expand(-1, samples, -1, -1)], 3)
+            by_cell, by_step = self.critic.other_parts(relative, seen)
             scores, total = goal.new_zeros(len(d), game.num_actions), theirs.sum(2)
             for p in self.chunks(len(v)):
                 step = v[p]
@@ -1333,6 +1316,16 @@ def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Gen
                 yield {name: value[index] for name, value in rows.items()}
 
 
+KEPT = {  # attributes in a checkpoint besides weights, games and matches
+    "trainer": ["returns", "surprising", "global_step", "iteration", "pretrained"],
+    "co_players": ["seat", "kind", "target", "episode"],
+    "buffer": ["stored", "kept", "offered"],
+}
+FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name wandb_entity
+    exp_name evaluate eval_episodes load_moa""".split()  # options that a resumed run may change
+TRANSITION = ("own", "others", "action", "other_actions", "reward")  # what the transition network reads and predicts
+
+
 class Trainer:
     """All that changes while a run goes on: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 
@@ -1356,6 +1349,7 @@ class Trainer:
         self.returns = torch.zeros(args.num_envs, game.num_players, device=self.device)  # of the running episodes
         self.global_step, self.iteration, self.pretrained = 0, 0, 0
         self.log: dict[str, list[float]] = collections.defaultdict(list)  # of the episodes that ended in this iteration
+        self.surprising: dict[str, Tensor] = {}  # transitions of the whole run that were predicted badly, [rows, ..]
         self.ppo_loss = ppo_loss
         if args.compile:
             self.ppo_loss = torch.compile(ppo_loss, dynamic=True)
@@ -1416,16 +1410,13 @@ class Trainer:
 
     def record(self, ended: Tensor) -> None:
         """Notes the returns of the episodes that ended in the games of bool [B] `ended`, by kind and by the learner's seat."""
-        kinds, returns = self.co_players.kind[ended].tolist(), self.returns[ended].tolist()
-        for kind, seat, total in (
-            (k, i, r)
-            for ks, rs in zip(kinds, returns, strict=True)
-            for i, (k, r) in enumerate(zip(ks, rs, strict=True))
+        seats = torch.arange(self.game.num_players, device=self.device).expand_as(self.returns)
+        for kind, seat, total in zip(
+            *(x[ended].flatten().tolist() for x in (self.co_players.kind, seats, self.returns)), strict=True
         ):
-            self.log[f"returns/{self.co_players.names[kind]}"].append(total)
-            if kind == 0:
-                self.log[f"returns/seat_{seat}"].append(total)
-                self.log["charts/episodic_return"].append(total)
+            names = [f"returns/{self.co_players.names[kind]}"]
+            for name in names + [f"returns/seat_{seat}", "charts/episodic_return"] * (kind == 0):
+                self.log[name].append(total)
         self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
         self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
 
@@ -1435,6 +1426,7 @@ class Trainer:
         done = self.global_step / args.total_timesteps
         agent.plan_mode = args.plan_update if done < args.plan_until else "none"
         rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
+        ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
         for group in self.optimizers["policy"].param_groups:
             group["lr"] = rate
         with timer("rollout"):
@@ -1450,36 +1442,41 @@ class Trainer:
                 with timer("transition"):
                     metrics |= self.update_transition(rows)
             with timer("PPO"):
-                metrics |= self.update_policy(
-                    rows, args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
-                )
+                metrics |= self.update_policy(rows, ent_coef)
         self.iteration += 1
         return metrics
+
+    def descend(self, name: str, loss: Tensor, max_norm: float) -> Tensor:
+        """One step of the optimiser `name`, its gradient clipped; returns the gradient's norm."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+        optimizer.step()
+        return norm
 
     def update_policy(self, rows: dict[str, Tensor], ent_coef: float) -> dict[str, Tensor]:
         """PPO, or imitation of the planner, on the learner's seats in a rollout; means over minibatches, losses by seat too."""
         args, agent, n = self.args, self.agent, self.game.num_players
-        values, goes_on = (rows["value"], rows["next_value"]), rows["goes_on"]
-        rows["advantage"] = generalised_advantages(rows["reward"], *values, goes_on, args.gamma, args.gae_lambda)
+        steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
+        rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
         rows["return"] = rows["advantage"] + rows["value"]
-        rows["seat"] = torch.arange(n, device=self.device).expand(goes_on.shape)
+        rows["seat"] = torch.arange(n, device=self.device).expand(rows["value"].shape)
         learner = rows["learner"]
+        if not learner.any():
+            return {}
         unused = ("learner", "active", "goes_on", "final_value", "next_value", "other_actions", "reward")
         rows = {name: value[learner] for name, value in rows.items() if name not in unused}  # [R, ..]
         metrics = {} if agent.plan_mode == "none" else self.calibrate(rows)
-        residual = rows["return"] - rows["value"]
-        metrics["losses/explained_variance"] = 1.0 - residual.var() / rows["return"].var().clamp(min=1e-9)
+        residual, spread = rows["advantage"].var(correction=0), rows["return"].var(correction=0).clamp(min=1e-9)
+        metrics["losses/explained_variance"] = 1.0 - residual / spread
         if imitate := agent.plan_mode == "hop":
             expected = (masked(rows["offset"], rows["mask"]).softmax(-1) * rows["q_plan"]).sum(-1)
             rows["return"] = torch.where(rows["mask"].sum(-1) > 1, 0.5 * (rows["return"] + expected), rows["return"])
-        parameters = [*agent.actor.parameters(), *agent.critic.parameters()]
         sums: dict[str, Tensor | float] = collections.defaultdict(float)  # [2, N]: sums and counts by seat
         for part in minibatches(rows, args.update_epochs, args.num_minibatches, self.generator):
             loss, terms = self.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(ent_coef), imitate)
-            self.optimizers["policy"].zero_grad(set_to_none=True)
-            loss.backward()
-            terms["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).expand(len(part["seat"]))
-            self.optimizers["policy"].step()
+            terms["grad_norm"] = self.descend("policy", loss, args.max_grad_norm).expand(len(part["seat"]))
             seats = F.one_hot(part["seat"], n).float()
             for name, term in terms.items():
                 sums[name] = sums[name] + torch.stack([term @ seats, seats.sum(0)])
@@ -1502,16 +1499,27 @@ class Trainer:
         return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
 
     def update_transition(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Regression of the reward and TD of the next value, on all seats in a rollout; returns means over minibatches."""
-        args, network, sums = self.args, self.agent.transition, collections.Counter()
-        names = ("own", "others", "action", "other_actions", "reward", "next_value")
-        part_of = {name: rows[name][rows["active"]] for name in names}
+        """Regression of the reward and TD of the next value, on all seats in a rollout; returns means over minibatches.
+
+        The reward is learnt on surprising transitions of the whole run as well: a weighted reservoir (Efraimidis and
+        Spirakis 2006, A-Res) with squared errors as weights. A joint hunt is too rare at first to be learnt when it comes.
+        """
+        args, network, sums, names = self.args, self.agent.transition, collections.Counter(), list(TRANSITION)
+        part_of = {name: rows[name][rows["active"]] for name in (*names, "next_value")}
+        with torch.no_grad():
+            error = (network(*(part_of[name] for name in names[:4]))[0] - part_of["reward"]).square() + 1e-9
+            draw = torch.rand(error.shape, generator=self.generator, device=self.device).clamp(min=1e-20)
+            pool = {"key": draw.log() / error, **{name: part_of[name] for name in names}}
+            pool = {name: torch.cat([self.surprising.get(name, value[:0]), value]) for name, value in pool.items()}
+            keep = pool["key"].topk(min(len(pool["key"]), args.transition_reservoir)).indices
+            self.surprising = {name: value[keep] for name, value in pool.items()}
         for part in minibatches(part_of, args.transition_epochs, args.transition_minibatches, self.generator):
-            reward, value = network(*(part[name] for name in names[:4]))
-            losses = F.mse_loss(reward, part["reward"]), F.mse_loss(value, part["next_value"])
-            self.optimizers["transition"].zero_grad(set_to_none=True)
-            sum(losses).backward()
-            self.optimizers["transition"].step()
+            size = (math.ceil(len(part["reward"]) / 4),)
+            some = torch.randint(len(keep), size, generator=self.generator, device=self.device)
+            joined = [torch.cat([part[name], self.surprising[name][some]]) for name in names]
+            reward, value = network(*joined[:4])
+            losses = F.mse_loss(reward, joined[4]), F.mse_loss(value[: len(part["reward"])], part["next_value"])
+            self.descend("transition", sum(losses), math.inf)
             sums.update({"reward": losses[0].detach(), "value": losses[1].detach(), "parts": 1})
         return {f"losses/transition_{name}": sums[name] / sums["parts"] for name in ("reward", "value")}
 
@@ -1521,10 +1529,7 @@ class Trainer:
         for _ in range(args.moa_updates if len(self.buffer) else 0):
             batch = self.buffer.sample(args.moa_matches, self.agent.relative, args.goal == "oracle", self.generator)
             loss, terms = moa_loss(moa, batch, args.moa_alpha, args.subgoal_coef, pretraining, self.generator)
-            self.optimizers["moa"].zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(moa.parameters(), 1.0)
-            self.optimizers["moa"].step()
+            self.descend("moa", loss, 1.0)
             sums.update(terms)
         return {name: total / args.moa_updates for name, total in sums.items()}
 
@@ -1554,43 +1559,39 @@ class Trainer:
 
     def content(self) -> dict:
         """All that the run needs to go on as if it had not stopped: tensors and plain Python values."""
-        players, buffer = self.co_players, self.buffer
-        return {
-            **self.model(),
+        parts, held = self.parts(), self.args.num_envs + len(self.buffer)
+        return self.model() | {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
-            "counters": [self.global_step, self.iteration, self.pretrained],
-            "games": [list(self.state), list(self.memory), self.returns],
-            "co_players": [players.seat, players.kind, players.target, players.episode],
-            "co_player_memory": {k: list(memory) for k, memory in players.memory.items()},
-            "buffer": {name: value[: self.args.num_envs + len(buffer)].clone() for name, value in buffer.data.items()},
-            "buffer_counters": [buffer.stored, buffer.kept, buffer.offered],
+            "kept": {part: {name: getattr(parts[part], name) for name in names} for part, names in KEPT.items()},
+            "games": [list(self.state), list(self.memory)],
+            "co_player_memory": {k: list(memory) for k, memory in self.co_players.memory.items()},
+            "matches": {name: value[:held].clone() for name, value in self.buffer.data.items()},
         }
+
+    def parts(self) -> dict[str, object]:
+        """The objects whose attributes KEPT lists."""
+        return {"trainer": self, "co_players": self.co_players, "buffer": self.buffer}
 
     def load(self, content: dict) -> None:
         """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or its options do not fit."""
         if "optimizers" not in content:
             raise UsageError("--resume needs a checkpoint.pt; a model.pt can only be played")
-        free = (
-            "total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name"
-        )
-        free = {*free.split(), "wandb_entity", "exp_name", "evaluate", "eval_episodes", "load_moa"}
         for name, value in dataclasses.asdict(self.args).items():
-            if name not in free and content["args"][name] != value:
+            if name not in FREE and content["args"][name] != value:
                 raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
         self.agent.load_state_dict(content["agent"])
         self.agent.plan_mode = content["plan_mode"]
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         self.generator.set_state(content["generator"].cpu())
-        self.global_step, self.iteration, self.pretrained = content["counters"]
-        state, memory, self.returns = content["games"]
-        self.state, self.memory, players, buffer = GameState(*state), Memory(*memory), self.co_players, self.buffer
-        players.seat, players.kind, players.target, players.episode = content["co_players"]
-        players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
-        for name, value in content["buffer"].items():
-            buffer.data[name][: len(value)] = value
-        buffer.stored, buffer.kept, buffer.offered = content["buffer_counters"]
+        for part, owner in self.parts().items():
+            for name, value in content["kept"][part].items():
+                setattr(owner, name, value)
+        self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
+        self.co_players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
+        for name, value in content["matches"].items():
+            self.buffer.data[name][: len(value)] = value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
