@@ -40,7 +40,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Generator, Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -304,114 +304,92 @@ class GridGame:
 
 
 # imports: math, numpy as np, torch; from gymnasium import spaces; from pettingzoo import ParallelEnv
-# from PIL import Image, ImageDraw, ImageFont
+# from PIL import Image, ImageDraw
 # ---------------------------------------------------------------------------------------------------------------------
 # Rendering and the PettingZoo environment
 # ---------------------------------------------------------------------------------------------------------------------
 PLAYER_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#117799", "#997700", "#882255", "#444444"]
 ITEM_LOOKS = {"stag": (3, 180, "#C8A27A"), "hare": (4, 45, "#F2D76B"), "drift": (6, 0, "#BFE3F5")}  # sides, turn, fill
+METADATA = {"name": "hop_grid_v0", "render_modes": ["rgb_array", "ansi"], "render_fps": 4, "is_parallelizable": True}
 
 
 def render_frame(game: GridGame, state: GameState, beliefs: dict | None = None, title: str = "") -> np.ndarray:
     """Picture of the one game in `state`: uint8 [H', W', 3], of one size for one game with, and without, beliefs.
-
     `beliefs` is {"focal": seat, "probs": float [N, M + 1]}: what the focal player takes each player's next item to be,
-    last column none. Every co-player gets a bar chart, and a line to the item that it most likely heads for.
-    """
-    cells, item_cells = state.players[0].tolist(), state.items[0].tolist()
+    last column none. Every co-player gets a bar chart, and a line to the item that it most likely heads for."""
+    cells, item_cells, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
     names = [f"{game.item_names[k]} {m - sum(game.item_counts[:k])}" for m, k in enumerate(game.item_kind.tolist())]
-    colours = [PLAYER_COLOURS[seat % len(PLAYER_COLOURS)] for seat in range(game.num_players)]
-    focal = None if beliefs is None else int(beliefs["focal"])
-    charts = [] if focal is None else [seat for seat in range(game.num_players) if seat != focal]
+    colours, focal = PLAYER_COLOURS * game.num_players, None if beliefs is None else int(beliefs["focal"])
+    charts = [seat for seat in range(game.num_players) if focal not in (None, seat)]
     # everything is drawn at twice its size and halved at the end, which smooths the edges
-    cell, top, chart_h = 2 * min(96, max(16, 448 // max(game.height, game.width))), 104, 44 + 28 * (game.num_items + 1)
-    side_x, body_h = 48 + cell * game.width, max(260, cell * game.height, chart_h * len(charts))
-    slot, width = (body_h - 36) / game.num_players, max(640, side_x + 64 + 440 * bool(charts))
-    image, font = Image.new("RGB", (width, top + body_h + 24), "white"), ImageFont.load_default(size=24)
-    draw, (time, steps_left) = ImageDraw.Draw(image), game.clock(state)[0].tolist()
-    draw.text((24, 12), title, "black", font.font_variant(size=30))
-    draw.text((24, 58), f"time {time}, {steps_left} steps left", "#555555", font.font_variant(size=30))
-    corners = [(24 + c % game.width * cell, top + c // game.width * cell) for c in range(game.num_cells)]
-    for x, y in corners:
+    half, top, chart_h = min(96, max(16, 448 // max(game.height, game.width))), 104, 44 + 28 * (game.num_items + 1)
+    cell, side_x, body_h = 2 * half, 48 + 2 * half * game.width, max(260, 2 * half * game.height, chart_h * len(charts))
+    image = Image.new("RGB", (max(640, side_x + 64 + 440 * bool(charts)), top + body_h + 24), "white")
+    draw, centres, disks = ImageDraw.Draw(image), [], []
+    draw.text((24, 12), title, "black", font_size=30)
+    draw.text((24, 58), f"time {time}, {steps_left} steps left", "#555555", font_size=30)
+    for c in range(game.num_cells):
+        x, y = 24 + c % game.width * cell, top + c // game.width * cell
         draw.rectangle((x, y, x + cell, y + cell), "#FAFAF7", "#C8C8C8", 2)
-    disks = []  # centre x, centre y and radius, by seat
-    for seat, c in enumerate(cells):
-        if c < 0:  # beside the grid, each seat in its own slot
-            draw.text((side_x, top), "left", "#555555", font)
-            disks.append((side_x + 28, top + 36 + (seat + 0.5) * slot, min(23.0, 0.45 * slot)))
-            continue
-        here, low = [other for other, at in enumerate(cells) if at == c], 0.3 * cell * (c in item_cells)
-        columns = math.ceil(len(here) ** 0.5)
-        w, h, (row, column) = cell / columns, (cell - low) / columns, divmod(here.index(seat), columns)
-        x, y = corners[c][0] + (column + 0.5) * w, corners[c][1] + low + (row + 0.5) * h
-        disks.append((x, y, max(2.0, min(0.45 * h, 0.32 * cell))))
+        centres.append((x + half, y + half))
+    columns, slot = math.ceil(game.num_players**0.5), (body_h - 36) / game.num_players
+    for seat, c in enumerate(cells):  # each seat has a place of its own in every cell, and beside the grid for the end
+        (x, y), w, (row, column) = centres[c], cell / columns, divmod(seat, columns)
+        place = (x - half + (column + 0.5) * w, y - half + (row + 0.5) * w, max(2.0, 0.36 * w))  # with the radius
+        disks.append(place if c >= 0 else (side_x + 28, top + 36 + (seat + 0.5) * slot, min(23.0, 0.45 * slot)))
+    draw.text((side_x, top), "left" if min(cells) < 0 else "", "#555555", font_size=24)
     for k, seat in enumerate(charts):
-        probs = [float(p) if cells[seat] >= 0 else 0.0 for p in beliefs["probs"][seat]]
-        x, y = side_x + 80, top + k * chart_h
-        draw.text((x, y), f"player {seat}{' (left)' if cells[seat] < 0 else ''}: next item?", colours[seat], font)
-        for m, (p, name, c) in enumerate(zip(probs, [*names, "none"], [*item_cells, -1], strict=True)):
-            place = f"({c // game.width},{c % game.width})" if c >= 0 else "(gone)" if name != "none" else ""
-            draw.text((x, y + 28 * m + 34), f"{name} {place}", "black", font.font_variant(size=22))
-            draw.rectangle((x + 180, y + 28 * m + 37, x + 400, y + 28 * m + 57), "#EDEDED")
-            if p > 0:
-                draw.rectangle((x + 180, y + 28 * m + 37, x + 180 + 220 * p, y + 28 * m + 57), colours[seat])
-            if c >= 0 and p > 0 and m == probs.index(max(probs)):
-                goal = [corner + cell / 2 for corner in corners[c]]
-                draw.line((*disks[seat][:2], *goal), colours[seat], round(2 + 8 * p))
+        probs, text = beliefs["probs"][seat], f"player {seat}{' (left)' if cells[seat] < 0 else ''}: next item?"
+        draw.text((side_x + 80, top + k * chart_h), text, colours[seat], font_size=24)
+        for m, (name, c) in enumerate(zip([*names, "none"], [*item_cells, -1], strict=True)):
+            x, y, p = side_x + 80, top + k * chart_h + 34 + 28 * m, float(probs[m]) * (cells[seat] >= 0)
+            place = f" ({c // game.width},{c % game.width})" if c >= 0 else " (gone)" if m < game.num_items else ""
+            draw.text((x, y), name + place, "black", font_size=22)
+            draw.rectangle((x + 180, y + 3, x + 400, y + 23), "#EDEDED")
+            draw.rectangle((x + 180, y + 3, x + 180 + 220 * p, y + 23), colours[seat] if p > 0 else "#EDEDED")
+            if p > 0 and c >= 0 and m == np.argmax(probs):
+                draw.line((*disks[seat][:2], *centres[c]), colours[seat], round(2 + 8 * p))
     for name, c in zip(names, item_cells, strict=True):
         if c >= 0:
-            (x, y), (sides, turn, fill) = [corner + cell / 2 for corner in corners[c]], ITEM_LOOKS[name.split()[0]]
-            draw.regular_polygon((x, y, 0.48 * cell), sides, turn, fill, "#6B5B45", 2)
-            aside = 0.36 * cell * (c in cells)  # to where no disk hides it
-            draw.text((x - aside, y - aside), name[0].upper(), "black", font.font_variant(size=cell // 4), "mm")
+            draw.regular_polygon((*centres[c], 0.48 * cell), *ITEM_LOOKS[name.split()[0]], "#6B5B45", 2)
+            draw.text(centres[c], name[0].upper(), "black", anchor="mm", font_size=cell // 4)
     for seat, (x, y, r) in enumerate(disks):
         draw.ellipse((x - r, y - r, x + r, y + r), colours[seat], *(("black", 6) if seat == focal else ("white", 2)))
-        draw.text((x, y), str(seat), "white", font.font_variant(size=max(6, int(1.2 * r))), "mm")
+        draw.text((x, y), str(seat), "white", anchor="mm", font_size=max(6, int(1.2 * r)))
     return np.array(image.reduce(2))
 
 
 def render_text(game: GridGame, state: GameState) -> str:
     """The one game in `state`, a row a line: S, H or D an item, the seats of the players on the cell, `.` nothing."""
-    letters = [game.item_names[kind][0].upper() for kind in game.item_kind.tolist()]
-    cells, items = state.players[0].tolist(), state.items[0].tolist()
+    cells, items, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
     seats = {c: ",".join(str(seat) for seat, at in enumerate(cells) if at == c) for c in range(-1, game.num_cells)}
-    texts = [(letters[items.index(c)] if c in items else "") + seats[c] or "." for c in range(game.num_cells)]
+    letters = {c: game.item_names[k][0].upper() for c, k in zip(items, game.item_kind.tolist(), strict=True)}
+    texts = [letters.get(c, "") + seats[c] or "." for c in range(game.num_cells)]
     wide = max(4, max(map(len, texts)) + 1)
     rows = ["".join(text.ljust(wide) for text in texts[c : c + game.width]) for c in range(0, len(texts), game.width)]
-    time, steps_left = game.clock(state)[0].tolist()
     left = f", players that left: {seats[-1]}" if seats[-1] else ""
     return "\n".join([*(row.rstrip() for row in rows), f"time {time}, {steps_left} steps left{left}"])
 
 
 class GridParallelEnv(ParallelEnv):
-    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` ... `player_{N-1}` in seat order.
+    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` ... `player_{N-1}` in seat order. Observations
+    are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold "action_mask" again and "clock", int64
+    [2]. A player that leaves the game is terminated in that step. An illegal action counts as STAY. Raises UsageError
+    for an unknown game or render mode, ValueError for an action outside the action space."""
 
-    Observations are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold "action_mask" again and
-    "clock", int64 [2]. A player that leaves the game is terminated in that step. An illegal action counts as STAY.
-    Raises UsageError for an unknown game or render mode, ValueError for an action outside the action space.
-    """
-
-    metadata = {
-        "name": "hop_grid_v0",
-        "render_modes": ["rgb_array", "ansi"],
-        "render_fps": 4,
-        "is_parallelizable": True,
-    }
+    metadata = METADATA
 
     def __init__(self, env_id: str = "msh-4h1s", render_mode: str | None = None):
-        if render_mode not in (None, *self.metadata["render_modes"]):
+        if render_mode not in (None, *METADATA["render_modes"]):
             raise UsageError(f"unknown render mode {render_mode!r}: it is rgb_array, ansi or None")
-        self.game, self.render_mode, self.game_state = GridGame(env_id), render_mode, None
-        self.generator = Generator()
+        self.game, self.render_mode, self.game_state, self.generator = GridGame(env_id), render_mode, None, Generator()
         self.generator.seed()  # fresh entropy, until reset is given a seed
         self.possible_agents, self.agents = [f"player_{seat}" for seat in range(self.game.num_players)], []
-        box, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
-        self.state_space = spaces.Box(*box)
-        self.observation_spaces = {
-            agent: spaces.Dict({"observation": spaces.Box(*box), "action_mask": spaces.MultiBinary(num_actions)})
-            for agent in self.possible_agents
-        }
-        self.action_spaces = {agent: spaces.Discrete(num_actions) for agent in self.possible_agents}
+        planes, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
+        self.state_space, self.observation_spaces, self.action_spaces = spaces.Box(*planes), {}, {}
+        for agent in self.possible_agents:
+            view = {"observation": spaces.Box(*planes), "action_mask": spaces.MultiBinary(num_actions)}
+            self.observation_spaces[agent], self.action_spaces[agent] = spaces.Dict(view), spaces.Discrete(num_actions)
 
     def observation_space(self, agent: str) -> spaces.Space:
         return self.observation_spaces[agent]
@@ -421,13 +399,10 @@ class GridParallelEnv(ParallelEnv):
 
     def views(self) -> tuple[dict, dict]:
         """Observations and infos of the agents that are in the game."""
-        tensors = self.game.observe(self.game_state), self.game.action_mask(self.game_state).to(torch.int8)
-        clock, seats = self.game.clock(self.game_state)[0], map(self.possible_agents.index, self.agents)
-        views = {f"player_{seat}": [tensor[0, seat].numpy() for tensor in tensors] for seat in seats}
-        infos = {
-            agent: {"action_mask": mask.copy(), "clock": clock.numpy().copy()} for agent, (_, mask) in views.items()
-        }
-        return {agent: {"observation": planes, "action_mask": mask} for agent, (planes, mask) in views.items()}, infos
+        game, state, seats = self.game, self.game_state, [self.possible_agents.index(agent) for agent in self.agents]
+        planes, mask = game.observe(state)[0].numpy(), game.action_mask(state)[0].to(torch.int8).numpy()
+        infos = {f"player_{i}": {"action_mask": mask[i].copy(), "clock": game.clock(state)[0].numpy()} for i in seats}
+        return {f"player_{i}": {"observation": planes[i], "action_mask": mask[i]} for i in seats}, infos
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:
@@ -443,27 +418,22 @@ class GridParallelEnv(ParallelEnv):
                 raise ValueError(f"{agent}: action {actions.get(agent)!r} is not in {self.action_space(agent)}")
         played = [int(actions[agent]) if agent in self.agents else STAY for agent in self.possible_agents]
         self.game_state, reward, over, cut = self.game.step(self.game_state, torch.tensor([played]))
-        ends = over | (self.game_state.players[0] < 0)  # bool [N]: a player that leaves is terminated
-        by_seat = [reward[0].tolist(), ends.tolist(), (cut & ~ends).tolist()]
-        rewards, terminations, truncations = (
-            {a: v for a, v in zip(self.possible_agents, values, strict=True) if a in self.agents} for values in by_seat
-        )
-        observations, infos = self.views()
-        self.agents = [agent for agent in self.agents if not (terminations[agent] or truncations[agent])]
-        return observations, rewards, terminations, truncations, infos
+        over = over | (self.game_state.players[0] < 0)  # bool [N]: a player that leaves is terminated
+        by_seat = [dict(zip(self.possible_agents, x.tolist(), strict=True)) for x in (reward[0], over, cut & ~over)]
+        results, (observations, infos) = [{agent: x[agent] for agent in self.agents} for x in by_seat], self.views()
+        self.agents = [agent for agent in self.agents if not (results[1][agent] or results[2][agent])]
+        return observations, *results, infos
 
     def state(self) -> np.ndarray:
         """float32 [C, H, W]: a plane for each player in seat order, then one for each kind of item."""
         return self.game.observe(self.game_state)[0, 0].numpy()  # seat 0's view is in seat order
 
     def render(self) -> np.ndarray | str | None:
-        renderers = {"rgb_array": render_frame, "ansi": render_text}
-        return renderers[self.render_mode](self.game, self.game_state) if self.render_mode else None
+        draw = {"rgb_array": render_frame, "ansi": render_text}.get(self.render_mode, lambda game, state: None)
+        return draw(self.game, self.game_state)
 
 
-def parallel_env(env_id: str = "msh-4h1s", render_mode: str | None = None) -> GridParallelEnv:
-    """The game `env_id` as a PettingZoo ParallelEnv; `render_mode` is None, "rgb_array" or "ansi"."""
-    return GridParallelEnv(env_id, render_mode)
+parallel_env = GridParallelEnv  # parallel_env(env_id, render_mode), the name that PettingZoo's own environments have
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,79 +447,61 @@ NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` ki
 def scripted_actions(
     game: GridGame, state: GameState, mask: Tensor, kind: Tensor, noisy: Tensor, target: Tensor, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat.
-
-    `kind` int64 [B, N] indexes SCRIPTED (other values act as `random`), `noisy` bool [B, N], `mask` bool [B, N, A], `target`
-    that of the step before. Nearest is by Manhattan distance, ties uniform; a target is kept while it is there.
-    """
+    """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat. `kind`
+    int64 [B, N] indexes SCRIPTED (others act as `random`), `noisy` bool [B, N], `mask` bool [B, N, A]; `target` that of
+    the step before. Nearest is by Manhattan distance, ties uniform; a target is kept while it is there."""
     ns, nh, cleaner, exploiter = (kind == k for k in range(1, 5))
-    present = state.items >= 0  # [B, M]
+    present, left = state.items >= 0, state.players < 0  # [B, M], [B, N]
     stags = (present & (game.item_kind == 0)).any(1, keepdim=True)
-    wanted = torch.where(cleaner | (ns & stags), 0, torch.where(ns | nh, 1, -1))  # item kind, [B, N]
-    wanted = wanted.masked_fill(state.players < 0, -1)
+    wanted = torch.where(cleaner | (ns & stags), 0, torch.where(ns | nh, 1, -1)).masked_fill(left, -1)  # kind of item
     eligible = present.unsqueeze(1) & (game.item_kind == wanted.unsqueeze(2))  # [B, N, M]
-    away = game.distance[state.players.unsqueeze(2), state.items.unsqueeze(1)].float()
-    away = away + 0.5 * torch.rand(away.shape, generator=generator, device=away.device)
-    nearest = away.masked_fill(~eligible, math.inf).argmin(2)
+    away = game.distance[state.players.unsqueeze(2), state.items.unsqueeze(1)].masked_fill(~eligible, 1 << 20)
+    nearest = (away + 0.5 * torch.rand(away.shape, generator=generator, device=away.device)).argmin(2)
     keep = (target >= 0) & eligible.gather(2, target.clamp(min=0).unsqueeze(2)).squeeze(2)
     target = torch.where(keep, target, torch.where(eligible.any(2), nearest, -1))
-    goal = state.items.gather(1, target.clamp(min=0))  # [B, N] cell
-    here = (target >= 0) & (state.players == goal)
-    reach = game.next_cell[state.players][..., :5]  # [B, N, 5]
-    closer = game.distance[reach, goal.unsqueeze(2)] < game.distance[state.players, goal].unsqueeze(2)
-    allowed = F.pad(closer & (target >= 0).unsqueeze(2), (0, game.num_actions - 5))
-    allowed[..., STAY] = target < 0
-    take = F.one_hot(game.item_action[target.clamp(min=0)], game.num_actions).bool()
-    allowed = torch.where(here.unsqueeze(2), take, allowed)
-    moves = mask & (torch.arange(game.num_actions, device=mask.device) <= STAY)
-    allowed = torch.where(exploiter.unsqueeze(2), moves, allowed)
+    item, action = target.clamp(min=0), torch.arange(game.num_actions, device=mask.device)
+    goal = state.items.gather(1, item).unsqueeze(2)  # [B, N, 1] cell
+    reach = game.distance[game.next_cell[state.players], goal]  # [B, N, A] how far it is after each action
+    take = game.item_action[item].unsqueeze(2) == action
+    allowed = torch.where(state.players.unsqueeze(2) == goal, take, reach < reach[..., STAY : STAY + 1])
+    allowed = torch.where(target.unsqueeze(2) < 0, action == STAY, allowed)
+    allowed = torch.where(exploiter.unsqueeze(2), mask & (action <= STAY), allowed)
     noise = noisy & (torch.rand(kind.shape, generator=generator, device=kind.device) < NOISE)
-    anything = noise | ~(ns | nh | cleaner | exploiter) | (state.players < 0)
-    allowed = torch.where(anything.unsqueeze(2), mask, allowed)
+    allowed = torch.where((noise | left | ~(ns | nh | cleaner | exploiter)).unsqueeze(2), mask, allowed)
     draw = 1.0 - torch.rand(mask.shape, generator=generator, device=mask.device)  # in (0, 1]
     return (allowed * draw).argmax(2), target
 
 
 class CoPlayers:
-    """Who sits where in B parallel matches, and what the seats that are not the learner's play.
+    """Who sits where in B parallel matches, and what the seats that are not the learner's play. `pool` lists co-players
+    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half seat by seat. With
+    `fixed`, `pool` has N-1 entries and each plays in every match. Seats are dealt at random at each match. Kind 0 is
+    `self`: those seats are played, and learnt from, by the learner. Raises UsageError."""
 
-    `pool` lists co-players (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
-    seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are dealt at random at each
-    match. Kind 0 is `self`: those seats are played, and learnt from, by the learner. Raises UsageError.
-    """
-
-    def __init__(
-        self, game: GridGame, pool: list, batch: int, match_episodes: int, generator: Generator, fixed: bool = False
-    ):
+    def __init__(self, game: GridGame, pool: list, batch: int, match_episodes: int, generator: Generator, fixed=False):
         self.game, self.batch, self.match_episodes, self.generator = game, batch, match_episodes, generator
-        pool = [resolve_co_player(game, entry) for entry in pool]
-        others = game.num_players - 1
-        if fixed and len(pool) != others:
-            raise UsageError(f"{game.id} takes {others} co-players, not {len(pool)}")
-        self.names = ["self"]  # of the kinds, by index
-        self.players = [None]  # None: scripted or self; an Agent; or a list of N-1 callables, one a slot
-        index = []
-        for name, player in pool:
-            if name not in self.names or player is not None:
-                self.names.append(name)
-                self.players.append(player)
-            index.append(len(self.names) - 1 if player is not None else self.names.index(name))
-        device = game.device
-        for k, player in enumerate(self.players):
-            if player is not None and not isinstance(player, Agent):
-                self.players[k] = [instance_of(player) for _ in range(others)]
+        n, device, self.fixed = game.num_players, game.device, fixed
+        if fixed and len(pool) != n - 1:
+            raise UsageError(f"{game.id} takes {n - 1} co-players, not {len(pool)}")
+        pool = ["self", *(str(entry).strip() if isinstance(entry, str | Path) else entry for entry in pool)]
+        kinds = [entry for k, entry in enumerate(pool) if entry not in pool[:k]]  # each different one once
+        index = [kinds.index(entry) for entry in pool[1:]]
+        resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
+        self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
         self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if isinstance(p, Agent)}
-        self.pool, self.fixed = torch.tensor(index, device=device), fixed  # [entries] kind
-        stem = [name.removesuffix("-noisy") for name in self.names]
-        scripted = [p is None and s in SCRIPTED for s, p in zip(stem, self.players, strict=True)]
-        self.script = torch.tensor(
-            [SCRIPTED.index(s) if is_script else -1 for s, is_script in zip(stem, scripted, strict=True)], device=device
-        )  # [kinds] index into SCRIPTED, -1: not scripted
-        self.noisy = torch.tensor([n.endswith("-noisy") for n in self.names], device=device) & (self.script >= 0)
-        self.seat = torch.zeros(batch, game.num_players, dtype=torch.int64, device=device)  # of slot; slot 0 is focal
-        self.kind = torch.zeros(batch, game.num_players, dtype=torch.int64, device=device)  # of seat
-        self.target = torch.full_like(self.kind, -1)  # item index that a scripted player walks to
-        self.episode = torch.zeros(batch, dtype=torch.int64, device=device)  # number within the match
+        self.objects = []  # (kind, slot, callable) of those that play
+        for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
+            if callable(player) and k not in self.memory:
+                with refused(f"cannot make co-player {self.names[k]!r}"):
+                    made = [player() if isinstance(player, type) else copy.deepcopy(player) for _ in range(1, n)]
+                self.objects += [(k, s, one) for s, one in enumerate(made, 1) if not fixed or index[s - 1] == k]
+                self.players[k] = made
+        self.pool = torch.tensor(index, dtype=torch.int64, device=device)  # [entries] kind
+        self.script = torch.tensor(script, device=device)  # [kinds] index into SCRIPTED, -1: not scripted
+        self.noisy = torch.tensor([name.endswith("-noisy") for name in self.names], device=device) & (self.script >= 0)
+        self.seat = self.kind = torch.zeros(batch, n, dtype=torch.int64, device=device)  # seat of slot; kind of seat
+        self.target = torch.full_like(self.kind, -1)  # [B, N] item index that a scripted player walks to
+        self.episode = self.kind[:, 0]  # [B] number within the match
         self.start_matches(torch.ones(batch, dtype=torch.bool, device=device))
 
     @property
@@ -558,58 +510,47 @@ class CoPlayers:
         return self.kind == 0
 
     def start_matches(self, which: Tensor) -> None:
-        """Deals seats and kinds anew in the games of bool [B] `which`."""
-        b, n, dev = self.batch, self.game.num_players, self.game.device
-        seat = torch.rand(b, n, generator=self.generator, device=dev).argsort(1)
-        if self.fixed:
-            drawn = self.pool.expand(b, n - 1)
-        else:
-            each = torch.randint(len(self.pool), (b, n - 1), generator=self.generator, device=dev)
-            uniform = torch.rand(b, 1, generator=self.generator, device=dev) < 0.5
-            drawn = self.pool[torch.where(uniform, each[:, :1], each)]
-        kind = torch.zeros_like(self.kind).scatter(1, seat[:, 1:], drawn)
-        self.seat = torch.where(which.unsqueeze(1), seat, self.seat)
-        self.kind = torch.where(which.unsqueeze(1), kind, self.kind)
-        self.target = self.target.masked_fill(which.unsqueeze(1), -1)
-        self.episode = self.episode.masked_fill(which, 0)
-        for k, players in enumerate(self.players):
-            for slot, player in enumerate(players if isinstance(players, list) else [], start=1):
-                if hasattr(player, "start_match"):
-                    player.start_match(which & (self.kind.gather(1, self.seat[:, slot : slot + 1]).squeeze(1) == k))
+        """Deals seats and kinds anew in the games of bool [B] `which`; slot 0 is the focal player's, always `self`."""
+        b, n, dev, generator = self.batch, self.game.num_players, self.game.device, self.generator
+        seat, drawn = torch.rand(b, n, generator=generator, device=dev).argsort(1), self.pool.expand(b, -1)
+        if not self.fixed:
+            each = torch.randint(len(self.pool), (b, n - 1), generator=generator, device=dev)
+            alike = torch.rand(b, 1, generator=generator, device=dev) < 0.5
+            drawn = self.pool[torch.where(alike, each[:, :1], each)]
+        kind, rows = torch.zeros_like(seat).scatter(1, seat[:, 1:], drawn), which.unsqueeze(1)
+        self.seat, self.kind = torch.where(rows, seat, self.seat), torch.where(rows, kind, self.kind)
+        self.target, self.episode = self.target.masked_fill(rows, -1), self.episode.masked_fill(which, 0)
+        for k, slot, player in self.objects:
+            if hasattr(player, "start_match"):
+                player.start_match(which & (self.kind.gather(1, self.seat[:, slot : slot + 1]).squeeze(1) == k))
 
     def act(self, state: GameState, mask: Tensor) -> Tensor:
-        """Actions int64 [B, N] of all seats but the learner's (there: arbitrary legal ones)."""
-        actions, self.target = scripted_actions(
-            self.game, state, mask, self.script[self.kind], self.noisy[self.kind], self.target, self.generator
-        )
-        for k, players in enumerate(self.players):
-            if isinstance(players, Agent):
-                oracle = self.oracle(players, state)
-                chosen = players.act(state, mask, self.memory[k], self.kind == k, self.generator, oracle).action
-                actions = torch.where(self.kind == k, chosen, actions)
-            elif players is not None:
-                views, clock, games = self.game.observe(state), self.game.clock(state), torch.arange(self.batch)
-                for slot, player in enumerate(players, start=1):
-                    seat = self.seat[:, slot]
-                    chosen = player(views[games, seat], mask[games, seat], clock, self.generator)
-                    if not isinstance(chosen, Tensor) or chosen.shape != (self.batch,):
-                        raise UsageError(f"co-player {self.names[k]!r} must return a tensor of {self.batch} actions")
-                    played = (self.kind == k) & (
-                        torch.arange(self.game.num_players, device=seat.device) == seat[:, None]
-                    )
-                    actions = torch.where(played, chosen.to(actions).unsqueeze(1), actions)
+        """Actions int64 [B, N] of all seats but the learner's (there: arbitrary legal ones). Raises UsageError."""
+        game, generator, script, noisy = self.game, self.generator, self.script[self.kind], self.noisy[self.kind]
+        actions, self.target = scripted_actions(game, state, mask, script, noisy, self.target, generator)
+        for k, memory in self.memory.items():
+            agent, here = self.players[k], self.kind == k
+            chosen = agent.act(state, mask, memory, here, generator, self.oracle(agent, state)).action
+            actions = torch.where(here, chosen, actions)
+        for k, slot, player in self.objects:
+            seat, games = self.seat[:, slot], torch.arange(self.batch, device=game.device)
+            chosen = player(game.observe(state)[games, seat], mask[games, seat], game.clock(state), generator)
+            good = isinstance(chosen, Tensor) and chosen.shape == seat.shape and not chosen.is_floating_point()
+            if not good or ((chosen < 0) | (chosen >= game.num_actions)).any():
+                wanted = f"an integer tensor [{self.batch}] of actions in 0..{game.num_actions - 1}"
+                raise UsageError(f"co-player {self.names[k]!r} must return {wanted}")
+            here = (self.kind == k) & (torch.arange(game.num_players, device=game.device) == seat.unsqueeze(1))
+            actions = torch.where(here, chosen.to(actions).unsqueeze(1), actions)
         return actions
 
     def oracle(self, agent: "Agent", state: GameState) -> Tensor | None:
         """[B, N, Zo] true kinds and targets of the step under way, for an agent of `--goal oracle`; else None."""
-        if agent.args.goal != "oracle":
-            return None
-        return true_goals(agent.relative, state, self.script[self.kind], self.noisy[self.kind], self.target)
+        told = (self.script[self.kind], self.noisy[self.kind], self.target)
+        return true_goals(agent.relative, state, *told) if agent.args.goal == "oracle" else None
 
     def observe(self, state: GameState, actions: Tensor, ended: Tensor) -> Tensor:
         """Takes in one step (`actions` [B, N] in `state`, `ended` bool [B]); returns bool [B]: the match ended, too."""
-        self.target = self.target.masked_fill(ended.unsqueeze(1), -1)
-        self.episode = self.episode + ended
+        self.target, self.episode = self.target.masked_fill(ended.unsqueeze(1), -1), self.episode + ended
         match_ended = ended & (self.episode >= self.match_episodes)
         for k, memory in self.memory.items():
             self.memory[k] = self.players[k].remember(memory, state, actions, ended, match_ended)
@@ -618,37 +559,25 @@ class CoPlayers:
         return match_ended
 
 
-def instance_of(player: Callable) -> Callable:
-    """A co-player for one slot: a class is instantiated, an object copied, a function used as it is."""
-    return player() if isinstance(player, type) else copy.deepcopy(player)
-
-
-def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, object]:
-    """Name and player (None for `self` and scripted ones) of a co-player as the module docstring lists them."""
-    if not isinstance(entry, str):
-        if not callable(entry):
-            raise UsageError(f"co-player {entry!r} is neither a name nor callable")
-        return getattr(entry, "__name__", type(entry).__name__), entry
-    name = entry.strip()
-    if name == "self" or name.removesuffix("-noisy") in SCRIPTED_OF[game.family]:
-        return name, None
-    if name.removesuffix("-noisy") in SCRIPTED:
-        raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(SCRIPTED_OF[game.family])} do")
-    if name.endswith(".pt") or Path(name).exists():
-        agent = load_agent(name, game.device)
-        if agent.game.id != game.id:
-            raise UsageError(f"co-player {name!r} was trained on {agent.game.id}, not on {game.id}")
-        return name, agent
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UsageError(f"unknown co-player {name!r}: give a name, a checkpoint, or package.module:name")
-    try:
-        player = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"cannot import co-player {name!r}: {error}") from None
-    if not callable(player):
-        raise UsageError(f"co-player {name!r} is not callable")
-    return name, player
+def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Callable | None, int]:
+    """Name, player (None: `self` or scripted) and index in SCRIPTED (-1: none) of one co-player. Raises UsageError."""
+    name, player = getattr(entry, "__name__", type(entry).__name__), entry
+    if isinstance(entry, str):
+        name, stem, scripted = entry, entry.removesuffix("-noisy"), SCRIPTED_OF[game.family]
+        if entry == "self" or stem in scripted:
+            return name, None, SCRIPTED.index(stem) if stem in SCRIPTED else -1
+        if stem in SCRIPTED:
+            raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(scripted)} do")
+        if entry.endswith(".pt") or (entry and Path(entry).exists()):
+            player = load_agent(entry, game.device)
+            player.on_game(game.id)
+        elif ":" in entry:
+            with refused(f"cannot import co-player {name!r}"):
+                module, attribute = entry.split(":")
+                player = getattr(importlib.import_module(module), attribute)
+    if isinstance(player, str) or not callable(player):
+        raise UsageError(f"unknown co-player {entry!r}: give a name, a checkpoint, package.module:name or a callable")
+    return name, player, -1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1108,69 +1037,46 @@ class MatchBatch(NamedTuple):
 
 
 class MOABuffer:
-    """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are rebuilt.
-
-    Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive` those with reward
-    > 0, as the original does; `balanced` keeps every one, and weighs them so that each class of outcome (nothing taken,
-    an item of the first kind, of the second; for drifts: none, one, more) counts alike, by at most a factor `most`.
-    Episodes that are not kept still serve as history of those that are. A match in which none is kept is not stored.
-    """
+    """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are
+    rebuilt. Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive`
+    those with reward > 0, as the original does; `balanced` keeps every one, and weighs them so that each class of
+    outcome (nothing taken, an item of the first kind, of the second; for drifts: none, one, more) counts alike, by
+    at most a factor `most`. Those that are not kept still serve as history of the others. A match in which none is
+    kept is not stored."""
 
     def __init__(self, game: GridGame, batch: int, capacity: int, match_episodes: int, rule: str, most: float = 4.0):
         self.game, self.batch, self.capacity, self.episodes = game, batch, capacity, match_episodes
-        self.rule, self.most = rule, most
-        rows, length, n, dev = batch + capacity, match_episodes * game.horizon, game.num_players, game.device
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int16) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=dtype, device=dev)
-
-        # rows 0..B-1 hold the running matches, the others a ring of ended ones
-        self.data = {
-            "players": zeros(length, n),
-            "items": zeros(length, game.num_items),
-            "time": zeros(length),
-            "first_hunt": zeros(length),
-            "actions": zeros(length, n),
-            "episode": zeros(length),
-            "subgoal": zeros(length, n),
-            "target": zeros(length, n),
-            "script": zeros(n),
-            "length": zeros(dtype=torch.int64),
-            "episode_reward": zeros(match_episodes, n, dtype=torch.float32),
-            "taken": zeros(match_episodes, n, 2, dtype=torch.int16),  # items of the first kind and of the others
-            "born": zeros(dtype=torch.int64),
-        }
-        self.stored, self.kept, self.offered = (
-            0,
-            0,
-            0,
-        )  # matches ever stored, players' episodes ever kept and ever played
+        self.rule, self.most, self.stored = rule, most, 0  # matches ever stored
+        self.kept, self.offered = 0, 0  # players' episodes ever kept, and ever played
+        n, length = game.num_players, match_episodes * game.horizon
+        shapes = {"script": (n,), "length": (), "born": (), "episode_reward": (match_episodes, n)}
+        shapes["taken"] = (match_episodes, n, 2)  # items of the first kind, and of the other
+        shapes |= dict.fromkeys(("players", "actions", "subgoal", "target"), (length, n))
+        shapes |= {**dict.fromkeys(("time", "first_hunt", "episode"), (length,)), "items": (length, game.num_items)}
+        wide = {"length": torch.int64, "born": torch.int64, "episode_reward": torch.float32}
+        rows = batch + capacity  # the first B rows hold the running matches, the others a ring of ended ones
+        zeros = {name: torch.zeros(rows, *shape, device=game.device) for name, shape in shapes.items()}
+        self.data = {name: zero.to(wide.get(name, torch.int16)) for name, zero in zeros.items()}
 
     def add(self, state: GameState, actions: Tensor, co_players: CoPlayers, reward: Tensor, after: GameState):
         """Takes one step of the B running matches; call before `co_players.observe`."""
-        data, games = self.data, torch.arange(self.batch, device=self.game.device)
-        at, episode = data["length"][: self.batch].clone(), co_players.episode
+        data, games, episode = self.data, torch.arange(self.batch, device=self.game.device), co_players.episode
         wins = self.game.hits(state, actions) & (after.items < 0).unsqueeze(1)  # [B, N, M]
-        subgoal = torch.where(wins.any(2), wins.int().argmax(2), -1)
+        subgoal, first = torch.where(wins.any(2), wins.int().argmax(2), -1), (wins & (self.game.item_kind == 0)).sum(2)
         values = {**state._asdict(), "actions": actions, "episode": episode, "subgoal": subgoal}
         for name, value in {**values, "target": co_players.target}.items():
-            data[name][games, at] = value.short()
-        script = co_players.script[co_players.kind] + len(SCRIPTED) * co_players.noisy[co_players.kind]
-        data["script"][: self.batch] = torch.where(co_players.script[co_players.kind] < 0, -1, script).short()
+            data[name][games, data["length"][games]] = value.short()
+        data["script"][games] = (co_players.script + len(SCRIPTED) * co_players.noisy)[co_players.kind].short()
         data["episode_reward"][games, episode] += reward
-        first = (wins & (self.game.item_kind == 0)).sum(2)
         data["taken"][games, episode] += torch.stack([first, wins.sum(2) - first], 2).short()
-        data["length"][: self.batch] += 1
+        data["length"][games] += 1
 
     def end(self, ended: Tensor, step: int) -> None:
         """Stores the running matches of bool [B] `ended`, played until game step `step`, by the rule of collection."""
-        if not ended.any():
-            return
         data, rows = self.data, ended.nonzero(as_tuple=True)[0]
-        self.offered += self.episodes * self.game.num_players * len(rows)
         keep = self.keep(rows).flatten(1)
-        kept = rows[keep.any(1)]
-        self.kept += int(keep.sum())
+        kept = rows[keep.any(1)][-self.capacity :]
+        self.offered, self.kept = self.offered + keep.numel(), self.kept + int(keep.sum())
         if len(kept):
             slots = self.batch + (self.stored + torch.arange(len(kept), device=rows.device)) % self.capacity
             self.stored += len(kept)
@@ -1183,15 +1089,14 @@ class MOABuffer:
             live = (event >= 0) & (steps < data["length"][slots].view(-1, 1, 1))
             coming = torch.where(live, steps, event.shape[1]).flip(1).cummin(1).values.flip(1)
             at = coming.clamp(max=event.shape[1] - 1)
-            same = (coming < event.shape[1]) & (episode.expand_as(event).gather(1, at) == episode)
+            same = (coming == at) & (episode.expand_as(event).gather(1, at) == episode)
             data["subgoal"][slots] = torch.where(same, event.gather(1, at), self.game.num_items).short()
         for name in ("length", "episode_reward", "taken"):
             data[name][rows] = 0
 
     def keep(self, rows: Tensor) -> Tensor:
         """bool [rows, episodes, N]: which players' episodes the rule keeps."""
-        reward = self.data["episode_reward"][rows]
-        return reward > 0 if self.rule == "positive" else torch.ones_like(reward, dtype=torch.bool)
+        return (self.data["episode_reward"][rows] > 0) | (self.rule != "positive")
 
     def weights(self, rows: Tensor) -> Tensor:
         """float32 [rows, episodes, N]: the weight of each player's episode in the loss."""
@@ -1199,30 +1104,23 @@ class MOABuffer:
             return self.keep(rows).float()
         held = self.batch + torch.arange(len(self), device=rows.device)
         count = torch.bincount(self.outcome(held).flatten(), minlength=3).float()
-        present = (count > 0).sum()
-        weight = (count.sum() / (present * count.clamp(min=1))).clamp(max=self.most)
+        weight = (count.sum() / ((count > 0).sum() * count.clamp(min=1))).clamp(max=self.most)
         return weight[self.outcome(rows)]
 
     def outcome(self, rows: Tensor) -> Tensor:
         """int64 [rows, episodes, N] in 0..2: class of the outcome of each player's episode."""
         first, other = self.data["taken"][rows].long().unbind(-1)
-        return (
-            torch.where(first > 0, 1, torch.where(other > 0, 2, 0)) if self.game.family == "msh" else first.clamp(max=2)
-        )
+        return torch.where(first > 0, 1, 2 * (other > 0)) if self.game.family == "msh" else first.clamp(max=2)
 
     def __len__(self) -> int:
         return min(self.stored, self.capacity)
 
     def statistics(self, step: int) -> dict[str, float]:
-        """Fill (players' episodes held, of what would fit), their share of those played, and their mean age in game steps."""
+        """Fill (players' episodes held, of what would fit), their share of those played, mean age in game steps."""
         held = self.batch + torch.arange(len(self), device=self.game.device)
-        fill = self.keep(held).sum() / (self.capacity * self.episodes * self.game.num_players)
-        age = (step - self.data["born"][held].float()).mean() if len(self) else torch.tensor(0.0)
-        return {
-            "moa/buffer_fill": float(fill),
-            "moa/buffer_kept": self.kept / max(1, self.offered),
-            "moa/buffer_age": float(age),
-        }
+        fill = float(self.keep(held).sum()) / (self.capacity * self.episodes * self.game.num_players)
+        age = float((step - self.data["born"][held].float()).mean()) if len(self) else 0.0
+        return {"moa/buffer_fill": fill, "moa/buffer_kept": self.kept / max(1, self.offered), "moa/buffer_age": age}
 
     def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: Generator) -> MatchBatch:
         """`matches` ended matches, uniformly, with replacement."""
@@ -1231,19 +1129,16 @@ class MOABuffer:
 
     def batch_of(self, rows: Tensor, relative: RelativeFeatures, oracle: bool = False) -> MatchBatch:
         """The matches at `rows`, cut to the longest of them."""
-        data, game = self.data, self.game
-        length = data["length"][rows]
+        data, length, goals = self.data, self.data["length"][rows], None
         most = max(1, int(length.max()))
         part = {k: data[k][rows, :most].long() for k in (*GameState._fields, "actions", "episode", "subgoal", "target")}
         state = GameState(*(part[k].flatten(0, 1) for k in GameState._fields))
         steps = torch.arange(most, device=rows.device)
-        valid = steps < length.unsqueeze(1)
-        active = valid.unsqueeze(2) & (part["players"] >= 0)
+        active = (steps < length.unsqueeze(1)).unsqueeze(2) & (part["players"] >= 0)
         start = torch.where(part["time"] == 0, steps, 0).cummax(1).values
-        weight = self.weights(rows).gather(1, part["episode"].unsqueeze(2).expand(-1, -1, game.num_players)) * active
-        goals = None
+        weight = self.weights(rows).gather(1, part["episode"].unsqueeze(2).expand_as(active)) * active
         if oracle:
-            script = data["script"][rows].long().unsqueeze(1).expand(-1, most, -1).flatten(0, 1)
+            script = data["script"][rows].long().unsqueeze(1).expand_as(active).flatten(0, 1)
             known = torch.where(script < 0, -1, script % len(SCRIPTED))
             goals = true_goals(relative, state, known, script >= len(SCRIPTED), part["target"].flatten(0, 1))
             goals = goals.unflatten(0, (-1, most))
@@ -1599,83 +1494,64 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watch: Callable | None = None) -> Tensor:
-    """Returns [B, episodes, N], by seat, of one whole match in each game. `watch(state, memory, episode)` sees each step."""
-    game, batch, episodes = agent.game, co_players.batch, co_players.match_episodes
-    state, memory = co_players.game.initial_state(batch, generator), agent.moa.initial_memory(batch)
-    game = co_players.game
+    """Returns [B, episodes, N], by seat, of a whole match in each game. `watch(state, memory, episode)` sees each step."""
+    game, batch, episodes = co_players.game, co_players.batch, co_players.match_episodes
+    state, memory = game.initial_state(batch, generator), agent.moa.initial_memory(batch)
     returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
-    playing = torch.ones(batch, dtype=torch.bool, device=game.device)
-    games = torch.arange(batch, device=game.device)
+    games, playing = torch.arange(batch, device=game.device), torch.ones(batch, dtype=torch.bool, device=game.device)
     while playing.any():
+        episode, learner, mask = co_players.episode, co_players.learner, game.action_mask(state)
         if watch is not None:
-            watch(state, memory, co_players.episode)
-        mask = game.action_mask(state)
+            watch(state, memory, episode)
         actions = co_players.act(state, mask)
-        seats = co_players.learner & playing.unsqueeze(1)
-        chosen = agent.act(state, mask, memory, seats, generator, co_players.oracle(agent, state)).action
-        actions = torch.where(co_players.learner, chosen, actions)
+        seats, oracle = learner & playing.unsqueeze(1), co_players.oracle(agent, state)
+        actions = torch.where(learner, agent.act(state, mask, memory, seats, generator, oracle).action, actions)
         after, reward, terminated, truncated = game.step(state, actions)
+        returns[games, episode] += reward * playing.unsqueeze(1)
         ended = terminated | truncated
-        returns[games, co_players.episode] += reward * playing.unsqueeze(1)
-        match_ended = ended & (co_players.episode + 1 >= episodes)
+        match_ended = co_players.observe(state, actions, ended)
         memory = agent.remember(memory, state, actions, ended, match_ended)
-        playing = playing & ~match_ended
-        co_players.observe(state, actions, ended)
-        state = after.replaced(ended, game.initial_state(batch, generator))
+        state, playing = after.replaced(ended, game.initial_state(batch, generator)), playing & ~match_ended
     return returns
 
 
 def evaluate(
-    checkpoint: str | Path,
-    co_players: str | Callable | list,
-    *,
-    env_id: str | None = None,
-    episodes: int = 200,
-    num_envs: int = 64,
-    match_episodes: int = 10,
-    seed: int = 1,
-    device: str = "cpu",
-) -> dict[str, object]:
-    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players.
-
-    `co_players`: one name, path or callable for all of them, or N-1 of them (a list, or separated by commas). `env_id`: by
-    default the game trained on; another of the same family will do. Returns a dict: `focal_return` (mean over episodes),
-    `focal_returns` [episodes] in the order of matches, `co_player_return`, `by_episode` [match_episodes] (focal mean at the
-    k-th episode of a match). Returns are undiscounted sums of rewards. Actions are drawn from the policy, with the planner
-    if the checkpoint had it on. Raises UsageError.
-    """
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu"
+) -> dict[str, float | list[float]]:
+    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
+    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
+    them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
+    Actions are drawn from the policy, with the planner if the checkpoint had it on. Returns, undiscounted sums of
+    rewards: `focal_return`, the mean of `focal_returns` [episodes] in the order of matches, `co_player_return` (mean),
+    and `by_episode` [match_episodes], the focal mean at the k-th episode of a match."""
     if min(episodes, num_envs, match_episodes) < 1:
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {device}: no CUDA device is available")
     agent = load_agent(checkpoint, device)
     game = agent.on_game(env_id or agent.game.id)
-    others = game.num_players - 1
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
-    entries = entries * others if len(entries) == 1 else entries
-    matches = math.ceil(episodes / match_episodes)
-    generator = Generator(game.device).manual_seed(seed)
-    focal, company = [], []
+    entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
+    matches, generator = math.ceil(episodes / match_episodes), Generator(device).manual_seed(seed)
+    returns, seats = [], []
     for _ in range(math.ceil(matches / num_envs)):
         players = CoPlayers(game, entries, min(num_envs, matches), match_episodes, generator, fixed=True)
-        seat = players.seat[:, 0].clone()
-        returns = play_matches(agent, players, generator)  # [B, episodes, N]
-        mine = returns.gather(2, seat.view(-1, 1, 1).expand(-1, match_episodes, 1)).squeeze(2)
-        focal.append(mine)
-        company.append((returns.sum(2) - mine) / max(1, others))
-    focal, company = torch.cat(focal)[:matches], torch.cat(company)[:matches]
-    kept = focal.flatten()[:episodes]
-    return {
-        "focal_return": float(kept.mean()),
-        "focal_returns": kept.tolist(),
-        "co_player_return": float(company.flatten()[:episodes].mean()),
-        "by_episode": focal.mean(0).tolist(),
-    }
+        seats.append(players.seat[:, :1])
+        returns.append(play_matches(agent, players, generator))
+    returns, seats = torch.cat(returns)[:matches], torch.cat(seats)[:matches]  # [matches, episodes, N], [matches, 1]
+    focal = returns.gather(2, seats.unsqueeze(1).expand(-1, match_episodes, 1)).squeeze(2)
+    company = (returns.sum(2) - focal) / max(1, game.num_players - 1)
+    kept = focal.flatten()[:episodes].tolist()
+    result = {"focal_return": float(np.mean(kept)), "focal_returns": kept, "by_episode": focal.mean(0).tolist()}
+    return {**result, "co_player_return": float(company.flatten()[:episodes].mean())}
 
 
 def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, path: Path) -> None:
     """A GIF of the last episode of one match: all players, the items, and what the focal player believes of the others."""
     frames, focal = [], int(co_players.seat[0, 0])
     kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
+    title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
 
     def watch(state: GameState, memory: Memory, episode: Tensor) -> None:
         if int(episode[0]) < co_players.match_episodes - 1:
@@ -1683,13 +1559,11 @@ def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, pa
         own, others = agent.relative(state)
         goal, _ = agent.infer(memory, own, others, co_players.oracle(agent, state))
         items = state.items.unsqueeze(1).expand(-1, agent.game.num_players, -1)
-        probs = agent.moa.subgoal_logits(state.players, items, own, others, goal).softmax(-1)[0]
-        title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
-        frames.append(render_frame(agent.game, state, {"focal": focal, "probs": probs.cpu().numpy()}, title))
+        probs = agent.moa.subgoal_logits(state.players, items, own, others, goal).softmax(-1)[0].tolist()
+        frames.append(Image.fromarray(render_frame(agent.game, state, {"focal": focal, "probs": probs}, title)))
 
     play_matches(agent, co_players, generator, watch)
-    images = [Image.fromarray(frame) for frame in frames]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=500, loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1699,13 +1573,12 @@ SCRIPT = Path(__file__).stem
 
 
 class Timer:
-    """`with timer("name"):` sums seconds by nested path; a disabled timer does nothing."""
+    """`with timer("name"):` sums seconds and calls by nested path; a disabled timer does nothing."""
 
     def __init__(self, enabled: bool, cuda: bool = False):
-        self.enabled, self.cuda = enabled, cuda
-        self.seconds: dict[tuple[str, ...], float] = {}
-        self.calls: collections.Counter = collections.Counter()
-        self.path: tuple[str, ...] = ()
+        self.enabled, self.synchronize = enabled, torch.cuda.synchronize if cuda else lambda: None
+        self.seconds, self.calls = collections.Counter(), collections.Counter()  # by path: names, outermost part first
+        self.path: tuple[str, ...] = ()  # of the part that is running
 
     @contextlib.contextmanager
     def __call__(self, name: str):
@@ -1713,113 +1586,95 @@ class Timer:
             yield
             return
         outer, self.path = self.path, (*self.path, name)
-        self.seconds.setdefault(self.path, 0.0)  # parents before their parts
-        start = self.now()
-        try:
-            yield
-        finally:
-            self.seconds[self.path] += self.now() - start
-            self.calls[self.path] += 1
-            self.path = outer
-
-    def now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.synchronize()
+        start = time.perf_counter()
+        yield
+        self.synchronize()
+        self.seconds[self.path] += time.perf_counter() - start
+        self.calls[self.path] += 1
+        self.path = outer
 
     def tree(self) -> str:
         """Seconds, share of the whole and calls of every part, as an indented table."""
-        whole = sum(s for path, s in self.seconds.items() if len(path) == 1)
-        lines = [f"{'part':40} {'seconds':>9} {'share':>6} {'calls':>8}"]
+        lines = [f"{'part':40}   seconds  share    calls"]
+        whole = sum(seconds for path, seconds in self.seconds.items() if len(path) == 1)
         for path in sorted(self.seconds, key=lambda p: [(-self.seconds[p[: k + 1]], p[k]) for k in range(len(p))]):
-            label = "  " * (len(path) - 1) + path[-1]
-            lines.append(f"{label:40} {self.seconds[path]:9.2f} {self.seconds[path] / whole:6.1%} {self.calls[path]:8}")
+            label, seconds = "  " * (len(path) - 1) + path[-1], self.seconds[path]
+            lines.append(f"{label:40} {seconds:9.2f} {seconds / whole:6.1%} {self.calls[path]:8}")
         return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def refused(what: str):
+    """Turns whatever is raised inside (a damaged file and an import can raise anything) into a UsageError, one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})") from None
 
 
 def save_atomically(content: dict, path: Path) -> None:
     """torch.save to a temporary file beside `path`, then renamed: a killed run leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    torch.save(content, temporary)
     temporary.replace(path)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
     """The content of a checkpoint of this script, or of its run's folder. Raises UsageError."""
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}")
-    try:
+    with refused(f"cannot read checkpoint {path}"):
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds on damaged files
-        raise UsageError(f"cannot read checkpoint {path}: {str(error).splitlines()[0][:120]}") from None
-    if not isinstance(content, dict) or "script" not in content:
-        raise UsageError(f"{path} is not a checkpoint of {SCRIPT}.py")
-    if content["script"] != SCRIPT:
-        raise UsageError(f"{path} is a checkpoint of {content['script']}.py, not of {SCRIPT}.py")
+    script = content.get("script", "another program") if isinstance(content, dict) else "another program"
+    if script != SCRIPT:
+        raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT}")
     return content
 
 
 def load_agent(path: str | Path, device: str | torch.device = "cpu") -> Agent:
     """The agent of a checkpoint, ready to play. Raises UsageError."""
     content = load_checkpoint(path, device)
-    try:
+    with refused(f"checkpoint {path} does not fit this version"):
         agent = Agent(GridGame(content["game"], device), Args(**content["args"]))
         agent.load_state_dict(content["agent"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UsageError(f"checkpoint {path} does not fit this version: {str(error).splitlines()[0][:120]}") from None
-    agent.plan_mode = content["plan_mode"]
+        agent.plan_mode = content["plan_mode"]
     return agent.eval()
 
 
 def print_evaluation(args: Args) -> None:
-    """`--evaluate`: plays the checkpoint and prints the returns with 95 % intervals over matches."""
-    co_players = args.co_players or "self"
-    result = evaluate(
-        args.evaluate,
-        co_players,
-        episodes=args.eval_episodes,
-        num_envs=args.num_envs,
-        match_episodes=args.match_episodes,
-        seed=args.seed,
-        device="cuda" if args.cuda else "cpu",
-    )
-    returns = np.array(result["focal_returns"])
-    matches = [part.mean() for part in np.array_split(returns, math.ceil(len(returns) / args.match_episodes))]
+    """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
+    sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
+    co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
+    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device)
+    returns, length = result["focal_returns"], args.match_episodes
+    matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
     error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
-    print(
-        f"focal return      {result['focal_return']:7.3f} +- {error:.3f}  ({len(returns)} episodes, with {co_players})"
-    )
+    print(f"focal return      {np.mean(returns):7.3f} +- {error:.3f}  ({len(returns)} episodes, with {co_players})")
     print(f"co-player return  {result['co_player_return']:7.3f}")
     print("by episode of a match " + " ".join(f"{value:.2f}" for value in result["by_episode"]))
 
 
-def start_run(trainer: "Trainer", args: Args, folder: Path | None) -> tuple[Path, SummaryWriter]:
-    """The run's folder (a new one, or `folder` of a resumed run), its args.json, and its TensorBoard writer."""
-    if folder is None:
-        folder = Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        while folder.exists():
-            folder = folder.with_name(folder.name + "+")
-        folder.mkdir(parents=True)
-    (folder / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=dataclasses.asdict(args),
-            name=folder.name,
-            dir=str(folder),
-        )
-    writer = SummaryWriter(str(folder), purge_step=trainer.global_step if trainer.global_step else None)
-    table = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+def start_run(args: Args, step: int) -> tuple[Path, SummaryWriter]:
+    """The run's folder (that of `--resume`, or a new one), its args.json, and its TensorBoard writer from `step` on."""
+    with refused("--track needs wandb: pip install wandb"):
+        track = importlib.import_module("wandb").init if args.track else None
+    options, name = dataclasses.asdict(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    folder = Path(args.resume or f"runs/{name}")
+    folder = folder.parent if folder.is_file() else folder
+    while folder.exists() and not args.resume:
+        folder = folder.with_name(folder.name + "+")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(options, indent=2) + "\n")
+    if track:
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
+        track(**names, dir=str(folder), config=options, sync_tensorboard=True, reinit="finish_previous")
+    writer = SummaryWriter(str(folder), purge_step=step or None)
+    table = "".join(f"\n|{name}|{value}|" for name, value in options.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
     return folder, writer
 
 
@@ -1827,45 +1682,41 @@ def start_run(trainer: "Trainer", args: Args, folder: Path | None) -> tuple[Path
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, float]:
-    """The whole run; returns the final metrics, with `run` (its folder). Raises UsageError before anything is written."""
+    """The whole run; returns the final metrics, and `run`, its folder. Raises UsageError before anything is written."""
     args = resolved(args)
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    trainer, folder = Trainer(args), None
-    if args.load_moa:
-        trainer.load_moa(args.load_moa)
-    if args.resume:
-        trainer.load(load_checkpoint(args.resume, trainer.device))
-        folder = Path(args.resume) if Path(args.resume).is_dir() else Path(args.resume).parent
-    if args.track:
-        importlib.import_module("wandb")
-    folder, writer = start_run(trainer, args, folder)
-    stop: list[int] = []  # the signals that came
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.cuda)  # CUDA lacks some of them
+    trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
+    with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
+        if args.resume:
+            trainer.load(load_checkpoint(args.resume, trainer.device))
+        elif args.load_moa:
+            trainer.load_moa(args.load_moa)
+    folder, writer = start_run(args, trainer.global_step)
+
+    def on_signal(number: int, frame: object) -> None:
+        stop.append(signal.signal(number, signal.default_int_handler))  # after the iteration; a second Ctrl-C at once
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     trainer.agent.timer = timer = Timer(args.profile, args.cuda)
-    metrics: dict[str, float] = {}
-    per_iteration = args.num_envs * args.num_steps
-    progress = tqdm(
-        total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id
-    )
+    bar = tqdm(total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id)
     try:
-        trainer.pretrain()
+        with timer("pretraining"):
+            trainer.pretrain()
         save_atomically(trainer.content(), folder / "checkpoint.pt")
         while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
-            start = time.perf_counter()
             trainer.log.clear()
+            start = time.perf_counter()
             metrics = {name: float(value) for name, value in trainer.iterate().items()}
-            metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
             metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
+            metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
             metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
             for name, value in metrics.items():
                 if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"{name} is {value} at step {trainer.global_step}; see {folder / 'checkpoint.pt'}"
-                    )
+                    raise FloatingPointError(f"{name} is {value} at step {trainer.global_step}, see {folder}")
                 writer.add_scalar(name, value, trainer.global_step)
-            if "charts/episodic_return" in metrics:
-                progress.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}", refresh=False)
-            progress.update(per_iteration)
+            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}", refresh=False)
+            bar.update(per_iteration)
             if trainer.iteration % args.checkpoint_every == 0:
                 save_atomically(trainer.content(), folder / "checkpoint.pt")
         save_atomically(trainer.content(), folder / "checkpoint.pt")
@@ -1874,9 +1725,10 @@ def train(args: Args) -> dict[str, float]:
         if args.capture_video and not stop:
             generator = Generator(trainer.device).manual_seed(args.seed)
             players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
-            record_episode(trainer.agent, players, generator, folder / "episode.gif")
+            with timer("video"):
+                record_episode(trainer.agent, players, generator, folder / "episode.gif")
     finally:
-        progress.close()
+        bar.close()
         writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -1887,34 +1739,36 @@ def train(args: Args) -> dict[str, float]:
 
 
 def parse_arguments(arguments: list[str]) -> Args:
-    """Args from the command line; those of a resumed run are its own unless given again. Raises UsageError."""
+    """Args from the command line, over the options of a run to resume or the game of one to play. Raises UsageError."""
 
     def parse(default: Args) -> Args:
-        message = io.StringIO()
+        captured = io.StringIO()
         try:
-            with contextlib.redirect_stderr(message):
+            with contextlib.redirect_stderr(captured):
                 return tyro.cli(Args, args=arguments, default=default, description=__doc__)
         except SystemExit as stop:
-            if not stop.code:
+            if not stop.code:  # --help
                 raise
-            box = message.getvalue().split("─" * 8 + " ")[0]
-            lines = [line.strip("│╭╮╰╯─ ") for line in message.getvalue().splitlines()[1:]]
-            raise UsageError(" ".join(lines[: lines.index("")] if "" in lines else lines) or box) from None
+            # tyro's box: a title, the message, then hints, with rules or empty lines between them
+            text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", captured.getvalue()).partition("\n")[2]
+            blocks = [" ".join(block.split()) for block in re.split(r"(?m)^[ ─-]*$", text)]
+            raise UsageError(next(filter(None, blocks), "bad command line")) from None
 
     args = parse(Args())
-    if args.resume is None:
+    path = args.evaluate or args.resume
+    if path is None:
         return args
-    return parse(Args(**load_checkpoint(args.resume)["args"]))
+    content = load_checkpoint(path)
+    with refused(f"checkpoint {path} does not fit this version"):
+        default = Args(env_id=content["game"]) if args.evaluate else Args(**content["args"])
+    return parse(default)
 
 
 def main() -> None:
     """Command line: trains, or evaluates with `--evaluate`. Exit status 2 and one line for what cannot be done."""
     try:
         args = parse_arguments(sys.argv[1:])
-        if args.evaluate is None:
-            train(args)
-        else:
-            print_evaluation(args)
+        print_evaluation(args) if args.evaluate else train(args)
     except (UsageError, FloatingPointError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)

@@ -77,8 +77,13 @@ def main(options: Options) -> dict:
     torch.manual_seed(options.seed)
     game = script.GridGame(options.env_id)
     scripted = script.SCRIPTED_OF[game.family]
-    kinds = options.kinds.split(",") if options.kinds else [*scripted, *(f"{k}-noisy" for k in scripted if k != "random")]
-    train, test = (play(game, kinds, n, options.episodes, options.seed + s) for s, n in enumerate((options.matches, options.held_out)))
+    kinds = (
+        options.kinds.split(",") if options.kinds else [*scripted, *(f"{k}-noisy" for k in scripted if k != "random")]
+    )
+    train, test = (
+        play(game, kinds, n, options.episodes, options.seed + s)
+        for s, n in enumerate((options.matches, options.held_out))
+    )
     relative, generator = script.RelativeFeatures(game), torch.Generator().manual_seed(options.seed)
     nll, result = {}, {"env_id": game.id, "kinds": kinds, **dataclasses.asdict(options)}
     for goal in options.goals.split(","):
@@ -146,14 +151,18 @@ def posterior_mean(moa, batch, own, others) -> torch.Tensor:
 
 
 @torch.no_grad()
-def first_goals(moa: script.MOA, buffer: script.MOABuffer, episode: int, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def first_goals(
+    moa: script.MOA, buffer: script.MOABuffer, episode: int, limit: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """z [R, Z] of every scripted player at the first step of an episode of the match, and its kind [R]."""
     goals, kinds = [], []
     for rows in torch.arange(min(len(buffer), limit)).split(100):
         rows = buffer.batch + rows
         batch = batch_of(buffer, rows, moa.relative)
         z = posterior_mean(moa, batch, *moa.relative(batch.state)).unflatten(0, batch.start.shape)
-        at = (buffer.data["episode"][rows].long() < episode) & (torch.arange(buffer.data["episode"].shape[1]) < buffer.data["length"][rows].unsqueeze(1))
+        at = (buffer.data["episode"][rows].long() < episode) & (
+            torch.arange(buffer.data["episode"].shape[1]) < buffer.data["length"][rows].unsqueeze(1)
+        )
         z = z[torch.arange(len(rows)), at.sum(1)]  # [S, N, Z]
         kind = buffer.data["script"][rows].long()
         goals.append(z[kind >= 0])

@@ -36,10 +36,10 @@ SELF = "--co-players self --goal none"
 SELFPLAY = {
     f"{env} | {name}": f"--env-id {env} {SELF} {options} {planner}"
     for env, options in {
-        "msh-4x4-4h1s": "--total-timesteps 400000",
+        "msh-4x4-4h1s": "--total-timesteps 200000",
         "msh-4h1s": "--total-timesteps 500000",
-        "msg": "--total-timesteps 300000",
-        "msg gamma 0.95": "--total-timesteps 300000 --gamma 0.95",
+        "msg": "--total-timesteps 250000 --plan-samples 8",
+        "msg gamma 0.95": "--total-timesteps 250000 --plan-samples 8 --gamma 0.95",
     }.items()
     for name, planner in {
         "planner, simulator": "--transition simulator",
@@ -50,7 +50,7 @@ SELFPLAY = {
 SELFPLAY = {name: options.replace("msg gamma 0.95", "msg") for name, options in SELFPLAY.items()}
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 GOALS = {
-    f"{env} | {goal}": f"--env-id {env} --co-players {kinds} --plan-update none --total-timesteps 1000000 --goal {goal}"
+    f"{env} | {goal}": f"--env-id {env} --co-players {kinds} --plan-update none --total-timesteps 800000 --goal {goal}"
     for env, kinds in KINDS.items()
     for goal in ("none", "inferred", "oracle")
 }
@@ -77,7 +77,9 @@ class Options:
 def kinds_of(options: str) -> list[str]:
     """The co-players that a setting is evaluated with: three of each kind it was trained on."""
     words = shlex.split(options)
-    return words[words.index("--co-players") + 1].split(",") if "--co-players" in words else ["self", "ns", "nh", "random"]
+    return (
+        words[words.index("--co-players") + 1].split(",") if "--co-players" in words else ["self", "ns", "nh", "random"]
+    )
 
 
 def work(job: dict) -> dict:
@@ -90,8 +92,17 @@ def work(job: dict) -> dict:
     start = time.time()
     metrics = script.train(script.parse_arguments(shlex.split(job["options"])))
     seconds = time.time() - start
-    result = {**job, "command": f"python hop_onestep.py {job['options']}", "seconds": round(seconds, 1)}
-    result |= {"machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}", "torch": torch.__version__}
+    cpu_seconds = round(time.process_time(), 1)
+    result = {
+        **job,
+        "command": f"python hop_onestep.py {job['options']}",
+        "seconds": round(seconds, 1),
+        "cpu_seconds": cpu_seconds,
+    }
+    result |= {
+        "machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}",
+        "torch": torch.__version__,
+    }
     result["returns"], result["by_episode"], result["all_seats"] = {}, {}, {}
     for kind in kinds_of(job["options"]):
         played = script.evaluate(metrics["run"], kind, episodes=job["episodes"], seed=1000 + job["seed"])
@@ -99,7 +110,44 @@ def work(job: dict) -> dict:
         result["returns"][kind] = round(played["focal_return"], 4)
         result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
         result["all_seats"][kind] = round((played["focal_return"] + (n - 1) * played["co_player_return"]) / n, 4)
+    result["curve"] = curve(metrics["run"])
     return result | {"metrics": {k: v for k, v in metrics.items() if k != "run"}}
+
+
+def curve(run: str) -> list[list[float]]:
+    """About a hundred points [game steps, seconds since the first, mean return of the learner's seats] of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(run, size_guidance={"scalars": 0})
+    events.Reload()
+    points = events.Scalars("charts/episodic_return")
+    points = points[:: max(1, len(points) // 100)]
+    return [[p.step, round(p.wall_time - points[0].wall_time, 1), round(p.value, 4)] for p in points]
+
+
+def plot(by_setting: dict[str, list[dict]]) -> None:
+    """docs/curves.png: self-play returns in training against game steps, every seed a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    games = list(dict.fromkeys(setting.partition(" | ")[0] for setting in SELFPLAY if setting in by_setting))
+    figure, axes = plt.subplots(1, len(games), figsize=(4.2 * len(games), 3.4), squeeze=False)
+    for axis, game in zip(axes[0], games, strict=True):
+        for colour, method in zip(
+            ("#0072B2", "#009E73", "#D55E00"), ("planner, simulator", "planner, network", "plain PPO"), strict=True
+        ):
+            for k, result in enumerate(by_setting.get(f"{game} | {method}", [])):
+                steps, _, returns = zip(*result["curve"], strict=True)
+                axis.plot([s / 1000 for s in steps], returns, color=colour, lw=1, label=method if k == 0 else None)
+        axis.set(title=game, xlabel="thousand game steps")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("mean return of all seats")
+    axes[0][0].legend(loc="lower right")
+    figure.tight_layout()
+    (ROOT / "docs").mkdir(exist_ok=True)
+    figure.savefig(ROOT / "docs" / "curves.png", dpi=110)
 
 
 def spread(values: list[float]) -> str:
@@ -110,13 +158,17 @@ def spread(values: list[float]) -> str:
 def report() -> None:
     """Markdown tables of the results so far."""
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    by_setting = {k: list(g) for k, g in itertools.groupby(sorted(results, key=lambda r: (r["setting"], r["seed"])), lambda r: r["setting"])}
-    print("| game, all seats learn | method | mean return (seeds) | seconds |\n|-|-|-|-|")
+    by_setting = {
+        k: list(g)
+        for k, g in itertools.groupby(sorted(results, key=lambda r: (r["setting"], r["seed"])), lambda r: r["setting"])
+    }
+    plot(by_setting)
+    print("| game, all seats learn | method | mean return (seeds) | CPU seconds |\n|-|-|-|-|")
     for setting in [s for s in (*SELFPLAY, *MAIN) if s in by_setting]:
         runs = by_setting[setting]
         env, _, method = setting.partition(" | ")
         returns = spread([r["all_seats"]["self"] for r in runs])
-        print(f"| {env} | {method} | {returns} | {statistics.mean(r['seconds'] for r in runs):.0f} |")
+        print(f"| {env} | {method} | {returns} | {statistics.mean(r['cpu_seconds'] for r in runs):.0f} |")
     for env, kinds in KINDS.items():
         kinds = kinds.split(",")
         if not all(f"{env} | {goal}" in by_setting for goal in ("none", "inferred", "oracle")):
@@ -131,7 +183,9 @@ def report() -> None:
         alone = [by_setting.get(f"{env} | PPO on {kind}") for kind in kinds]
         if all(alone):
             columns = [[r["returns"][kind] for r in runs] for runs, kind in zip(alone, kinds, strict=True)]
-            print(f"| plain PPO on exactly these | {' | '.join(map(spread, columns))} | {statistics.mean(itertools.chain(*columns)):.3f} |")
+            print(
+                f"| plain PPO on exactly these | {' | '.join(map(spread, columns))} | {statistics.mean(itertools.chain(*columns)):.3f} |"
+            )
         gap = means["oracle"] - means["none"]
         share = (means["inferred"] - means["none"]) / gap if gap else math.nan
         print(f"\n`inferred` goes {share:.0%} of the way from `none` to `oracle` ({gap:.3f}).")
@@ -155,7 +209,14 @@ def main(options: Options) -> None:
                 words = f"{words} --seed {seed}"
                 if options.quick:
                     words += " --total-timesteps 10000"
-                jobs.append({"setting": setting, "seed": seed, "options": words, "episodes": 64 if options.quick else options.episodes})
+                jobs.append(
+                    {
+                        "setting": setting,
+                        "seed": seed,
+                        "options": words,
+                        "episodes": 64 if options.quick else options.episodes,
+                    }
+                )
 
     def run(job: dict) -> dict:
         command = [sys.executable, __file__, "--worker", json.dumps(job)]
@@ -170,7 +231,9 @@ def main(options: Options) -> None:
         for future in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
             result = future.result()
             progress.update()
-            progress.write(f"{result['setting']} seed {result['seed']}: {result['returns']} in {result['seconds']:.0f} s")
+            progress.write(
+                f"{result['setting']} seed {result['seed']}: {result['returns']} in {result['seconds']:.0f} s"
+            )
             if not options.quick:
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(result) + "\n")

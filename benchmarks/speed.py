@@ -76,14 +76,20 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     for num_envs in map(int, options.num_envs.split(",")):
         result = measure(options, num_envs)
-        print(f"{options.env_id}, {num_envs} games, K = {options.plan_samples}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(
+            f"{options.env_id}, {num_envs} games, K = {options.plan_samples}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
         print(f"{'':28}{'game steps/s':>14}{'of plain':>10}{'decisions/s':>13}{'planner alone':>15}")
         plain = result["plain PPO"]["steps"]
         for name, rate in result.items():
             alone = f"{rate['planner']:15,.0f}" if "planner" in rate else ""
             print(f"{name:28}{rate['steps']:14,.0f}{rate['steps'] / plain:10.2f}{rate['decisions']:13,.0f}{alone}")
         if options.json:
-            print(json.dumps({"env_id": options.env_id, "num_envs": num_envs, "threads": torch.get_num_threads(), **result}))
+            print(
+                json.dumps(
+                    {"env_id": options.env_id, "num_envs": num_envs, "threads": torch.get_num_threads(), **result}
+                )
+            )
 
 
 if __name__ == "__main__":

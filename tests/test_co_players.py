@@ -141,7 +141,9 @@ def rows_of(crowd):
     return zip(crowd.actions.tolist(), crowd.players.learner.tolist(), strict=True)
 
 
-@pytest.mark.parametrize("name, env_id", [("nh", "msh-1x9-2p-2h1s"), ("cleaner", "msg-1x9-2p-3d"), ("ns", "msh-1x9-2p-1h2s")])
+@pytest.mark.parametrize(
+    "name, env_id", [("nh", "msh-1x9-2p-2h1s"), ("cleaner", "msg-1x9-2p-3d"), ("ns", "msh-1x9-2p-1h2s")]
+)
 def test_a_target_is_kept_until_it_is_gone_or_the_game_is_reset(script, name, env_id):
     """Both targets lie in one row; the players are put elsewhere between the steps."""
     left, right, far = (0, 1), (0, 7), (0, 8)
@@ -183,7 +185,9 @@ def test_noise_is_drawn_by_each_player_for_itself(script):
     assert_frequencies(others.unsqueeze(1), shares)
 
 
-@pytest.mark.parametrize("family, name", [(f, n + e) for f, names in FAMILIES.items() for n in names for e in ("", "-noisy")])
+@pytest.mark.parametrize(
+    "family, name", [(f, n + e) for f, names in FAMILIES.items() for n in names for e in ("", "-noisy")]
+)
 def test_who_has_left_stays(script, family, name):
     crowd = Crowd(script, name, {"msh": MSH, "msg": MSG}[family], batch=300)
     assert_shares(crowd.act(None), even(STAY))
@@ -227,7 +231,9 @@ class Reference:
         return {a for a in away if away[a] < away[STAY]}
 
 
-@pytest.mark.parametrize("env_id, pool", [("msh-5x4-5p-3h2s", "ns,nh,random"), ("msg-3x5-3p-4d", "cleaner,exploiter,random")])
+@pytest.mark.parametrize(
+    "env_id, pool", [("msh-5x4-5p-3h2s", "ns,nh,random"), ("msg-3x5-3p-4d", "cleaner,exploiter,random")]
+)
 def test_whole_matches_follow_the_rules(script, env_id, pool):
     """Every co-player's every action of several matches, against its possible targets; the learner's are random."""
     game, batch = script.GridGame(env_id), 6
@@ -469,7 +475,9 @@ def test_what_is_no_action_raises_a_usage_error(script, value):
 
 
 def test_an_illegal_action_of_a_callable_is_stay(script):
-    game, generator, players = callables(script, [actions_of(lambda b: torch.zeros(b, dtype=torch.int64))] * 2, fixed=True)
+    game, generator, players = callables(
+        script, [actions_of(lambda b: torch.zeros(b, dtype=torch.int64))] * 2, fixed=True
+    )
     state = scene(script, game, (0, 2), PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state))
     after, *_ = game.step(state, actions)
@@ -491,12 +499,20 @@ def test_a_name_in_a_module(script, tmp_path, monkeypatch):
     state = game.initial_state(players.batch, generator)
     actions = players.act(state, game.action_mask(state)).gather(1, players.seat)
     assert (actions[:, 1] == LEFT).all() and (actions[:, 2] == RIGHT).all()
-    for name in ("friends_of_tests:nobody", "friends_of_tests:number", "no_such_module:x", "friends_of_tests:", ":right"):
+    for name in (
+        "friends_of_tests:nobody",
+        "friends_of_tests:number",
+        "no_such_module:x",
+        "friends_of_tests:",
+        ":right",
+    ):
         with pytest.raises(script.UsageError):
             callables(script, [name])
 
 
-@pytest.mark.parametrize("name", ["", "NS", "ns-", "noisy", "-noisy", "cleaner", "exploiter-noisy", "self-noisy", "no/such.pt", 3])
+@pytest.mark.parametrize(
+    "name", ["", "NS", "ns-", "noisy", "-noisy", "cleaner", "exploiter-noisy", "self-noisy", "no/such.pt", 3]
+)
 def test_unknown_co_players(script, name):
     with pytest.raises(script.UsageError) as caught:
         callables(script, ["ns", name])

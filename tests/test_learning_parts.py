@@ -111,7 +111,9 @@ def test_rollout_step_by_step(script, small, options):
     """Every stored row against a replay of one game at a time."""
     trainer = shaken(script.Trainer(small(num_envs=6, num_steps=70, total_timesteps=1000, **options)))
     args, game, agent = trainer.args, trainer.game, trainer.agent
-    trainer.state = trainer.state._replace(time=game.horizon - 1 - torch.arange(6) // 2)  # some games are truncated soon
+    trainer.state = trainer.state._replace(
+        time=game.horizon - 1 - torch.arange(6) // 2
+    )  # some games are truncated soon
     shown, kinds, initial = watched(trainer), [], trainer.state
     co_act = trainer.co_players.act
     trainer.co_players.act = lambda *inputs: kinds.append(trainer.co_players.kind.clone()) or co_act(*inputs)
@@ -155,7 +157,9 @@ def test_rollout_step_by_step(script, small, options):
                     count["truncated"] += 1
                 else:
                     assert next_value == 0.0
-                    count["left" if not ended else "terminated" if over else "left before"] += bool(state.players[b, i] >= 0)
+                    count["left" if not ended else "terminated" if over else "left before"] += bool(
+                        state.players[b, i] >= 0
+                    )
                 others = [int(rows["action"][t, b, (i + k) % n]) for k in range(1, n)]
                 assert rows["other_actions"][t, b, i].tolist() == others
             if ended:
@@ -169,7 +173,9 @@ def test_rollout_step_by_step(script, small, options):
                 returns[b] = 0.0
     names = ["truncated", "goes on after the rollout", "terminated"] + ["left"] * (game.family == "msh")
     assert all(count[name] > 2 for name in names), count
-    assert {k: sorted(v) for k, v in trainer.log.items()} == {k: pytest.approx(sorted(v), abs=1e-4) for k, v in log.items()}
+    assert {k: sorted(v) for k, v in trainer.log.items()} == {
+        k: pytest.approx(sorted(v), abs=1e-4) for k, v in log.items()
+    }
     assert torch.allclose(trainer.returns, returns, atol=1e-4) and trainer.global_step == steps * games
 
 
@@ -193,7 +199,13 @@ def test_only_the_learners_rows_are_learnt_from(script, small):
 
 def test_relabelled_seats_give_the_same_training_data(script, small):
     """The same games with the seats in another order and the same actions: the same rows in that order, and one gradient."""
-    options = {"env_id": "msh-4x4-4h1s", "num_steps": 60, "match_episodes": 100, "plan_update": "none", "reward_scale": 0.3}
+    options = {
+        "env_id": "msh-4x4-4h1s",
+        "num_steps": 60,
+        "match_episodes": 100,
+        "plan_update": "none",
+        "reward_scale": 0.3,
+    }
     args = small(co_players="self,nh,ns", total_timesteps=500, **options)
     order = torch.tensor([2, 0, 3, 1])  # no rotation
     played, runs, gradients = [], [], []
@@ -235,14 +247,29 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
         runs.append({**rows, "memory": torch.stack(list(trainer.memory), 0)})
         joined, total = agent.with_goals(rows["others"], rows["goal"])
         part = {**rows, "others": joined, "goal": total}
-        part = {name: part[name][rows["learner"]] for name in
-                ("own", "others", "goal", "mask", "offset", "action", "log_prob", "advantage", "return")}
+        part = {
+            name: part[name][rows["learner"]]
+            for name in ("own", "others", "goal", "mask", "offset", "action", "log_prob", "advantage", "return")
+        }
         loss, _ = script.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(0.01), False)
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for net in (agent.actor, agent.critic) for p in net.parameters()]))
     plain, other = runs
-    for name in ("own", "goal", "mask", "prior", "value", "next_value", "reward", "goes_on", "active", "learner", "action",
-                 "advantage", "memory"):
+    for name in (
+        "own",
+        "goal",
+        "mask",
+        "prior",
+        "value",
+        "next_value",
+        "reward",
+        "goes_on",
+        "active",
+        "learner",
+        "action",
+        "advantage",
+        "memory",
+    ):
         field = plain[name][:, :, order]
         torch.testing.assert_close(other[name], field, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(other["others"].sum(3), plain["others"].sum(3)[:, :, order], rtol=1e-4, atol=1e-4)
@@ -517,7 +544,9 @@ def test_subgoals_are_the_next_items_taken(vae, small, env_id, likely):
 def test_subgoal_logits(vae, lively):
     """Gone items have no probability; the order of items of a kind is that of their logits; the rest is untouched."""
     agent = lively(env_id="msh-4x4-3p-3h2s")
-    state = vae.GameState(torch.tensor([[5, 0, 7]]), torch.tensor([[1, 14, 3, -1, 9]]), torch.tensor([4]), torch.tensor([0]))
+    state = vae.GameState(
+        torch.tensor([[5, 0, 7]]), torch.tensor([[1, 14, 3, -1, 9]]), torch.tensor([4]), torch.tensor([0])
+    )
     own, others = agent.relative(state)
     goal = torch.randn(1, 3, agent.moa.goal_size, generator=torch.Generator().manual_seed(0))
     items = state.items.unsqueeze(1).expand(-1, 3, -1)
@@ -627,7 +656,12 @@ def test_the_buffer_is_a_ring(vae, small):
 
 def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
     """Kinds and targets of scripted co-players, as the agent was told them at each step; nothing of the learner's."""
-    options = {"env_id": "msh-4x4-3p-2h1s", "co_players": "ns,nh-noisy,self,random", "goal": "oracle", "match_episodes": 2}
+    options = {
+        "env_id": "msh-4x4-3p-2h1s",
+        "co_players": "ns,nh-noisy,self,random",
+        "goal": "oracle",
+        "match_episodes": 2,
+    }
     trainer, matches, _, _ = play(vae, small, **options)
     batch, relative, told = all_matches(trainer, len(matches)), trainer.agent.relative, defaultdict(int)
     names = trainer.co_players.names
@@ -651,31 +685,26 @@ def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
 # Learning
 # ---------------------------------------------------------------------------------------------------------------------
 def test_inferred_goals_predict_better_than_none(vae, small):
-    """Hunters of stags and of hares: with z inferred from their matches the MOA knows who is who, without it does not."""
-    nll, accuracy = {}, {}
-    for goal in ("inferred", "none"):
+    """Hunters of stags, hunters of hares and random players: after a match's first episode the MOA knows who is who, with
+    z inferred from it or told, and without z it does not. Judged on matches that it never saw."""
+    nll = {}
+    for goal in ("inferred", "none", "oracle"):
         args = small(
-            env_id="msh-5x5-3p-2h2s", co_players="ns,nh", goal=goal, goal_size=4, num_envs=24, num_steps=64, seed=3,
-            match_episodes=3, moa_hidden_size=32, moa_learning_rate=3e-3, moa_matches=24, moa_updates=150,
-            plan_update="offset", transition="network", total_timesteps=10**6, moa_alpha=0.003,
-        )
-        trainer = vae.Trainer(args)
-        trainer.agent.plan_mode = "none"
-        for _ in range(4):
-            trainer.rollout()
+            env_id="msh-5x5-3p-2h2s", co_players="ns,nh,random", goal=goal, goal_size=4, num_envs=64, num_steps=64, seed=3,
+            match_episodes=3, moa_hidden_size=32, moa_learning_rate=1e-2, moa_matches=16, moa_updates=100, moa_capacity=1000,
+            plan_update="offset", total_timesteps=10**6, moa_alpha=0.003,
+        )  # fmt: skip
+        trainer, test = vae.Trainer(args), vae.Trainer(vae.dataclasses.replace(args, seed=4))
+        for one in (trainer, test):
+            one.agent.plan_mode = "none"  # plays by the first policy, almost at random
+            for _ in range(4):
+                one.rollout()
         trainer.update_moa(pretraining=False)
-        test = vae.Trainer(vae.dataclasses.replace(args, seed=4))
-        test.agent.plan_mode = "none"
-        for _ in range(4):
-            test.rollout()
-        batch = test.buffer.batch_of(test.buffer.batch + torch.arange(len(test.buffer)), test.agent.relative)
-        scripted = test.buffer.data["script"][test.buffer.batch :][: len(test.buffer)].unsqueeze(1) >= 0
-        late = batch.start > 0  # not in the first episode of a match
-        counted = batch.active & scripted & late.unsqueeze(2)
+        batch = all_matches(test, len(test.buffer))
+        script_of = test.buffer.data["script"][test.buffer.batch :][: len(test.buffer)].unsqueeze(1)
+        counted = batch.active & (script_of >= 0) & (batch.start > 0).unsqueeze(2)
         batch = batch._replace(weight=counted.float())
         with torch.no_grad():
             _, terms = vae.moa_loss(trainer.agent.moa, batch, 0.0, 0.0, False, torch.Generator().manual_seed(0))
         nll[goal] = float(terms["moa/nll"])
-        accuracy[goal] = float(terms["moa/recon"])
-    print(nll, accuracy)
-    assert nll["inferred"] < nll["none"] - 0.1
+    assert nll["inferred"] < nll["none"] - 0.08 and nll["oracle"] < nll["none"] - 0.15, nll

@@ -69,7 +69,11 @@ def some_goals(agent, state, seed=2):
 @torch.no_grad()
 def plain_loop(agent, state, goal, joint, games, seats, events=None):
     """float32 [D, A]: for each decision, own action and sample one step of one game, and the critic on what follows."""
-    game, scores, events = agent.game, torch.zeros(len(games), agent.game.num_actions), Counter() if events is None else events
+    game, scores, events = (
+        agent.game,
+        torch.zeros(len(games), agent.game.num_actions),
+        Counter() if events is None else events,
+    )
     mask = game.action_mask(state)
     for d, (b, i) in enumerate(zip(games.tolist(), seats.tolist(), strict=True)):
         here = state.rows(torch.tensor([b]))
@@ -221,7 +225,10 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(one_step, lively, env_id,
         one, mine = torch.tensor([b]), games == b
         alone = scores_of(agent, state.rows(one), goal[one], joint[one], torch.zeros_like(games[mine]), seats[mine])
         torch.testing.assert_close(alone, scores[mine], **tolerance)
-    order, rank = torch.randperm(batch, generator=torch.Generator().manual_seed(3)), torch.empty(batch, dtype=torch.int64)
+    order, rank = (
+        torch.randperm(batch, generator=torch.Generator().manual_seed(3)),
+        torch.empty(batch, dtype=torch.int64),
+    )
     rank[order] = torch.arange(batch)
     turned = torch.randperm(len(games), generator=torch.Generator().manual_seed(4))
     moved = scores_of(agent, state.rows(order), goal[order], joint[order], rank[games[turned]], seats[turned])
