@@ -1,21 +1,19 @@
 """HOP+ with one-step planning: opponent modelling with inferred goals in mixed-motive grid games, in one file.
 
-A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: a VAE's z for every seat, from
-what that seat did in this match. A model of other agents (MOA) predicts their actions from z; a one-step planner scores
-each own action by the expected r + gamma V' over sampled co-player actions; PPO learns around the planner. Papers: HOP
-(Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (arXiv 1707.06347), GAE (arXiv 1506.02438).
+A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: a VAE's z for every seat,
+from what that seat did in this match. A model of other agents (MOA) predicts their actions from z; a one-step planner
+scores each own action by the expected r + gamma V' over sampled co-player actions; PPO learns around it. Papers: HOP
+(Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (1707.06347), GAE (1506.02438).
 
     python hop_onestep.py --num-envs 16                          # train on the small stag hunt
     python hop_onestep.py --env-id msg --co-players self         # self-play on the snowdrift game
     python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
 
-A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy); the
-path of a checkpoint of this script; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask [B, A],
-clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each). If it has
-a method `start_match(which [B] bool)`, that is called when matches start.
-
-Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, ..
-"""
+A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
+a checkpoint of this script, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
+[B, A], clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each).
+If it has a method `start_match(which [B] bool)`, that is called when matches start.
+Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, .."""
 
 import collections
 import contextlib
@@ -64,13 +62,11 @@ class Args:
     profile: bool = False  # log where the time goes, and print it at the end as a tree
     evaluate: str | None = None  # folder or checkpoint to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
-
     # game and co-players
     env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
     co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
     prosocial: float = 0.0  # share of all players' mean reward in the learner's reward; the rest is its own
-
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
@@ -89,7 +85,6 @@ class Args:
     max_grad_norm: float = 0.5  # gradient clipping
     hidden_size: int = 64  # width of the policy's, value's and transition network
     reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
-
     # goals and MOA
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
     goal_size: int = 8  # dimensions of z
@@ -104,7 +99,6 @@ class Args:
     load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
     pretrain_moa_steps: int = 0  # game steps played first, besides the run's, to train the VAE alone (subgoal and KL)
-
     # planner
     plan_update: Literal["offset", "hop", "none"] | None = None  # scores in the logits; instead of them; plain PPO
     plan_beta: float | None = None  # weight of the scores, over their running root mean square (default: by game)
@@ -137,7 +131,7 @@ def resolved(args: Args) -> Args:
         if choices and value not in choices:
             wanted = f"one of {', '.join(choices)}"
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = 0 if name in (*SHARES, *NOT_NEGATIVE) else 1e-12, 1 if name in SHARES else sys.float_info.max
+            low, high = 0 if name in (*SHARES, *NOT_NEGATIVE) else 1e-12, 1 if name in SHARES else 2**62
             wanted = "" if low <= value <= high else "in 0..1" if high == 1 else "positive" if low else "at least 0"
         if wanted:
             raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
@@ -156,10 +150,8 @@ def resolved(args: Args) -> Args:
 UP, DOWN, LEFT, RIGHT, STAY = range(5)  # the moves; interactions (STAG, HARE or REMOVE) follow
 COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
 COUNT = r"(0|[1-9][0-9]{0,3})"
-GAME_IDS = {
-    "msh": re.compile(rf"msh(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{COUNT}h{COUNT}s)?"),
-    "msg": re.compile(rf"msg(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{COUNT}d)?"),
-}
+ITEM_COUNTS = {"msh": rf"{COUNT}h{COUNT}s", "msg": rf"{COUNT}d"}
+GAME_IDS = {f: re.compile(rf"{f}(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{items})?") for f, items in ITEM_COUNTS.items()}
 
 
 class UsageError(ValueError):
@@ -180,18 +172,15 @@ class GameState(NamedTuple):
 
     def replaced(self, which: Tensor, other: "GameState") -> "GameState":
         """This state with the games of bool [B] `which` taken from `other`."""
-        return GameState(
-            *(torch.where(which.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in zip(self, other, strict=True))
-        )
+        pairs = zip(self, other, strict=True)
+        return GameState(*(torch.where(which.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in pairs))
 
 
 class GridGame:
-    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): the fixed facts of one game, and pure functions of its state.
-
+    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): fixed facts of one game, and pure functions of its state.
     Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts;
     `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002), section 4.1. Players act at once; an
-    action is read against the state before the step. Raises UsageError for an id that names no game.
-    """
+    action is read against the state before the step. Raises UsageError for an id that names no game."""
 
     def __init__(self, env_id: str, device: str | torch.device = "cpu"):
         self.family, match = next(((f, m) for f, r in GAME_IDS.items() if (m := r.fullmatch(env_id))), ("", None))
@@ -224,14 +213,12 @@ class GridGame:
         self.bonus = 0.0 if msh else 6.0  # to every player for every item taken
         cell = torch.arange(self.num_cells, device=device)
         row, col = cell // self.width, cell % self.width
-        far = torch.tensor([-1], device=device)  # row S of every table is reached by index -1: left or gone
         legal = torch.stack([row > 0, row < self.height - 1, col > 0, col < self.width - 1, row >= 0], 1)
-        off_grid = torch.tensor([[False, False, False, False, True]], device=device)
-        self.legal_moves = torch.cat([legal, off_grid])  # bool [S + 1, 5]
-        moved = cell[:, None] + torch.tensor([-self.width, self.width, -1, 1, 0], device=device)
-        moved = torch.where(legal, moved, cell[:, None])  # an illegal move is STAY
-        moved = torch.cat([moved, cell[:, None].expand(-1, len(self.item_names))], 1)
-        self.next_cell = torch.cat([moved, far.expand(1, self.num_actions)])  # int64 [S + 1, A]
+        by = legal * torch.tensor([-self.width, self.width, -1, 1, 0], device=device)  # an illegal move is STAY
+        moved = cell[:, None] + F.pad(by, (0, len(self.item_names)))
+        # row S of every table is reached by index -1: left or gone
+        self.legal_moves = torch.cat([legal, torch.arange(5, device=device)[None] == STAY])  # bool [S + 1, 5]
+        self.next_cell = F.pad(moved, (0, 0, 0, 1), value=-1)  # int64 [S + 1, A]
         distance = (row[:, None] - row).abs() + (col[:, None] - col).abs()
         self.distance = F.pad(distance, (0, 1, 0, 1), value=4 * (self.height + self.width))  # int64 [S + 1, S + 1]
 
@@ -257,18 +244,17 @@ class GridGame:
 
     def step(self, state: GameState, actions: Tensor) -> tuple[GameState, Tensor, Tensor, Tensor]:
         """Next state, reward float32 [B, N], terminated bool [B], truncated bool [B] for `actions` int64 [B, N].
-
-        Draws nothing, resets nothing, changes no argument; illegal actions count as STAY. Raises ValueError if an action
-        lies outside 0..A-1 (not checked inside torch.compile).
-        """
+        Draws nothing, resets nothing, changes no argument; illegal actions count as STAY. Raises ValueError if an
+        action lies outside 0..A-1 (not checked inside torch.compile)."""
         if not torch.compiler.is_compiling() and bool(((actions < 0) | (actions >= self.num_actions)).any()):
             raise ValueError(f"actions must lie in 0..{self.num_actions - 1}")
         hits = self.hits(state, actions)
         takers = hits.sum(1)  # [B, M]
         taken = takers >= self.quota
         wins = hits & taken.unsqueeze(1)
-        reward = (wins * (self.share / takers.clamp(min=1)).unsqueeze(1)).sum(2)
-        reward = reward + self.bonus * taken.sum(1, keepdim=True)
+        reward = (wins * (self.share / takers.clamp(min=1)).unsqueeze(1)).sum(2) + self.bonus * taken.sum(
+            1, keepdim=True
+        )
         items = state.items.masked_fill(taken, -1)
         players, time = self.next_cell[state.players, actions], state.time + 1
         first_hunt, terminated = state.first_hunt, (items < 0).all(1)
@@ -276,8 +262,7 @@ class GridGame:
             players = players.masked_fill(wins.any(2), -1)
             first_hunt = torch.where((first_hunt == 0) & taken.any(1), time, first_hunt)
             terminated = terminated | (players < 0).all(1) | ((first_hunt > 0) & (time >= first_hunt + COUNTDOWN))
-        truncated = (time >= self.horizon) & ~terminated
-        return GameState(players, items, time, first_hunt), reward, terminated, truncated
+        return GameState(players, items, time, first_hunt), reward, terminated, (time >= self.horizon) & ~terminated
 
     def clock(self, state: GameState) -> Tensor:
         """int64 [B, 2]: steps done, steps left until the game must end (the countdown after a first hunt included)."""
@@ -292,14 +277,14 @@ class GridGame:
 
     def observe(self, state: GameState) -> Tensor:
         """float32 [B, N, C, H, W]: seat i's view; own plane, then players i+1, i+2, ... mod N, then a plane a kind."""
-
-        def planes(cells: Tensor) -> Tensor:  # [B, n] -> [B, n, S]
-            return F.one_hot(cells % (self.num_cells + 1), self.num_cells + 1)[..., :-1].float()  # -1 falls off the end
-
+        cells = torch.cat([state.players, state.items], 1) % (
+            self.num_cells + 1
+        )  # -1 becomes S, which falls off the end
+        planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()  # [B, N + M, S]
+        players, *items = planes.split([self.num_players, *self.item_counts], 1)
         seats = torch.arange(self.num_players, device=self.device)
-        players = planes(state.players)[:, (seats[:, None] + seats) % self.num_players]  # [B, N, N, S]
-        items = [part.sum(1) for part in planes(state.items).split(self.item_counts, 1)]
-        items = torch.stack(items, 1).unsqueeze(1).expand(-1, self.num_players, -1, -1)
+        players = players[:, (seats[:, None] + seats) % self.num_players]  # [B, N, N, S]
+        items = torch.stack([part.sum(1) for part in items], 1).unsqueeze(1).expand(-1, self.num_players, -1, -1)
         return torch.cat([players, items], 2).unflatten(-1, (self.height, self.width))
 
 
@@ -585,22 +570,19 @@ def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Calla
 # ---------------------------------------------------------------------------------------------------------------------
 class RelativeFeatures:
     """What networks read of a state: fixed functions of relative cells, summed over items of a kind. No parameters.
-
-    Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the cell
-    relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it sees of
-    the items itself. A player that has left, or an item that is gone, adds zero.
-    """
+    Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the
+    cell relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it
+    sees of the items itself. A player that has left, or an item that is gone, adds zero."""
 
     def __init__(self, game: GridGame):
         self.game, height, width, dev = game, game.height, game.width, game.device
         dr = torch.arange(1 - height, height, device=dev).float().repeat_interleave(2 * width - 1)
         dc = torch.arange(1 - width, width, device=dev).float().repeat(2 * height - 1)
         d, size = dr.abs() + dc.abs(), max(height, width)
-        near, far, ways = torch.exp(-d / 1.5), torch.exp(-d / 4.0), (dr < 0, dr > 0, dc < 0, dc > 0)
+        near, far = torch.exp(-d / 1.5), torch.exp(-d / 4.0)
         functions = [d >= 0, d == 0, d == 1, d == 2, dr == 0, dc == 0, near, far]
-        functions += [x / size for x in (dr, dc, dr.abs(), dc.abs(), d)] + [
-            way * x for way in ways for x in (near, far)
-        ]
+        functions += [x / size for x in (dr, dc, dr.abs(), dc.abs(), d)]
+        functions += [way * x for way in (dr < 0, dr > 0, dc < 0, dc > 0) for x in (near, far)]
         self.size, self.absent = len(functions), len(d)
         self.table = F.pad(torch.stack([f.float() for f in functions], 1), (0, 0, 0, 1))  # [relative cells + 1, R]
         cell = torch.arange(game.num_cells, device=dev)
@@ -639,8 +621,8 @@ class RelativeFeatures:
     def __call__(self, state: GameState) -> tuple[Tensor, Tensor]:
         """Own features [B, N, X] and co-players' features [B, N, N-1, Y] of every seat."""
         n = self.game.num_players
-        seen = self.items(state.players, state.items.unsqueeze(1).expand(-1, n, -1))
-        clock = self.game.clock(state).unsqueeze(1).expand(-1, n, -1)
+        items, clock = (x.unsqueeze(1).expand(-1, n, -1) for x in (state.items, self.game.clock(state)))
+        seen = self.items(state.players, items)
         near = self.cells(state.players.unsqueeze(2), state.players[:, self.others])
         own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
         return own, torch.cat([near, seen[:, self.others]], 3)
@@ -665,7 +647,7 @@ class RelativeNetwork(nn.Module):
         self.out = layer(hidden, outputs, gain)
 
     def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] for own [.., X], others [.., N-1, Y], goal [.., Z]; or [.., K, outputs] for goals [.., K, Z]."""
+        """[.., outputs] of own [.., X], others [.., N-1, Y], goal [.., Z]; or [.., K, outputs] of goals [.., K, Z]."""
         return self.head(own, F.relu(self.other(others)).sum(-2), goal)
 
     def head(self, own: Tensor, seen: Tensor, goal: Tensor) -> Tensor:
@@ -675,11 +657,10 @@ class RelativeNetwork(nn.Module):
         return self.out(F.relu(self.hidden(F.relu(first + goal))))
 
     def other_parts(self, relative: RelativeFeatures, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer `other` in two summands: one by relative cell, a row for each of `relative.table`; one of `rest`, the
-        co-players' other features [.., Y - R]."""
-        weight = self.other.weight
-        by_cell = relative.table @ weight[:, : relative.size].T
-        return by_cell, F.linear(rest, weight[:, relative.size :], self.other.bias)
+        """The layer `other` in two summands: one by relative cell, a row for each of `relative.table`; one of `rest`,
+        the co-players' other features [.., Y - R]."""
+        near, far = self.other.weight.tensor_split([relative.size], 1)
+        return relative.table @ near.T, F.linear(rest, far, self.other.bias)
 
 
 def masked(logits: Tensor, mask: Tensor) -> Tensor:
@@ -705,26 +686,19 @@ class Memory(NamedTuple):
 
 class MOA(nn.Module):
     """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the subgoal's decoder.
-
-    The encoder sums a feature of each (o_j, a_j) over the match and over the episode, so that it is updated step by step.
-    The subgoal of j is the item of its next successful interaction in the episode, or none (after OMG, Yu et al. 2024).
-    """
+    The encoder sums a feature of each (o_j, a_j) over the match and over the episode, so it is updated step by step.
+    The subgoal of j is the item of its next successful interaction in the episode, or none (OMG, Yu et al. 2024)."""
 
     def __init__(self, relative: RelativeFeatures, hidden: int, latent: int, goal: str):
         super().__init__()
-        game, own, other, seen = (
-            relative.game,
-            relative.own_size,
-            relative.other_size,
-            relative.own_size + relative.size,
-        )
+        game, own, other = relative.game, relative.own_size, relative.other_size
+        seen, queries = own + relative.size, len(game.item_counts) * relative.size + 1
         self.relative, self.goal, self.summary = relative, goal, hidden
         self.goal_size = len(SCRIPTED) + 3 + relative.size if goal == "oracle" else latent
         self.step_feature = layer(seen + game.num_actions, hidden, 1.0)
         first = layer(4 * hidden + 2 + seen, 2 * hidden)
         self.encoder = nn.Sequential(first, nn.ReLU(), layer(2 * hidden, 2 * latent, 0.1))
         self.decoder = RelativeNetwork(own, other, self.goal_size, game.num_actions, hidden, 0.01)
-        queries = len(game.item_counts) * relative.size + 1
         self.subgoal = RelativeNetwork(own, other, self.goal_size, queries, hidden, 0.01)
 
     def initial_memory(self, batch: int) -> Memory:
@@ -762,20 +736,16 @@ class MOA(nn.Module):
 
 def true_goals(relative: RelativeFeatures, state: GameState, script: Tensor, noisy: Tensor, target: Tensor) -> Tensor:
     """float32 [B, N, Z]: what `--goal oracle` tells of every seat. All arguments but `relative` are [B, N].
-
-    The kind (`script` indexes SCRIPTED, -1: not scripted; bool `noisy`), and the relative cell of the item that the player
-    walks to (`target`, -1: none).
-    """
+    The kind (`script` indexes SCRIPTED, -1: not scripted; bool `noisy`), and the relative cell of the item that the
+    player walks to (`target`, -1: none)."""
     item = state.items.gather(1, target.clamp(min=0)).masked_fill((target < 0) | (script < 0), -1)
     kind, flags = F.one_hot(script + 1, len(SCRIPTED) + 1), torch.stack([noisy, item >= 0], 2)
     return torch.cat([kind, flags, relative.cells(state.players, item)], 2)
 
 
-def moa_loss(
-    moa: MOA, batch: "MatchBatch", alpha: float, subgoal_coef: float, pretraining: bool, generator: Generator
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction over the steps of `batch`, and its terms
-    in nats a step. `pretraining` leaves the first term out: the VAE alone."""
+def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction over the steps of a MatchBatch, and its
+    terms in nats a step. `pretraining` leaves the first term out: the VAE alone."""
     own, others = moa.relative(batch.state)
     mask, active = moa.relative.game.action_mask(batch.state), batch.active.flatten(0, 1)
     rows = active.flatten().nonzero(as_tuple=True)[0]  # [R] of S * L * N
@@ -808,11 +778,9 @@ def moa_loss(
 # Planner
 # ---------------------------------------------------------------------------------------------------------------------
 class TransitionNetwork(nn.Module):
-    """Reward and next value of (o_i, a_i, a_-i): one feed-forward network, no simulator.
-
-    The own action and each co-player's action select a block of the first layer's weights, so that a sampled joint
-    action costs a sum of rows and the layers above it.
-    """
+    """Reward and next value of (o_i, a_i, a_-i): one feed-forward network, no simulator. The own action
+    and each co-player's action select a block of the first layer's weights, so that a sampled joint action costs a sum
+    of rows and the layers above it."""
 
     def __init__(self, own: int, other: int, num_actions: int, hidden: int):
         super().__init__()
@@ -828,8 +796,7 @@ class TransitionNetwork(nn.Module):
 
     def outcome(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """Reward [..] and next value [..] from summed first-layer rows [.., H]."""
-        reward, value = self.out(F.relu(self.hidden(F.relu(first)))).unbind(-1)
-        return reward, value
+        return self.out(F.relu(self.hidden(F.relu(first)))).unbind(-1)
 
     def forward(self, own: Tensor, others: Tensor, action: Tensor, other_actions: Tensor) -> tuple[Tensor, Tensor]:
         """Reward [R] and next value [R] for own [R, X], others [R, N-1, Y], action [R], other_actions [R, N-1]."""
@@ -872,8 +839,7 @@ class Agent(nn.Module):
         self.transition = TransitionNetwork(own, other, actions, hidden)
         self.register_buffer("plan_slope", torch.tensor(0.0))  # running regression of (return - V) on Q_plan
         self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of centred Q_plan
-        self.plan_mode = args.plan_update  # "none" after --plan-until
-        self.timer = Timer(False)
+        self.plan_mode, self.timer = args.plan_update, Timer(False)  # the mode is "none" after --plan-until
         self.to(game.device)
 
     @property
@@ -912,7 +878,7 @@ class Agent(nn.Module):
         return goal, torch.full_like(goal, -30.0)
 
     def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Co-players' features beside their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z]."""
+        """Co-players' features with their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z]."""
         theirs = goal[..., self.relative.others, :]
         return torch.cat([others, theirs], -1), theirs.sum(-2)
 
@@ -920,13 +886,10 @@ class Agent(nn.Module):
     def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
         """V [B, N] of every seat."""
         own, others = self.relative(state)
-        goal, _ = self.infer(memory, own, others, oracle)
-        return self.critic(own, *self.with_goals(others, goal)).squeeze(-1)
+        return self.critic(own, *self.with_goals(others, self.infer(memory, own, others, oracle)[0])).squeeze(-1)
 
     @torch.no_grad()
-    def act(
-        self, state: GameState, mask, memory: Memory, seats, generator: Generator, oracle: Tensor | None
-    ) -> Decision:
+    def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
         """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True. bool `mask`
         [B, N, A] has the legal actions; `memory` is this agent's; `oracle` [B, N, Z] is for `--goal oracle`."""
         with self.timer("goal inference"):
@@ -953,15 +916,15 @@ class Agent(nn.Module):
         return Decision(action, log_prob, value, own, others, goal, mask, q_plan, offset, prior)
 
     def sample_joint_actions(self, own, others, goal, log_std, mask, generator) -> Tensor:
-        """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of samples serves every own
-        action (common random numbers) and every observer, since what is inferred of j is the same for all."""
+        """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of samples serves every
+        own action (common random numbers) and every observer, since what is inferred of j is the same for all."""
         shape = (*goal.shape[:2], self.args.plan_samples, goal.shape[2])
         noise = torch.randn(shape, generator=generator, device=goal.device)
         goals = goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)  # [B, N, K, Z]
         return sample(masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2)), generator).transpose(1, 2)
 
     def chunks(self, count: int) -> tuple[Tensor, ...]:
-        """Indices 0..count-1 of rows of K samples, in parts: on a CPU few enough rows at a time to stay in its cache."""
+        """Indices 0..count-1 of rows of K samples, in parts: on a CPU few enough at a time to stay in its cache."""
         size = max(1, 4096 // self.args.plan_samples) if self.game.device.type == "cpu" else max(1, count)
         return torch.arange(count, device=self.game.device).split(size)
 
@@ -979,44 +942,39 @@ class Agent(nn.Module):
         return scores
 
     def score_simulator(self, state, mask, goal, joint, games, seat) -> Tensor:
-        """[D, A]: mean over the K joint actions of r + gamma V(o'), by exact steps of the game.
-
-        A move changes nothing but the own cell: so the game is stepped once for all the own moves of a decision, and once
-        for the interaction if the player stands on an item. These V steps show the outcomes of all P legal pairs.
-        """
+        """[D, A]: mean over the K joint actions of r + gamma V(o'), by exact steps of the game. A move changes
+        nothing but the own cell: so the game is stepped once for all the own moves of a decision, and once for the
+        interaction if the player stands on an item. These V steps show the outcomes of all P legal pairs."""
         game, relative, samples = self.game, self.relative, joint.shape[1]
-        d = torch.arange(len(games), device=goal.device)
         with self.timer("transition"):
-            legal = mask[games, seat]
-            on_item, taking = legal[:, STAY + 1 :].nonzero(as_tuple=True)
-            v_of = d.unsqueeze(1).repeat(1, game.num_actions)  # [D, A] which step shows the outcome
-            v_of[on_item, taking + STAY + 1] = len(d) + torch.arange(len(on_item), device=d.device)
-            own_action = torch.cat([torch.full_like(d, STAY), taking + STAY + 1])  # [V]
-            at, me = (x[torch.cat([d, on_item])] for x in (games, seat))
-            slot = me.view(-1, 1, 1).expand(-1, samples, 1)
-            actions = joint[at].scatter(2, slot, own_action.view(-1, 1, 1).expand(-1, samples, 1))
-            after, reward, ended, _ = game.step(state.rows(at.repeat_interleave(samples)), actions.flatten(0, 1))
-            players, items, clock, reward, ended = (
-                x.unflatten(0, (-1, samples)) for x in (after.players, after.items, game.clock(after), reward, ended)
-            )
-            reward = reward.gather(2, slot).squeeze(2) * self.args.reward_scale
-            which, action = legal.nonzero(as_tuple=True)
-            v = v_of[which, action]
+            which, action = mask[games, seat].nonzero(as_tuple=True)  # P legal (decision, action) pairs
+            taking = action > STAY
+            v = torch.where(taking, len(games) + taking.cumsum(0) - 1, which)  # [P] which step shows the outcome
+            at, me = (torch.cat([x, x[which[taking]]]) for x in (games, seat))  # [V]
+            own = torch.cat([torch.full_like(games, STAY), action[taking]])  # [V]
+            slot, own = (x.view(-1, 1, 1).expand(-1, samples, 1) for x in (me, own))
+            actions = joint[at].scatter(2, slot, own).flatten(0, 1)  # [V * K, N]
+            after, reward, ended, _ = game.step(state.rows(at.repeat_interleave(samples)), actions)
+            outcome = after.players, after.items, game.clock(after), reward, ended
+            players, items, clock, reward, ended = (x.unflatten(0, (-1, samples)) for x in outcome)  # [V, K, ..]
+            share = self.args.prosocial
+            reward = (1.0 - share) * reward.gather(2, slot).squeeze(2) + share * reward.mean(2)
+            reward = reward * self.args.reward_scale
             moved = game.next_cell[state.players[games, seat][which], action].unsqueeze(1)
-            cell = torch.where((action <= STAY).unsqueeze(1), moved, players.gather(2, slot).squeeze(2)[v])  # [P, K]
+            cell = torch.where(taking.unsqueeze(1), players.gather(2, slot).squeeze(2)[v], moved)  # [P, K]
         with self.timer("value"):
             others = players.gather(2, relative.others[me].unsqueeze(1).expand(-1, samples, -1))  # [V, K, N-1]
             seen = relative.items(others, items.unsqueeze(2).expand(-1, -1, others.shape[2], -1))
             theirs = goal[at.unsqueeze(1), relative.others[me]].unsqueeze(1)  # [V, 1, N-1, Z]
             seen = torch.cat([seen, theirs.expand(-1, samples, -1, -1)], 3)
             by_cell, by_step = self.critic.other_parts(relative, seen)
-            scores, total = goal.new_zeros(len(d), game.num_actions), theirs.sum(2)
+            scores, total = goal.new_zeros(len(games), game.num_actions), theirs.sum(2)
             for p in self.chunks(len(v)):
                 step = v[p]
                 pair = by_cell[relative.index(cell[p].unsqueeze(2), others[step])].add_(by_step[step]).relu_().sum(2)
                 own = relative.clock_and_walls(cell[p], clock[step]), relative.items(cell[p], items[step])
-                value = self.critic.head(torch.cat(own, 2), pair, total[step]).squeeze(2)
-                value = value * ((cell[p] >= 0) & ~ended[step])  # nothing follows a termination or for who has left
+                lives = (cell[p] >= 0) & ~ended[step]  # nothing follows a termination or for who has left
+                value = self.critic.head(torch.cat(own, 2), pair, total[step]).squeeze(2) * lives
                 scores[which[p], action[p]] = (reward[step] + self.args.gamma * value).mean(1)
         return scores
 
@@ -1157,30 +1115,20 @@ class MOABuffer:
 # ---------------------------------------------------------------------------------------------------------------------
 # PPO
 # ---------------------------------------------------------------------------------------------------------------------
-def generalised_advantages(
-    rewards: Tensor, values: Tensor, next_values: Tensor, goes_on: Tensor, gamma: float, gae_lambda: float
-) -> Tensor:
+def generalised_advantages(rewards, values, next_values, goes_on, gamma: float, gae_lambda: float) -> Tensor:
     """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments [T, B, N].
-
-    `next_values`: V of the player's next state; 0 where the player left or the game terminated; V of the final state where
-    it was truncated. bool `goes_on`: the next row continues the player's episode.
-    """
-    delta = rewards + gamma * next_values - values
-    advantages, running = torch.zeros_like(delta), torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        running = delta[t] + gamma * gae_lambda * goes_on[t] * running
-        advantages[t] = running
+    `next_values`: V of the player's next state; 0 where the player left or the game terminated; V of the final state if
+    it was truncated. bool `goes_on`: the next row continues the player's episode."""
+    advantages = rewards + gamma * next_values - values
+    for t in reversed(range(len(advantages) - 1)):
+        advantages[t] += gamma * gae_lambda * goes_on[t] * advantages[t + 1]
     return advantages
 
 
-def ppo_loss(
-    actor: nn.Module, critic: nn.Module, rows: dict[str, Tensor], args: Args, ent_coef: Tensor, imitate: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a minibatch of R rows, and its terms [R].
-
-    Clipped PPO on the policy that acted: log pi_theta plus the planner's stored offset, so that the ratio is exact. Where
-    the planner acted alone, `imitate`: cross-entropy towards its policy (HOP, Huang et al. 2024, section 3.3).
-    """
+def ppo_loss(actor, critic, rows, args: Args, ent_coef: Tensor, imitate: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a minibatch of R rows, and its terms [R]. Clipped PPO on the policy that acted: log pi_theta plus the
+    planner's stored offset, so that the ratio is exact. Where the planner acted alone, `imitate`: cross-entropy towards
+    its policy (HOP, Huang et al. 2024, section 3.3)."""
     own, others, goal, mask, offset = (rows[name] for name in ("own", "others", "goal", "mask", "offset"))
     prior = masked(actor(own, others, goal), mask)
     log_policy = (prior if imitate else prior + offset).log_softmax(-1)
@@ -1195,20 +1143,18 @@ def ppo_loss(
             advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
         clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
         terms["policy"] = -torch.minimum(advantage * ratio, advantage * clipped)
-        terms["approx_kl"] = ratio - 1.0 - log_ratio
-        terms["clip_fraction"] = ((ratio - 1.0).abs() > args.clip_coef).float()
+        terms |= {"approx_kl": ratio - 1.0 - log_ratio, "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float()}
     loss = terms["policy"].mean() + args.vf_coef * terms["value"].mean()
-    loss = loss if imitate else loss - ent_coef * entropy.mean()
-    return loss, {name: term.detach() for name, term in terms.items()}
+    return loss if imitate else loss - ent_coef * entropy.mean(), {name: term.detach() for name, term in terms.items()}
 
 
 def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
     """`epochs` passes over `rows` [R, ..], each in `parts` random parts."""
     some = next(iter(rows.values()))
     for _ in range(epochs):
-        for index in torch.randperm(len(some), generator=generator, device=some.device).tensor_split(parts):
-            if len(index):
-                yield {name: value[index] for name, value in rows.items()}
+        order = torch.randperm(len(some), generator=generator, device=some.device)
+        for index in filter(len, order.tensor_split(parts)):
+            yield {name: value[index] for name, value in rows.items()}
 
 
 KEPT = {  # attributes in a checkpoint besides weights, games and matches
@@ -1216,13 +1162,13 @@ KEPT = {  # attributes in a checkpoint besides weights, games and matches
     "co_players": ["seat", "kind", "target", "episode"],
     "buffer": ["stored", "kept", "offered"],
 }
-FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name wandb_entity
-    exp_name evaluate eval_episodes load_moa""".split()  # options that a resumed run may change
+FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name
+    wandb_entity exp_name evaluate eval_episodes load_moa""".split()  # options that a resumed run may change
 TRANSITION = ("own", "others", "action", "other_actions", "reward")  # what the transition network reads and predicts
 
 
 class Trainer:
-    """All that changes while a run goes on: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
+    """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 
     def __init__(self, args: Args):
         self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
@@ -1230,12 +1176,9 @@ class Trainer:
         self.game = game = GridGame(args.env_id, self.device)
         self.generator = Generator(self.device).manual_seed(args.seed)
         self.agent = agent = Agent(game, args)
-        policy = [*agent.actor.parameters(), *agent.critic.parameters()]
-        self.optimizers = {
-            "policy": torch.optim.Adam(policy, args.learning_rate, eps=1e-5),
-            "moa": torch.optim.Adam(agent.moa.parameters(), args.moa_learning_rate, eps=1e-5),
-            "transition": torch.optim.Adam(agent.transition.parameters(), args.transition_learning_rate, eps=1e-5),
-        }
+        nets = {"policy": nn.ModuleList([agent.actor, agent.critic]), "moa": agent.moa, "transition": agent.transition}
+        lr = {"policy": args.learning_rate, "moa": args.moa_learning_rate, "transition": args.transition_learning_rate}
+        self.optimizers = {k: torch.optim.Adam(net.parameters(), lr[k], eps=1e-5) for k, net in nets.items()}
         pool = args.co_players.split(",")
         self.co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, self.generator)
         self.buffer = MOABuffer(game, args.num_envs, args.moa_capacity, args.match_episodes, args.moa_buffer)
@@ -1246,23 +1189,19 @@ class Trainer:
         self.log: dict[str, list[float]] = collections.defaultdict(list)  # of the episodes that ended in this iteration
         self.surprising: dict[str, Tensor] = {}  # transitions of the whole run that were predicted badly, [rows, ..]
         self.ppo_loss = ppo_loss
-        if args.compile:
-            self.ppo_loss = torch.compile(ppo_loss, dynamic=True)
-            for function in ("step", "hits", "action_mask"):
-                setattr(game, function, torch.compile(getattr(game, function), dynamic=True))
-            agent.critic.head = torch.compile(agent.critic.head, dynamic=True)
-            agent.transition.outcome = torch.compile(agent.transition.outcome, dynamic=True)
+        hot = [(self, "ppo_loss"), (agent.critic, "head"), (agent.transition, "outcome")]
+        for owner, name in [*hot, *((game, name) for name in ("step", "hits", "action_mask"))] if args.compile else []:
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
 
     def rollout(self) -> dict[str, Tensor]:
-        """Plays `--num-steps` steps in every game, ended episodes starting anew; the fields of Decision and more, [T, B, N, ..]."""
+        """Plays `--num-steps` steps of every game, ended ones anew; fields of Decision and more, [T, B, N, ..]."""
         args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
-        kept: dict[str, list[Tensor]] = collections.defaultdict(list)
+        steps: list[dict[str, Tensor]] = []
         if args.goal == "inferred" and not args.freeze_moa:
             with timer("memory"):
                 self.memory = self.buffer.memory(agent.moa, co_players.episode)
         for _ in range(args.num_steps):
-            state, learner, episode = self.state, co_players.learner, co_players.episode
-            mask = game.action_mask(state)
+            state, learner, mask = self.state, co_players.learner, game.action_mask(self.state)
             with timer("co-players"):
                 actions = co_players.act(state, mask)
             with timer("compute_action"):
@@ -1271,46 +1210,40 @@ class Trainer:
             actions = torch.where(learner, decision.action, actions)
             with timer("game"):
                 after, reward, terminated, truncated = game.step(state, actions)
-            ended, here = terminated | truncated, state.players >= 0
-            final_value, none = torch.zeros_like(reward), torch.zeros_like(ended)
+            ended, here, stays = terminated | truncated, state.players >= 0, after.players >= 0
+            match_ended, final_value = ended & (co_players.episode + 1 >= args.match_episodes), torch.zeros_like(reward)
             if truncated.any():
                 with timer("compute_action"):
-                    memory = agent.remember(self.memory, state, actions, none, none)
-                    final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & (after.players >= 0))
+                    memory = agent.remember(self.memory, state, actions, *[torch.zeros_like(ended)] * 2)
+                    final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & stays)
             with timer("memory"):
-                match_ended = ended & (episode + 1 >= args.match_episodes)
                 self.memory = agent.remember(self.memory, state, actions, ended, match_ended)
             if agent.uses_moa:
                 with timer("MOA buffer"):
                     self.buffer.add(state, actions, co_players, reward, after)
                     self.buffer.end(match_ended, self.global_step)
-            goes_on = (after.players >= 0) & ~ended.unsqueeze(1)
-            if kept["value"]:
-                kept["next_value"].append(torch.where(kept["goes_on"][-1], decision.value, kept["final_value"][-1]))
             mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
-            fields = {**decision._asdict(), "reward": mixed * args.reward_scale, "goes_on": goes_on, "active": here}
-            fields |= {"action": actions, "other_actions": actions[:, agent.relative.others], "learner": learner & here}
-            for name, field in {**fields, "final_value": final_value}.items():
-                kept[name].append(field)
-            self.returns += reward
-            self.state, self.global_step = after, self.global_step + args.num_envs
+            fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
+            fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
+            steps.append({**fields, "learner": learner & here, "final_value": final_value})
+            self.state, self.returns, self.global_step = after, self.returns + reward, self.global_step + args.num_envs
             if ended.any():
                 self.record(ended)
                 self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
             co_players.observe(state, actions, ended)
         with timer("compute_action"):
             last = agent.value(self.state, self.memory, co_players.oracle(agent, self.state))
-        kept["next_value"].append(torch.where(kept["goes_on"][-1], last, kept["final_value"][-1]))
-        return {name: torch.stack(fields) for name, fields in kept.items()}
+        rows = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        following = torch.cat([rows["value"][1:], last.unsqueeze(0)])  # [T, B, N]
+        return {**rows, "next_value": torch.where(rows["goes_on"], following, rows["final_value"])}
 
     def record(self, ended: Tensor) -> None:
-        """Notes the returns of the episodes that ended in the games of bool [B] `ended`, by kind and by the learner's seat."""
+        """Notes the returns of episodes that ended, in games bool [B] `ended`, by kind and by the learner's seat."""
         seats = torch.arange(self.game.num_players, device=self.device).expand_as(self.returns)
-        for kind, seat, total in zip(
-            *(x[ended].flatten().tolist() for x in (self.co_players.kind, seats, self.returns)), strict=True
-        ):
-            names = [f"returns/{self.co_players.names[kind]}"]
-            for name in names + [f"returns/seat_{seat}", "charts/episodic_return"] * (kind == 0):
+        columns = (x[ended].flatten().tolist() for x in (self.co_players.kind, seats, self.returns))
+        for kind, seat, total in zip(*columns, strict=True):
+            own = [f"returns/seat_{seat}", "charts/episodic_return"] if kind == 0 else []
+            for name in (f"returns/{self.co_players.names[kind]}", *own):
                 self.log[name].append(total)
         self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
         self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
@@ -1322,11 +1255,10 @@ class Trainer:
         agent.plan_mode = args.plan_update if done < args.plan_until else "none"
         rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
         ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
-        for group in self.optimizers["policy"].param_groups:
-            group["lr"] = rate
+        self.optimizers["policy"].param_groups[0]["lr"] = rate
+        metrics = {"charts/learning_rate": torch.tensor(rate)}
         with timer("rollout"):
             rows = self.rollout()
-        metrics = {"charts/learning_rate": torch.tensor(rate)}
         with timer("update"):
             if agent.uses_moa:
                 metrics |= self.buffer.statistics(self.global_step)
@@ -1346,22 +1278,21 @@ class Trainer:
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
         optimizer.step()
         return norm
 
     def update_policy(self, rows: dict[str, Tensor], ent_coef: float) -> dict[str, Tensor]:
-        """PPO, or imitation of the planner, on the learner's seats in a rollout; means over minibatches, losses by seat too."""
+        """PPO, or imitation of the planner, on the learner's rows in a rollout; means over minibatches, and by seat."""
         args, agent, n = self.args, self.agent, self.game.num_players
         steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
         rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
         rows["return"] = rows["advantage"] + rows["value"]
         rows["seat"] = torch.arange(n, device=self.device).expand(rows["value"].shape)
-        learner = rows["learner"]
-        if not learner.any():
+        if not rows["learner"].any():
             return {}
         unused = ("learner", "active", "goes_on", "final_value", "next_value", "other_actions", "reward")
-        rows = {name: value[learner] for name, value in rows.items() if name not in unused}  # [R, ..]
+        rows = {name: value[rows["learner"]] for name, value in rows.items() if name not in unused}  # [R, ..]
         metrics = {} if agent.plan_mode == "none" else self.calibrate(rows)
         residual, spread = rows["advantage"].var(correction=0), rows["return"].var(correction=0).clamp(min=1e-9)
         metrics["losses/explained_variance"] = 1.0 - residual / spread
@@ -1376,10 +1307,8 @@ class Trainer:
             for name, term in terms.items():
                 sums[name] = sums[name] + torch.stack([term @ seats, seats.sum(0)])
         metrics |= {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
-        for name in ("policy", "value"):
-            means = sums[name][0] / sums[name][1].clamp(min=1)
-            metrics |= {f"losses/{name}_seat_{seat}": means[seat] for seat in range(n)}
-        return metrics
+        by_seat = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in ("policy", "value")}  # [N] each
+        return metrics | {f"losses/{name}_seat_{i}": mean[i] for name, mean in by_seat.items() for i in range(n)}
 
     def calibrate(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Regression of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows, and Q_plan's scale; both set beta."""
@@ -1395,25 +1324,23 @@ class Trainer:
 
     def update_transition(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Regression of the reward and TD of the next value, on all seats in a rollout; returns means over minibatches.
-
         The reward is learnt on surprising transitions of the whole run as well: a weighted reservoir (Efraimidis and
-        Spirakis 2006, A-Res) with squared errors as weights. A joint hunt is too rare at first to be learnt when it comes.
-        """
-        args, network, sums, names = self.args, self.agent.transition, collections.Counter(), list(TRANSITION)
-        part_of = {name: rows[name][rows["active"]] for name in (*names, "next_value")}
+        Spirakis 2006, A-Res) weighted by squared error. Joint hunts are too rare at first to be learnt as they come."""
+        args, network, sums = self.args, self.agent.transition, collections.Counter()
+        part_of = {name: rows[name][rows["active"]] for name in (*TRANSITION, "next_value")}
         with torch.no_grad():
-            error = (network(*(part_of[name] for name in names[:4]))[0] - part_of["reward"]).square() + 1e-9
+            error = (network(*(part_of[name] for name in TRANSITION[:4]))[0] - part_of["reward"]).square() + 1e-9
             draw = torch.rand(error.shape, generator=self.generator, device=self.device).clamp(min=1e-20)
-            pool = {"key": draw.log() / error, **{name: part_of[name] for name in names}}
+            pool = {"key": draw.log() / error, **{name: part_of[name] for name in TRANSITION}}
             pool = {name: torch.cat([self.surprising.get(name, value[:0]), value]) for name, value in pool.items()}
             keep = pool["key"].topk(min(len(pool["key"]), args.transition_reservoir)).indices
             self.surprising = {name: value[keep] for name, value in pool.items()}
         for part in minibatches(part_of, args.transition_epochs, args.transition_minibatches, self.generator):
             size = (math.ceil(len(part["reward"]) / 4),)
             some = torch.randint(len(keep), size, generator=self.generator, device=self.device)
-            joined = [torch.cat([part[name], self.surprising[name][some]]) for name in names]
-            reward, value = network(*joined[:4])
-            losses = F.mse_loss(reward, joined[4]), F.mse_loss(value[: len(part["reward"])], part["next_value"])
+            *inputs, target = (torch.cat([part[name], self.surprising[name][some]]) for name in TRANSITION)
+            reward, value = network(*inputs)
+            losses = F.mse_loss(reward, target), F.mse_loss(value[: len(part["reward"])], part["next_value"])
             self.descend("transition", sum(losses), math.inf)
             sums.update({"reward": losses[0].detach(), "value": losses[1].detach(), "parts": 1})
         return {f"losses/transition_{name}": sums[name] / sums["parts"] for name in ("reward", "value")}
@@ -1439,11 +1366,9 @@ class Trainer:
 
     def load_moa(self, path: str) -> None:
         """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
-        weights = load_checkpoint(path, self.device)["agent"]
+        weights = load_checkpoint(path, self.device)["agent"].items()
         try:
-            self.agent.moa.load_state_dict(
-                {k.removeprefix("moa."): v for k, v in weights.items() if k.startswith("moa.")}
-            )
+            self.agent.moa.load_state_dict({k[len("moa.") :]: v for k, v in weights if k.startswith("moa.")})
         except RuntimeError:
             raise UsageError(f"--load-moa: the MOA of {path} is of another game, goal or size") from None
 
@@ -1454,7 +1379,7 @@ class Trainer:
 
     def content(self) -> dict:
         """All that the run needs to go on as if it had not stopped: tensors and plain Python values."""
-        parts, held = self.parts(), self.args.num_envs + len(self.buffer)
+        held, parts = self.args.num_envs + len(self.buffer), {part: getattr(self, part, self) for part in KEPT}
         return self.model() | {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
@@ -1464,12 +1389,8 @@ class Trainer:
             "matches": {name: value[:held].clone() for name, value in self.buffer.data.items()},
         }
 
-    def parts(self) -> dict[str, object]:
-        """The objects whose attributes KEPT lists."""
-        return {"trainer": self, "co_players": self.co_players, "buffer": self.buffer}
-
     def load(self, content: dict) -> None:
-        """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or its options do not fit."""
+        """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or the options differ."""
         if "optimizers" not in content:
             raise UsageError("--resume needs a checkpoint.pt; a model.pt can only be played")
         for name, value in dataclasses.asdict(self.args).items():
@@ -1480,9 +1401,8 @@ class Trainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(content["optimizers"][name])
         self.generator.set_state(content["generator"].cpu())
-        for part, owner in self.parts().items():
-            for name, value in content["kept"][part].items():
-                setattr(owner, name, value)
+        for part in KEPT:
+            vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
         self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
         self.co_players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
         for name, value in content["matches"].items():
@@ -1494,7 +1414,7 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watch: Callable | None = None) -> Tensor:
-    """Returns [B, episodes, N], by seat, of a whole match in each game. `watch(state, memory, episode)` sees each step."""
+    """Returns [B, episodes, N], by seat, of one match in each game. `watch(state, memory, episode)` sees each step."""
     game, batch, episodes = co_players.game, co_players.batch, co_players.match_episodes
     state, memory = game.initial_state(batch, generator), agent.moa.initial_memory(batch)
     returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
@@ -1548,7 +1468,7 @@ def evaluate(
 
 
 def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, path: Path) -> None:
-    """A GIF of the last episode of one match: all players, the items, and what the focal player believes of the others."""
+    """A GIF of a match's last episode: all players, the items, and what the focal player believes of the others."""
     frames, focal = [], int(co_players.seat[0, 0])
     kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
     title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
@@ -1672,7 +1592,7 @@ def start_run(args: Args, step: int) -> tuple[Path, SummaryWriter]:
     if track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
         track(**names, dir=str(folder), config=options, sync_tensorboard=True, reinit="finish_previous")
-    writer = SummaryWriter(str(folder), purge_step=step or None)
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     table = "".join(f"\n|{name}|{value}|" for name, value in options.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
     return folder, writer

@@ -41,7 +41,7 @@ class Options:
 
 
 def play(game: script.GridGame, kinds: list[str], matches: int, episodes: int, seed: int) -> script.MOABuffer:
-    """A buffer with `matches` matches; the seat without a script plays at random and is left out of all that follows."""
+    """A buffer with `matches` matches; the seat without a script plays at random and is left out of what follows."""
     generator = torch.Generator().manual_seed(seed)
     batch = min(matches, 200)
     if matches % batch:

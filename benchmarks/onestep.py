@@ -1,11 +1,11 @@
 """The figures of hop_onestep.py in the README: trains every setting with several seeds, evaluates, and prints tables.
 
     python benchmarks/onestep.py --part selfplay     # all seats learn: planner (simulator, network) and plain PPO
-    python benchmarks/onestep.py --part goals        # one learner among scripted players: told nothing, inferred, told all
+    python benchmarks/onestep.py --part goals        # one learner among scripted players: goals none, inferred, oracle
     python benchmarks/onestep.py --part main         # the README's main job
     python benchmarks/onestep.py --report            # tables from the results so far
 
-Every run uses one thread; `--jobs` runs go side by side. A result is one JSON line in `benchmarks/results/onestep.jsonl`
+Every run uses one thread; `--jobs` runs go side by side. A result is a JSON line in `benchmarks/results/onestep.jsonl`
 with its exact command, seed, seconds and machine; runs that are there are not repeated, so an interrupted part goes on
 where it stopped. `--quick` cuts steps and seeds to see that all works.
 """
@@ -54,8 +54,9 @@ GOALS = {
     for env, kinds in KINDS.items()
     for goal in ("none", "inferred", "oracle")
 }
+PLAIN = "--plan-update none --goal none"
 ALONE = {  # plain PPO trained on exactly these co-players
-    f"{env} | PPO on {kind}": f"--env-id {env} --co-players {kind} --plan-update none --total-timesteps 500000 --goal none"
+    f"{env} | PPO on {kind}": f"--env-id {env} --co-players {kind} {PLAIN} --total-timesteps 500000"
     for env, kinds in KINDS.items()
     for kind in kinds.split(",")
 }
@@ -85,8 +86,9 @@ def kinds_of(options: str) -> list[str]:
 def work(job: dict) -> dict:
     """Trains and evaluates one setting with one seed, in this process."""
     sys.path.insert(0, str(ROOT))
-    import hop_onestep as script
     import torch
+
+    import hop_onestep as script
 
     torch.set_num_threads(1)
     start = time.time()
@@ -183,9 +185,8 @@ def report() -> None:
         alone = [by_setting.get(f"{env} | PPO on {kind}") for kind in kinds]
         if all(alone):
             columns = [[r["returns"][kind] for r in runs] for runs, kind in zip(alone, kinds, strict=True)]
-            print(
-                f"| plain PPO on exactly these | {' | '.join(map(spread, columns))} | {statistics.mean(itertools.chain(*columns)):.3f} |"
-            )
+            mean = statistics.mean(itertools.chain(*columns))
+            print(f"| plain PPO on exactly these | {' | '.join(map(spread, columns))} | {mean:.3f} |")
         gap = means["oracle"] - means["none"]
         share = (means["inferred"] - means["none"]) / gap if gap else math.nan
         print(f"\n`inferred` goes {share:.0%} of the way from `none` to `oracle` ({gap:.3f}).")

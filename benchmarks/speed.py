@@ -41,7 +41,7 @@ class Options:
 
 
 def measure(options: Options, num_envs: int) -> dict[str, dict[str, float]]:
-    """Median game steps a second of training, and decisions a second of Agent.act and of the planner in it, by method."""
+    """Medians by method: game steps a second of training, decisions a second of Agent.act and of the planner in it."""
     trainers = {}
     for name, settings in METHODS.items():
         settings = {"env_id": options.env_id, "num_envs": num_envs, "plan_samples": options.plan_samples, **settings}
@@ -76,9 +76,8 @@ def main(options: Options) -> None:
         torch.set_num_threads(options.threads)
     for num_envs in map(int, options.num_envs.split(",")):
         result = measure(options, num_envs)
-        print(
-            f"{options.env_id}, {num_envs} games, K = {options.plan_samples}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        )
+        threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        print(f"{options.env_id}, {num_envs} games, K = {options.plan_samples}, {threads}")
         print(f"{'':28}{'game steps/s':>14}{'of plain':>10}{'decisions/s':>13}{'planner alone':>15}")
         plain = result["plain PPO"]["steps"]
         for name, rate in result.items():

@@ -52,7 +52,7 @@ class Crowd:
 
 
 def assert_shares(actions, shares):
-    """The actions [R] are those of `shares` {action: probability}, with these frequencies (five standard deviations)."""
+    """The actions [R] are those of `shares` {action: probability}, as frequent as that (five standard deviations)."""
     count, total = Counter(actions.tolist()), len(actions)
     assert set(count) == set(shares)
     for action, share in shares.items():
@@ -169,7 +169,7 @@ def test_a_target_is_kept_until_it_is_gone_or_the_game_is_reset(script, name, en
 
 
 def test_a_target_is_drawn_before_the_noise(script):
-    """Noisy players that are put beside the other hare for their second step still walk to the first, four times in five."""
+    """Noisy players that are put beside the other hare for their second step still walk to the first, mostly."""
     crowd = Crowd(script, "nh-noisy", "msh-1x9-2p-2h1s")
     items = [(0, 4), (0, 1), (0, 7)]
     crowd.act((0, 3), items)
@@ -178,7 +178,7 @@ def test_a_target_is_drawn_before_the_noise(script):
 
 
 def test_noise_is_drawn_by_each_player_for_itself(script):
-    """Two of three noisy hunters that stand on a hare do something else together in 3 * 0.15 ** 2 * 0.85 of all games."""
+    """Two of three noisy hunters on a hare do something else together in 3 * 0.15 ** 2 * 0.85 of all games."""
     crowd = Crowd(script, "nh-noisy", batch=6000)
     others = (crowd.act((3, 3)) != HARE).view(-1, 3).sum(1)
     shares = {(k,): math.comb(3, k) * 0.15**k * 0.85 ** (3 - k) for k in range(4)}
@@ -475,9 +475,8 @@ def test_what_is_no_action_raises_a_usage_error(script, value):
 
 
 def test_an_illegal_action_of_a_callable_is_stay(script):
-    game, generator, players = callables(
-        script, [actions_of(lambda b: torch.zeros(b, dtype=torch.int64))] * 2, fixed=True
-    )
+    up = actions_of(lambda b: torch.zeros(b, dtype=torch.int64))
+    game, _, players = callables(script, [up] * 2, fixed=True)
     state = scene(script, game, (0, 2), PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state))
     after, *_ = game.step(state, actions)
@@ -499,13 +498,8 @@ def test_a_name_in_a_module(script, tmp_path, monkeypatch):
     state = game.initial_state(players.batch, generator)
     actions = players.act(state, game.action_mask(state)).gather(1, players.seat)
     assert (actions[:, 1] == LEFT).all() and (actions[:, 2] == RIGHT).all()
-    for name in (
-        "friends_of_tests:nobody",
-        "friends_of_tests:number",
-        "no_such_module:x",
-        "friends_of_tests:",
-        ":right",
-    ):
+    names = ["friends_of_tests:nobody", "friends_of_tests:number", "no_such_module:x", "friends_of_tests:", ":right"]
+    for name in names:
         with pytest.raises(script.UsageError):
             callables(script, [name])
 

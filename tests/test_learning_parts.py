@@ -1,4 +1,4 @@
-"""What is learnt from: advantages, rollouts, the MOA's histories, subgoals, buffer and losses, each against a slow way."""
+"""Advantages, rollouts and losses; the MOA's histories, subgoals and buffer: each against a slow way to the same."""
 
 import itertools
 import math
@@ -6,7 +6,6 @@ from collections import defaultdict
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
 
@@ -33,8 +32,8 @@ def shaken(trainer, shake_scale=0.2):
 # Advantages
 # ---------------------------------------------------------------------------------------------------------------------
 def test_advantages_by_hand(script):
-    """Player 0 leaves with reward 5 in its second step, player 1 is terminated after three, player 2 truncated after three
-    (bootstrap 4), and player 3 goes on after the rollout (bootstrap 2). A second episode of one step follows for player 1."""
+    """Player 0 leaves with reward 5 in its second step; player 1 is terminated after three, and then plays one step
+    more; player 2 is truncated after three (bootstrap 4); player 3 goes on after the rollout (bootstrap 2)."""
     nan = float("nan")
     rewards = [[1.0, 0.0, 1.0, 0.0], [5.0, 2.0, 0.0, 1.0], [0.0, 3.0, 1.0, 0.0], [0.0, 7.0, 0.0, 1.0]]
     values = [[2.0, 1.0, 3.0, 1.0], [4.0, 1.0, 2.0, 0.5], [0.0, 2.0, 1.0, 2.0], [0.0, 3.0, 0.0, 1.0]]
@@ -111,9 +110,8 @@ def test_rollout_step_by_step(script, small, options):
     """Every stored row against a replay of one game at a time."""
     trainer = shaken(script.Trainer(small(num_envs=6, num_steps=70, total_timesteps=1000, **options)))
     args, game, agent = trainer.args, trainer.game, trainer.agent
-    trainer.state = trainer.state._replace(
-        time=game.horizon - 1 - torch.arange(6) // 2
-    )  # some games are truncated soon
+    late = game.horizon - 1 - torch.arange(6) // 2  # some games are truncated soon
+    trainer.state = trainer.state._replace(time=late)
     shown, kinds, initial = watched(trainer), [], trainer.state
     co_act = trainer.co_players.act
     trainer.co_players.act = lambda *inputs: kinds.append(trainer.co_players.kind.clone()) or co_act(*inputs)
@@ -157,9 +155,8 @@ def test_rollout_step_by_step(script, small, options):
                     count["truncated"] += 1
                 else:
                     assert next_value == 0.0
-                    count["left" if not ended else "terminated" if over else "left before"] += bool(
-                        state.players[b, i] >= 0
-                    )
+                    why = "left" if not ended else "terminated" if over else "left before"
+                    count[why] += bool(state.players[b, i] >= 0)
                 others = [int(rows["action"][t, b, (i + k) % n]) for k in range(1, n)]
                 assert rows["other_actions"][t, b, i].tolist() == others
             if ended:
@@ -173,9 +170,8 @@ def test_rollout_step_by_step(script, small, options):
                 returns[b] = 0.0
     names = ["truncated", "goes on after the rollout", "terminated"] + ["left"] * (game.family == "msh")
     assert all(count[name] > 2 for name in names), count
-    assert {k: sorted(v) for k, v in trainer.log.items()} == {
-        k: pytest.approx(sorted(v), abs=1e-4) for k, v in log.items()
-    }
+    expected = {name: pytest.approx(sorted(values), abs=1e-4) for name, values in log.items()}
+    assert {name: sorted(values) for name, values in trainer.log.items()} == expected
     assert torch.allclose(trainer.returns, returns, atol=1e-4) and trainer.global_step == steps * games
 
 
@@ -198,15 +194,9 @@ def test_only_the_learners_rows_are_learnt_from(script, small):
 
 
 def test_relabelled_seats_give_the_same_training_data(script, small):
-    """The same games with the seats in another order and the same actions: the same rows in that order, and one gradient."""
-    options = {
-        "env_id": "msh-4x4-4h1s",
-        "num_steps": 60,
-        "match_episodes": 100,
-        "plan_update": "none",
-        "reward_scale": 0.3,
-    }
-    args = small(co_players="self,nh,ns", total_timesteps=500, **options)
+    """The same games with the seats in another order and the same actions: the same rows in that order."""
+    options = {"env_id": "msh-4x4-4h1s", "co_players": "self,nh,ns", "plan_update": "none", "reward_scale": 0.3}
+    args = small(num_steps=60, total_timesteps=500, match_episodes=100, **options)
     order = torch.tensor([2, 0, 3, 1])  # no rotation
     played, runs, gradients = [], [], []
     for relabelled in (False, True):
@@ -222,8 +212,8 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
             assert torch.equal(players.kind.gather(1, players.seat[:, :1]), torch.zeros(args.num_envs, 1).long())
         initial, act, step = game.initial_state, agent.act, itertools.count()
 
-        def fresh(batch, generator, initial=initial, place=place):
-            state = initial(batch, torch.Generator().manual_seed(int(trainer.global_step)))
+        def fresh(batch, generator, initial=initial, place=place, trainer=trainer):
+            state = initial(batch, torch.Generator().manual_seed(trainer.global_step))
             return state._replace(players=state.players[:, place])
 
         def acting(state, mask, *rest, act=act, step=step, place=place, relabelled=relabelled):
@@ -255,21 +245,8 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for net in (agent.actor, agent.critic) for p in net.parameters()]))
     plain, other = runs
-    for name in (
-        "own",
-        "goal",
-        "mask",
-        "prior",
-        "value",
-        "next_value",
-        "reward",
-        "goes_on",
-        "active",
-        "learner",
-        "action",
-        "advantage",
-        "memory",
-    ):
+    names = "own goal mask prior value next_value reward goes_on active learner action advantage memory"
+    for name in names.split():
         field = plain[name][:, :, order]
         torch.testing.assert_close(other[name], field, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(other["others"].sum(3), plain["others"].sum(3)[:, :, order], rtol=1e-4, atol=1e-4)
@@ -480,7 +457,7 @@ def test_encodings_know_nothing_of_the_present_or_the_future(vae, small):
 
 @pytest.mark.parametrize("pretraining", [False, True])
 def test_moa_loss_is_its_formula(vae, small, pretraining):
-    """-log pi_hat + alpha KL(q || N(0, I)) + c * reconstruction, weighted over steps; without the first in pretraining."""
+    """-log pi_hat + alpha KL(q || N(0, I)) + c * reconstruction, a weighted mean; without the first in pretraining."""
     trainer, matches, _, _ = play(vae, small, env_id=SMALL_HUNT, co_players="self", moa_buffer="balanced")
     batch, moa, relative = all_matches(trainer, len(matches)), trainer.agent.moa, trainer.agent.relative
     loss, terms, _, _, (mean, log_std) = captured_loss(vae, trainer, batch, pretraining)
@@ -544,9 +521,8 @@ def test_subgoals_are_the_next_items_taken(vae, small, env_id, likely):
 def test_subgoal_logits(vae, lively):
     """Gone items have no probability; the order of items of a kind is that of their logits; the rest is untouched."""
     agent = lively(env_id="msh-4x4-3p-3h2s")
-    state = vae.GameState(
-        torch.tensor([[5, 0, 7]]), torch.tensor([[1, 14, 3, -1, 9]]), torch.tensor([4]), torch.tensor([0])
-    )
+    players, items = torch.tensor([[5, 0, 7]]), torch.tensor([[1, 14, 3, -1, 9]])
+    state = vae.GameState(players, items, torch.tensor([4]), torch.tensor([0]))
     own, others = agent.relative(state)
     goal = torch.randn(1, 3, agent.moa.goal_size, generator=torch.Generator().manual_seed(0))
     items = state.items.unsqueeze(1).expand(-1, 3, -1)
@@ -563,7 +539,7 @@ def test_subgoal_logits(vae, lively):
 # Rules of the buffer
 # ---------------------------------------------------------------------------------------------------------------------
 def outcome(family, match, episode, seat, game):
-    """Reward of a player's episode, and class of its outcome: 0 nothing taken, 1 and 2 as the buffer's docstring says."""
+    """Reward of a player's episode, and the class of its outcome: 0 nothing taken, 1 and 2 by what or how much was."""
     reward, taken = 0.0, []
     for now, actions, _, r, after, number, _, _ in match:
         if number == episode:
@@ -581,41 +557,41 @@ def outcome(family, match, episode, seat, game):
 
 
 @pytest.mark.parametrize("rule", ["all", "positive", "balanced"])
-@pytest.mark.parametrize("env_id", ["msh-3x3-3p-1h1s", "msg-2x3-3p-2d"])
+@pytest.mark.parametrize("env_id", ["msh-3x3-3p-1h1s", "msh-2x2-2p-0h1s", "msg-2x3-3p-2d", "msg-2x2-3p-1d"])
 def test_rules_of_collection(vae, small, env_id, rule):
     """Which episodes are kept and with what weight, by counting; fill, share kept and age with them."""
-    trainer, matches, steps, _ = play(
-        vae, small, matches=8, likely=2.0, env_id=env_id, co_players="self", match_episodes=1, moa_buffer=rule
-    )
+    options = {"co_players": "self", "match_episodes": 1, "moa_buffer": rule, "moa_capacity": 200}
+    trainer, matches, steps, _ = play(vae, small, matches=12, likely=2.0, env_id=env_id, **options)
     buffer, game, n = trainer.buffer, trainer.game, trainer.game.num_players
-    episodes = 1
     results = [[outcome(game.family, match, 0, i, game) for i in range(n)] for match in matches]
     if rule == "positive":
         kept = [[reward > 0 for reward, _ in result] for result in results]
     else:
         kept = [[True] * n for _ in results]
     stored = [k for k, keeps in enumerate(kept) if any(keeps)]
-    assert len(buffer) == len(stored) and (rule != "positive" or 0 < len(stored))
+    assert len(buffer) == len(stored) and len(stored) > 0
     counts = [sum(c == k for s in stored for _, c in results[s]) for k in range(3)]
-    batch = buffer.batch_of(buffer.batch + torch.arange(len(buffer)), trainer.agent.relative)
     for s, k in enumerate(stored):
-        assert torch.equal(batch.actions[s, : len(matches[k])], torch.stack([step[1] for step in matches[k]]))
+        batch = buffer.batch_of(
+            buffer.batch + torch.tensor([s]), trainer.agent.relative
+        )  # weighed by all that are held
+        assert torch.equal(batch.actions[0], torch.stack([step[1] for step in matches[k]]))
         for i in range(n):
             if rule == "balanced":
                 share = sum(counts) / (sum(c > 0 for c in counts) * counts[results[k][i][1]])
                 weight = min(4.0, share)
             else:
                 weight = float(kept[k][i])
-            active = batch.active[s, :, i]
-            assert batch.weight[s, :, i].tolist() == pytest.approx((weight * active.float()).tolist(), rel=1e-5)
-    assert sum(c > 0 for c in counts) >= 2
+            active = batch.active[0, :, i]
+            assert batch.weight[0, :, i].tolist() == pytest.approx((weight * active.float()).tolist(), rel=1e-5)
+    assert sum(c > 0 for c in counts) >= (1 if rule == "positive" else 2)
     fill = buffer.statistics(10**6)
     number = sum(map(sum, kept))
-    assert fill["moa/buffer_fill"] == pytest.approx(number / (buffer.capacity * episodes * n))
-    assert fill["moa/buffer_kept"] == pytest.approx(number / (len(matches) * episodes * n))
+    assert fill["moa/buffer_fill"] == pytest.approx(number / (buffer.capacity * n))
+    assert fill["moa/buffer_kept"] == pytest.approx(number / (len(matches) * n))
     assert fill["moa/buffer_age"] == pytest.approx(10**6 - sum(steps[k] for k in stored) / len(stored), rel=1e-5)
     if rule == "positive" and game.family == "msh":  # with a drift removed everyone gets something
-        assert number < len(matches) * n
+        assert number < len(matches) * n and (len(stored) < len(matches) or env_id != "msh-2x2-2p-0h1s")
 
 
 def test_episodes_that_are_not_kept_still_serve_as_history(vae, small):
@@ -656,12 +632,7 @@ def test_the_buffer_is_a_ring(vae, small):
 
 def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
     """Kinds and targets of scripted co-players, as the agent was told them at each step; nothing of the learner's."""
-    options = {
-        "env_id": "msh-4x4-3p-2h1s",
-        "co_players": "ns,nh-noisy,self,random",
-        "goal": "oracle",
-        "match_episodes": 2,
-    }
+    options = {"env_id": "msh-4x4-3p-2h1s", "co_players": "ns,nh-noisy,self,random", "goal": "oracle"}
     trainer, matches, _, _ = play(vae, small, **options)
     batch, relative, told = all_matches(trainer, len(matches)), trainer.agent.relative, defaultdict(int)
     names = trainer.co_players.names
@@ -685,15 +656,20 @@ def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
 # Learning
 # ---------------------------------------------------------------------------------------------------------------------
 def test_inferred_goals_predict_better_than_none(vae, small):
-    """Hunters of stags, hunters of hares and random players: after a match's first episode the MOA knows who is who, with
-    z inferred from it or told, and without z it does not. Judged on matches that it never saw."""
+    """Hunters of stags, hunters of hares and random players: after a match's first episode the MOA knows who is who, if
+    z is inferred from it or told, and without z it does not. Judged on matches that it never saw."""
+    options = {"env_id": "msh-5x5-3p-2h2s", "co_players": "ns,nh,random", "match_episodes": 3, "total_timesteps": 10**6}
+    options |= {"num_envs": 48, "num_steps": 64, "moa_capacity": 1000, "plan_update": "offset"}
+    options |= {
+        "goal_size": 4,
+        "moa_hidden_size": 32,
+        "moa_learning_rate": 1e-2,
+        "moa_updates": 100,
+        "moa_alpha": 0.003,
+    }
     nll = {}
     for goal in ("inferred", "none", "oracle"):
-        args = small(
-            env_id="msh-5x5-3p-2h2s", co_players="ns,nh,random", goal=goal, goal_size=4, num_envs=64, num_steps=64, seed=3,
-            match_episodes=3, moa_hidden_size=32, moa_learning_rate=1e-2, moa_matches=16, moa_updates=100, moa_capacity=1000,
-            plan_update="offset", total_timesteps=10**6, moa_alpha=0.003,
-        )  # fmt: skip
+        args = small(goal=goal, seed=3, moa_matches=16, **options)
         trainer, test = vae.Trainer(args), vae.Trainer(vae.dataclasses.replace(args, seed=4))
         for one in (trainer, test):
             one.agent.plan_mode = "none"  # plays by the first policy, almost at random
