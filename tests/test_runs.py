@@ -472,7 +472,7 @@ def test_a_resumed_run_equals_an_unbroken_one(script, done, tmp_path, monkeypatc
     options = {name: value for name, value in VARIANTS[variant].items() if name in fields_of(script)}
     options |= {"total_timesteps": 4 * 160, "checkpoint_every": 100}
     if variant == "none":  # with a co-player that has a memory of its own
-        options["co_players"] = f"self,{done.folder},random"
+        options |= {"co_players": f"self,{done.folder},random", "match_episodes": 50}
     unbroken, _ = train(script, tmp_path, **options)
     number = {"inferred": signal.SIGINT, "oracle": signal.SIGTERM}.get(variant, signal.SIGINT)
     rollout, count = script.Trainer.rollout, []
