@@ -49,8 +49,10 @@ SELFPLAY = {
 }
 SELFPLAY = {name: options.replace("msg gamma 0.95", "msg") for name, options in SELFPLAY.items()}
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
+MOA_UPDATES = {"msh-4x4-4h1s": 8, "msg": 4}
 GOALS = {
-    f"{env} | {goal}": f"--env-id {env} --co-players {kinds} --plan-update none --total-timesteps 800000 --goal {goal}"
+    f"{env} | {goal}": f"--env-id {env} --co-players {kinds} --plan-update none --total-timesteps 800000 "
+    f"--moa-updates {MOA_UPDATES[env]} --goal {goal}"
     for env, kinds in KINDS.items()
     for goal in ("none", "inferred", "oracle")
 }
@@ -170,7 +172,7 @@ def report() -> None:
         runs = by_setting[setting]
         env, _, method = setting.partition(" | ")
         returns = spread([r["all_seats"]["self"] for r in runs])
-        print(f"| {env} | {method} | {returns} | {statistics.mean(r['cpu_seconds'] for r in runs):.0f} |")
+        print(f"| {env} | {method} | {returns} | {statistics.mean(r.get('cpu_seconds', math.nan) for r in runs):.0f} |")
     for env, kinds in KINDS.items():
         kinds = kinds.split(",")
         if not all(f"{env} | {goal}" in by_setting for goal in ("none", "inferred", "oracle")):

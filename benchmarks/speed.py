@@ -24,8 +24,9 @@ import hop_onestep as script
 METHODS = {
     "plain PPO": {"plan_update": "none", "goal": "none"},
     "plain PPO, goals inferred": {"plan_update": "none"},
-    "planner, network": {"plan_update": "hop", "plan_until": 1.0},
-    "planner, simulator": {"plan_update": "hop", "plan_until": 1.0, "transition": "simulator"},
+    "planner, network": {"plan_update": "hop", "plan_until": 1.0, "goal": "none"},
+    "planner, simulator": {"plan_update": "hop", "plan_until": 1.0, "goal": "none", "transition": "simulator"},
+    "simulator, goals inferred": {"plan_update": "hop", "plan_until": 1.0, "transition": "simulator"},
 }
 
 
