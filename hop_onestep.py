@@ -179,7 +179,7 @@ class GameState(NamedTuple):
 class GridGame:
     """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): fixed facts of one game, and pure functions of its state.
     Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts;
-    `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002), section 4.1. Players act at once; an
+    `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002). Players act at once; an
     action is read against the state before the step. Raises UsageError for an id that names no game."""
 
     def __init__(self, env_id: str, device: str | torch.device = "cpu"):
@@ -288,8 +288,6 @@ class GridGame:
         return torch.cat([players, items], 2).unflatten(-1, (self.height, self.width))
 
 
-# imports: math, numpy as np, torch; from gymnasium import spaces; from pettingzoo import ParallelEnv
-# from PIL import Image, ImageDraw
 # ---------------------------------------------------------------------------------------------------------------------
 # Rendering and the PettingZoo environment
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1128,7 +1126,7 @@ def generalised_advantages(rewards, values, next_values, goes_on, gamma: float, 
 def ppo_loss(actor, critic, rows, args: Args, ent_coef: Tensor, imitate: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a minibatch of R rows, and its terms [R]. Clipped PPO on the policy that acted: log pi_theta plus the
     planner's stored offset, so that the ratio is exact. Where the planner acted alone, `imitate`: cross-entropy towards
-    its policy (HOP, Huang et al. 2024, section 3.3)."""
+    its policy (HOP, Huang et al. 2024)."""
     own, others, goal, mask, offset = (rows[name] for name in ("own", "others", "goal", "mask", "offset"))
     prior = masked(actor(own, others, goal), mask)
     log_policy = (prior if imitate else prior + offset).log_softmax(-1)
