@@ -277,9 +277,7 @@ class GridGame:
 
     def observe(self, state: GameState) -> Tensor:
         """float32 [B, N, C, H, W]: seat i's view; own plane, then players i+1, i+2, ... mod N, then a plane a kind."""
-        cells = torch.cat([state.players, state.items], 1) % (
-            self.num_cells + 1
-        )  # -1 becomes S, which falls off the end
+        cells = torch.cat([state.players, state.items], 1) % (self.num_cells + 1)  # -1 becomes S, off the end
         planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()  # [B, N + M, S]
         players, *items = planes.split([self.num_players, *self.item_counts], 1)
         seats = torch.arange(self.num_players, device=self.device)
