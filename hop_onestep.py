@@ -10,7 +10,7 @@ scores each own action by the expected r + gamma V' over sampled co-player actio
     python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
-a checkpoint of this script, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
+a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
 [B, A], clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each).
 If it has a method `start_match(which [B] bool)`, that is called when matches start.
 Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, .."""
@@ -469,7 +469,7 @@ class CoPlayers:
         index = [kinds.index(entry) for entry in pool[1:]]
         resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
         self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if isinstance(p, Agent)}
+        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "remember")}
         self.objects = []  # (kind, slot, callable) of those that play
         for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
             if callable(player) and k not in self.memory:
@@ -911,12 +911,16 @@ class Agent(nn.Module):
         log_prob = policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         return Decision(action, log_prob, value, own, others, goal, mask, q_plan, offset, prior)
 
+    def sample_goals(self, goal: Tensor, log_std: Tensor, samples: int, generator: Generator) -> Tensor:
+        """float32 [B, N, K, Z]: K draws of every seat's z ~ q, whose mean is `goal`."""
+        shape = (*goal.shape[:2], samples, goal.shape[2])
+        noise = torch.randn(shape, generator=generator, device=goal.device)
+        return goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)
+
     def sample_joint_actions(self, own, others, goal, log_std, mask, generator) -> Tensor:
         """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of samples serves every
         own action (common random numbers) and every observer, since what is inferred of j is the same for all."""
-        shape = (*goal.shape[:2], self.args.plan_samples, goal.shape[2])
-        noise = torch.randn(shape, generator=generator, device=goal.device)
-        goals = goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)  # [B, N, K, Z]
+        goals = self.sample_goals(goal, log_std, self.args.plan_samples, generator)
         return sample(masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2)), generator).transpose(1, 2)
 
     def chunks(self, count: int) -> tuple[Tensor, ...]:
@@ -1351,9 +1355,10 @@ class Trainer:
             sums.update(terms)
         return {name: total / args.moa_updates for name, total in sums.items()}
 
-    def pretrain(self) -> None:
-        """Plays `--pretrain-moa-steps` game steps with the first policy, and trains the VAE alone on them."""
-        while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps:
+    def pretrain(self, stop: list) -> None:
+        """Plays `--pretrain-moa-steps` game steps with the first policy, and trains the VAE alone on them; ends early
+        when `stop` is no longer empty."""
+        while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps and not stop:
             self.rollout()
             self.update_moa(pretraining=True)
             self.pretrained += self.args.num_envs * self.args.num_steps
@@ -1387,10 +1392,11 @@ class Trainer:
 
     def load(self, content: dict) -> None:
         """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or the options differ."""
-        if "optimizers" not in content:
-            raise UsageError("--resume needs a checkpoint.pt; a model.pt can only be played")
+        if "optimizers" not in content or content["script"] != SCRIPT:
+            raise UsageError(f"--resume needs a checkpoint.pt of {SCRIPT}; a model.pt can only be played")
         for name, value in dataclasses.asdict(self.args).items():
-            if name not in FREE and content["args"][name] != value:
+            same_game = name == "env_id" and content["game"] == self.game.id  # in another spelling
+            if name not in FREE and content["args"][name] != value and not same_game:
                 raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
         self.agent.load_state_dict(content["agent"])
         self.agent.plan_mode = content["plan_mode"]
@@ -1539,21 +1545,24 @@ def save_atomically(content: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The content of a checkpoint of this script, or of its run's folder. Raises UsageError."""
+    """The content of a checkpoint of this script or of one beside it, or of its run's folder. Raises UsageError."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}")
     with refused(f"cannot read checkpoint {path}"):
         content = torch.load(path, map_location=device, weights_only=True)
     script = content.get("script", "another program") if isinstance(content, dict) else "another program"
-    if script != SCRIPT:
-        raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT}")
+    if not re.fullmatch(r"\w+", script) or not Path(__file__).with_name(f"{script}.py").is_file():
+        raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT} or of a script beside it")
     return content
 
 
 def load_agent(path: str | Path, device: str | torch.device = "cpu") -> Agent:
-    """The agent of a checkpoint, ready to play. Raises UsageError."""
+    """The agent of a checkpoint, ready to play; that of another script plays by that script. Raises UsageError."""
     content = load_checkpoint(path, device)
+    if content["script"] != SCRIPT:
+        with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
+            return importlib.import_module(content["script"]).load_agent(path, device)
     with refused(f"checkpoint {path} does not fit this version"):
         agent = Agent(GridGame(content["game"], device), Args(**content["args"]))
         agent.load_state_dict(content["agent"])
@@ -1581,9 +1590,11 @@ def start_run(args: Args, step: int) -> tuple[Path, SummaryWriter]:
     options, name = dataclasses.asdict(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     folder = Path(args.resume or f"runs/{name}")
     folder = folder.parent if folder.is_file() else folder
-    while folder.exists() and not args.resume:
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=bool(args.resume))
+            break
         folder = folder.with_name(folder.name + "+")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "args.json").write_text(json.dumps(options, indent=2) + "\n")
     if track:
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
@@ -1618,7 +1629,7 @@ def train(args: Args) -> dict[str, float]:
     bar = tqdm(total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id)
     try:
         with timer("pretraining"):
-            trainer.pretrain()
+            trainer.pretrain(stop)
         save_atomically(trainer.content(), folder / "checkpoint.pt")
         while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
             trainer.log.clear()

@@ -221,7 +221,7 @@ def outcomes(script):
             trainer = script.Trainer(script.resolved(script.Args(**options_of(script, **options))))
             if "plan_slope" in dict(trainer.agent.named_buffers()):
                 trainer.agent.plan_slope.fill_(1.0)
-            trainer.pretrain()
+            trainer.pretrain([])
             for _ in range(2):
                 trainer.iterate()
             known[key] = networks(trainer.agent)
@@ -376,7 +376,7 @@ def test_pretraining_trains_the_vae_alone(script):
     before, played = copy.deepcopy(trainer.agent), []
     rollout = trainer.rollout
     trainer.rollout = lambda: played.append(1) or rollout()
-    trainer.pretrain()
+    trainer.pretrain([])
     assert len(played) == 3 and trainer.pretrained == 480 and trainer.global_step == 0 and trainer.iteration == 0
     assert not trainer.log and len(trainer.buffer) > 0
     for name in ("actor", "critic"):
@@ -384,7 +384,7 @@ def test_pretraining_trains_the_vae_alone(script):
     for name, changes in {"encoder": True, "step_feature": True, "subgoal": True, "decoder": False}.items():
         pairs = zip(getattr(before.moa, name).parameters(), getattr(trainer.agent.moa, name).parameters(), strict=True)
         assert all(torch.equal(a, b) != changes for a, b in pairs), name
-    trainer.pretrain()
+    trainer.pretrain([])
     assert len(played) == 3  # once
 
 
