@@ -841,8 +841,8 @@ class GameModel:
         self.write(0, state)
 
     def goal_parts(self, mean: Tensor, draw: Tensor) -> list[Tensor]:
-        """What goals [R, N, Z] add to first layers: of the focal player's policy and value (both [R, N-1, H / 2] and [R,
-        H]; they know the mean, as in play), and of the MOA [R, N, H] (it plays the drawn goal)."""
+        """What goals [R, N, Z] add to first layers: of the focal player's policy and value (both [R, N-1, H / 2] and
+        [R, H]; they know the mean, as in play), and of the MOA [R, N, H] (it plays the drawn goal)."""
         theirs, total = self.agent.with_goals(mean.new_empty(*mean.shape[:2], mean.shape[1] - 1, 0), mean)
         parts = [f for net in self.networks[:2] for f in (theirs[:, 0] @ net.other_goal, net.network.goal(total[:, 0]))]
         return [*parts, self.networks[2].network.goal(draw)]
@@ -899,8 +899,8 @@ class GameModel:
         return prior.masked_fill_(~mask[:, 0], -1.0)
 
     def step(self, nodes: Tensor, actions: Tensor, simulation: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Reward [T] of the focal player's `actions` [T] at `nodes` [T], V [T] of the new nodes of `simulation` (0 where
-        nothing follows), and bool [T]: the game goes on from there."""
+        """Reward [T] of the focal player's `actions` [T] at `nodes` [T], V [T] of the new nodes of `simulation` (0
+        where nothing follows), and bool [T]: the game goes on from there."""
         game, args, timer = self.game, self.args, self.agent.timer
         with timer("game step"):
             before = self.read(self.nodes.index_select(0, nodes))[0]
@@ -937,10 +937,10 @@ class GameModel:
 
 
 def puct(visits: Tensor, total: Tensor, prior: Tensor, value: Tensor, root: Tensor, constant: float) -> Tensor:
-    """int64 [R]: the action that a search tries next at R nodes, by PUCT (Silver et al. 2017): Q + c pi sqrt(N) / (1 + n).
-    Of each action visits, summed returns and prior (-1: illegal) [R, A]; V [R]. Q is scaled to 0..1 over the node's own
-    actions, one that was not tried counting as the node's mean (Schrittwieser et al. 2020). At a `root` (bool [R]) every
-    legal action is tried once before any is tried twice, so that all scores look ahead one step at least."""
+    """int64 [R]: what to try next at R nodes, by PUCT (Silver et al. 2017): the highest Q + c pi sqrt(N) / (1 + n). Of
+    each action visits n, summed returns and prior pi (-1: illegal) [R, A]; V [R]. Q is scaled to 0..1 over the node's
+    own actions, one that was not tried counting as the node's mean. At a `root` (bool [R]) every legal action is tried
+    once before any is tried twice, so that all scores look ahead one step at least."""
     count = visits.sum(1, keepdim=True)
     tried = visits > 0
     mean = (value.unsqueeze(1) + total.sum(1, keepdim=True)) / (1.0 + count)
@@ -1003,9 +1003,9 @@ class TreeSearch:
             leaf[trees] = nodes
 
     def expand(self, leaf: Tensor, simulation: int) -> Tensor:
-        """Takes the chosen action at every `leaf` [T]; V [T] of where it leads. A node that is reached for the first time
-        gets its prior and its co-players' actions here: most nodes never do. Where nothing follows after an action, it
-        is simply taken again, with the same result."""
+        """Takes the chosen action at every `leaf` [T]; V [T] of where it leads. A node where a path ends for the first
+        time gets its prior and its co-players' actions here: most nodes never do. Where nothing follows after an
+        action, it is simply taken again, with the same result."""
         fresh = leaf[~self.expanded.index_select(0, leaf)]
         if len(fresh):
             prior = self.model.expand(fresh)
@@ -1019,8 +1019,8 @@ class TreeSearch:
         return value
 
     def backup(self, paths: list[tuple[Tensor, Tensor]], value: Tensor) -> None:
-        """Adds the discounted return of the T new nodes, rewards along the path and then `value` [T], to every action on
-        their paths; then finds anew what to try next there."""
+        """Adds the discounted return of the T new nodes, rewards along the path and then `value` [T], to every action
+        on their paths; then finds anew what to try next there."""
         nodes = torch.cat([level for _, level in paths])
         edges = nodes * self.visits.shape[1] + self.choice.index_select(0, nodes)
         rewards = self.reward.index_select(0, self.child.view(-1).index_select(0, edges))
@@ -1158,8 +1158,8 @@ class Agent(nn.Module):
     def plan(
         self, state: GameState, mask, memory: Memory, seats, goals, prior, value, generator
     ) -> tuple[Tensor, Tensor]:
-        """Q_plan [B, N, A], mean over the K trees of a decision, and visits [B, N, A], summed over them. It searches where
-        bool `seats` [B, N] is True; elsewhere both are 0. `goals` are mean and log standard deviation [B, N, Z]."""
+        """Q_plan [B, N, A], mean over the K trees of a decision, and visits [B, N, A], summed over them. It searches
+        where bool `seats` [B, N] is True; elsewhere both are 0. `goals`: mean and log standard deviation [B, N, Z]."""
         args, n, k = self.args, self.game.num_players, self.args.num_goal_samples
         games, seat = seats.nonzero(as_tuple=True)  # D decisions
         drawn = self.sample_goals(*goals, k, generator).transpose(1, 2)  # [B, K, N, Z]
