@@ -1469,21 +1469,12 @@ def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watc
 
 
 def evaluate(
-    checkpoint,
-    co_players,
-    *,
-    env_id=None,
-    episodes=200,
-    num_envs=64,
-    match_episodes=10,
-    seed=1,
-    device="cpu",
-    **options,
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
 ) -> dict[str, float | list[float]]:
     """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
     `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
     them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on; `options` (names of PLAYED) replace
+    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
     the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
     the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
     episode of a match."""
@@ -1491,7 +1482,7 @@ def evaluate(
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device, options)
+    agent = load_agent(checkpoint, device, play)
     game = agent.on_game(env_id or agent.game.id)
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
