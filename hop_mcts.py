@@ -109,6 +109,7 @@ class Args:
     num_goal_samples: int = 4  # trees a decision, each with its own draw of the co-players' goals
     puct_c: float = 1.25  # weight of the prior against Q, which is scaled to 0..1
     max_depth: int = 50  # steps that the search looks ahead
+    plan_horizon: Literal["bootstrap", "end"] = "bootstrap"  # in the search, V at the horizon; or nothing follows it
     goal_refresh: int = 0  # infer the goals again every so many simulated steps; 0: keep the root's
     dirichlet_alpha: float = 0.3  # concentration of the noise in the root's prior, in training
     dirichlet_fraction: float = 0.25  # share of the noise
@@ -909,6 +910,7 @@ class GameModel:
             reward = (1.0 - args.prosocial) * reward[:, 0] + args.prosocial * reward.mean(1)
             rows = self.write(simulation, after)
             lives = (after.players[:, 0] >= 0) & ~terminated
+            lives = lives & ~truncated if args.plan_horizon == "end" else lives
         parts = self.goals
         if self.refresh:
             with timer("goal inference"):
@@ -1067,7 +1069,7 @@ class Decision(NamedTuple):
 
 # method: the search's options
 PLAYED = """plan_update plan_beta policy_target co_player_model num_simulations num_goal_samples puct_c max_depth
-    goal_refresh""".split()  # options that may change when an agent is played
+    plan_horizon goal_refresh""".split()  # options that may change when an agent is played
 
 
 class Agent(nn.Module):
@@ -1216,7 +1218,7 @@ class Agent(nn.Module):
             root = torch.lerp(root, noise / noise.sum(1, keepdim=True), args.dirichlet_fraction)
         draws = torch.rand(len(root), args.num_simulations + 1, n, generator=generator, device=root.device)
         scores = root.new_zeros(2, len(root), mask.shape[2])
-        for part in self.chunks(len(root)):  # trees
+        for part in filter(len, self.chunks(len(root))):  # of the trees
             at, me = games[part // k], seat[part // k]
             order = (me.unsqueeze(1) + torch.arange(n, device=me.device)) % n  # [T, N] the focal player first
             here = state.rows(at)
@@ -1229,7 +1231,7 @@ class Agent(nn.Module):
             search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
             search.timer, search.puct = self.timer, self.puct
             scores[:, part] = torch.stack(search.run())
-        q, visits = scores.unflatten(1, (-1, k)).unbind(0)  # [D, K, A]
+        q, visits = scores.unflatten(1, (len(games), k)).unbind(0)  # [D, K, A]
         result = prior.new_zeros(2, *mask.shape)
         result[:, games, seat] = torch.stack([q.mean(1), visits.sum(1)]) * mask[games, seat]
         return result[0], result[1]
