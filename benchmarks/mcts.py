@@ -1,0 +1,108 @@
+"""The figures of hop_mcts.py in the README: the games and seeds of `onestep.py`, and what search alone is worth.
+
+    python benchmarks/mcts.py --part selfplay      # all seats learn, with tree search
+    python benchmarks/mcts.py --part untrained     # search alone: policy and value as they were initialised
+    python benchmarks/mcts.py --part top           # search on top of a trained policy, at gamma 0.95
+    python benchmarks/mcts.py --report             # tables from the results so far, beside those of onestep.py
+
+Every run uses one thread; `--jobs` runs go side by side. A result is a JSON line in `benchmarks/results/mcts.jsonl`
+with its exact command, seed, seconds and machine; runs that are there are not repeated, so an interrupted part goes on
+where it stopped. `--quick` cuts steps and seeds to see that all works.
+"""
+
+import dataclasses
+import itertools
+import json
+import statistics
+from typing import Literal
+
+import tyro
+
+from runs import ROOT, results_in, run_all, spread, work
+
+RESULTS = ROOT / "benchmarks" / "results" / "mcts.jsonl"
+ONESTEP = ROOT / "benchmarks" / "results" / "onestep.jsonl"
+
+# part -> setting -> options of hop_mcts.py, and ways to play what was trained; every setting is run with every seed
+SELF = "--co-players self --goal none"
+SEARCH = {"plan_update": "offset", "num_simulations": 50, "num_goal_samples": 5}
+PARTS = {
+    "selfplay": {
+        "msh-4x4-4h1s": (f"--env-id msh-4x4-4h1s {SELF} --total-timesteps 200000", {}),
+        "msh-4h1s": (f"--env-id msh-4h1s {SELF} --total-timesteps 500000", {}),
+        "msg": (f"--env-id msg {SELF} --total-timesteps 250000", {}),
+    },
+    "untrained": {  # a learning rate of nearly nothing: only the MOA learns, told the co-players' kinds and targets
+        "msh-4x4-4h1s, untrained": (
+            "--env-id msh-4x4-4h1s --co-players ns --goal oracle --learning-rate 1e-12 --total-timesteps 40000 "
+            "--plan-until 1 --num-simulations 16",
+            {
+                f"{n} simulations": {"plan_beta": 30.0, "num_simulations": n, "num_goal_samples": 5}
+                for n in (7, 50, 100, 200)
+            },
+        )
+    },
+    "top": {
+        "msg gamma 0.95": (
+            f"--env-id msg {SELF} --gamma 0.95 --total-timesteps 250000 --plan-update offset --plan-until 0",
+            {
+                "search, V at the horizon": {**SEARCH, "plan_beta": 1.0},
+                "search, the horizon is the end": {**SEARCH, "plan_beta": 4.0, "plan_horizon": "end"},
+            },
+        )
+    },
+}
+
+
+@dataclasses.dataclass
+class Options:
+    part: Literal["selfplay", "untrained", "top"] = "selfplay"  # what to run
+    only: str = ""  # run settings whose name contains this
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds
+    jobs: int = 2  # runs side by side
+    episodes: int = 500  # evaluation episodes for each kind of co-players and way to play
+    quick: bool = False  # a fiftieth of the steps, one seed; results are not kept
+    report: bool = False  # print tables only
+    worker: str = ""  # (used by the benchmark itself)
+
+
+def report() -> None:
+    """Markdown tables of the results so far."""
+    results = {k: list(g) for k, g in itertools.groupby(results_in(RESULTS), lambda r: r["setting"])}
+    others = {k: list(g) for k, g in itertools.groupby(results_in(ONESTEP), lambda r: r["setting"])}
+    print("| game, all seats learn | method | mean return (seeds) | CPU seconds |\n|-|-|-|-|")
+    for setting in results:
+        own = [(f"{setting} | tree search", results[setting])] if setting in PARTS["selfplay"] else []
+        for name, runs in [*own, *((k, v) for k, v in others.items() if own and k.startswith(f"{setting} | p"))]:
+            env, _, method = name.partition(" | ")
+            if "PPO on" not in method:
+                cpu = statistics.mean(run["cpu_seconds"] for run in runs)
+                print(f"| {env} | {method} | {spread([r['all_seats']['self'] for r in runs])} | {cpu:.0f} |")
+    for part, field in (("untrained", "returns"), ("top", "all_seats")):
+        for setting in PARTS[part]:
+            if setting in results:
+                print(f"\n| {setting} | mean return (seeds) |\n|-|-|")
+                for label in results[setting][0][field]:
+                    print(f"| {label} | {spread([r[field][label] for r in results[setting]])} |")
+
+
+def main(options: Options) -> None:
+    if options.worker:
+        print("\n" + json.dumps(work(json.loads(options.worker))))
+        return
+    cut, episodes = (" --total-timesteps 10000", 20) if options.quick else ("", options.episodes)
+    jobs = [
+        {"script": "hop_mcts", "setting": setting, "seed": seed, "options": f"{words} --seed {seed}{cut}"}
+        | {"episodes": episodes, "play": play}
+        for seed in options.seeds[: 1 if options.quick else None]
+        for setting, (words, play) in PARTS[options.part].items()
+        if options.only in setting
+    ]
+    if not options.report:
+        run_all(__file__, jobs, options.jobs, None if options.quick else RESULTS)
+    if not options.quick:
+        report()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
