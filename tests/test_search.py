@@ -679,7 +679,7 @@ HELPING, IDLE = [0.0, 0.0, 0.0, 0.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 1.0, 0
 
 
 @pytest.mark.parametrize("preferences", [HELPING, IDLE], ids=["helping", "idle"])
-@pytest.mark.parametrize("env_id", ["msh-2x3-2p-1h1s", "msh-1x4-3p-2h1s", "msg-2x3-2p-2d"])
+@pytest.mark.parametrize("env_id", ["msh-2x3-2p-1h1s", "msh-1x4-3p-2h1s", "msg-2x3-2p-2d", "msg-2x2-1p-2d"])
 def test_the_best_action_is_found(searching, lively, env_id, preferences):
     """Co-players of one fixed rule, the last three steps of the game: by the end of a long search the action tried most
     is worth as much as the best of all plans."""
