@@ -109,6 +109,7 @@ class Args:
     num_goal_samples: int = 4  # trees a decision, each with its own draw of the co-players' goals
     puct_c: float = 1.25  # weight of the prior against Q, which is scaled to 0..1
     max_depth: int = 50  # steps that the search looks ahead
+    plan_horizon: Literal["bootstrap", "end"] = "bootstrap"  # in the search, V at the horizon; or nothing follows it
     goal_refresh: int = 0  # infer the goals again every so many simulated steps; 0: keep the root's
     dirichlet_alpha: float = 0.3  # concentration of the noise in the root's prior, in training
     dirichlet_fraction: float = 0.25  # share of the noise
@@ -834,9 +835,19 @@ class GameModel:
         self.goals, self.memory = self.goal_parts(mean, draw), memory
         if self.refresh:  # goals and memories of every node, not of every tree
             self.noise = (draw - mean) / log_std.exp()
-            self.goals, self.memory = (
-                [x.new_empty(len(self.nodes), *x.shape[1:]) for x in group] for group in (self.goals, memory)
-            )
+            at_root = [[*self.goals], [*memory]]
+            self.goals, self.memory = ([x.new_empty(len(self.nodes), *x.shape[1:]) for x in group] for group in at_root)
+            for stored, root in zip([*self.goals, *self.memory], [*at_root[0], *at_root[1]], strict=True):
+                stored[: self.trees] = root
+        # rows of the networks' tables for each pair of cells: of items by kind, then of players
+        seats, cells = torch.arange(n, device=game.device), torch.arange(game.num_cells + 1, device=game.device)
+        pairs = self.relative.index(cells.unsqueeze(1), cells).flatten()  # [(S + 1)^2]
+        offsets = len(self.relative.table) * torch.arange(len(game.item_counts), device=game.device)
+        self.table_rows = torch.cat([(pairs + offsets.unsqueeze(1)).flatten(), pairs])
+        self.own_column = torch.cat([seats.repeat_interleave(m), seats.repeat_interleave(n - 1)])
+        self.other_column = torch.cat([n + torch.arange(m, device=game.device).repeat(n), self.others.flatten()])
+        kind = torch.cat([game.item_kind.repeat(n), torch.full_like(self.others.flatten(), len(game.item_counts))])
+        self.pair_kind = kind * len(pairs)
         self.write(0, state)
 
     def goal_parts(self, mean: Tensor, draw: Tensor) -> list[Tensor]:
@@ -848,13 +859,14 @@ class GameModel:
 
     def write(self, simulation: int, state: GameState) -> Tensor:
         """Stores the T states as the nodes of `simulation`, with the rows that their networks read; [T, ..]."""
-        game, relative, players = self.game, self.relative, state.players
+        game, size, n = self.game, len(self.game.legal_moves), self.game.num_players
         clock = game.clock(state)
-        items = relative.index(players.unsqueeze(2), state.items.unsqueeze(1)) + game.item_kind * len(relative.table)
-        near = relative.index(players.unsqueeze(2), players[:, self.others])
-        rows = [players, state.items, state.time.unsqueeze(1), state.first_hunt.unsqueeze(1)]
-        rows += [clock[:, :1] * (game.horizon + 1) + clock[:, 1:], players % len(game.legal_moves)]
-        rows += [items.flatten(1), near.flatten(1)]
+        cells = torch.cat([state.players, state.items], 1)
+        there = cells % size  # -1 becomes S
+        pairs = (there * size).index_select(1, self.own_column).add_(there.index_select(1, self.other_column))
+        near = self.table_rows.take(pairs.add_(self.pair_kind))
+        rows = [cells, state.time.unsqueeze(1), state.first_hunt.unsqueeze(1)]
+        rows += [clock[:, :1] * (game.horizon + 1) + clock[:, 1:], there[:, :n], near]
         here = slice(simulation * self.trees, (simulation + 1) * self.trees)
         return torch.cat(rows, 1, out=self.nodes[here])
 
@@ -891,7 +903,7 @@ class GameModel:
                 seen, near = seen[:, self.others[1:]].flatten(0, 1), near[:, 1:].flatten(0, 1)
                 clock, cells = clock.repeat_interleave(n - 1), cells[:, 1:].flatten()
                 logits = decoder(clock, cells, items[:, 1:].flatten(0, 1), near, seen, 0.0, drawn[:, 1:].flatten(0, 1))
-                chance = masked(logits.unflatten(0, (-1, n - 1)), rest).softmax(2)
+                chance = masked(logits.unflatten(0, (len(nodes), n - 1)), rest).softmax(2)
             upto = chance.cumsum(2)
             draw = self.draws[trees, nodes // self.trees, 1:].unsqueeze(2)
             self.joint[nodes, 1:] = (upto > draw * upto[..., -1:]).int().argmax(2)
@@ -909,6 +921,7 @@ class GameModel:
             reward = (1.0 - args.prosocial) * reward[:, 0] + args.prosocial * reward.mean(1)
             rows = self.write(simulation, after)
             lives = (after.players[:, 0] >= 0) & ~terminated
+            lives = lives & ~truncated if args.plan_horizon == "end" else lives
         parts = self.goals
         if self.refresh:
             with timer("goal inference"):
@@ -944,12 +957,12 @@ def puct(visits: Tensor, total: Tensor, prior: Tensor, value: Tensor, root: Tens
     tried = visits > 0
     mean = (value.unsqueeze(1) + total.sum(1, keepdim=True)) / (1.0 + count)
     q = torch.where(tried, total / visits.clamp(min=1.0), mean)
-    low = q.amin(1, keepdim=True)
-    score = (q - low) / (q.amax(1, keepdim=True) - low).clamp(min=1e-8) + constant * prior * count.sqrt() / (
-        1.0 + visits
-    )
-    score = score + 1e3 * (root.unsqueeze(1) & ~tried)
-    return score.masked_fill(prior < 0, -1e9).argmax(1)
+    low, high = q.aminmax(dim=1, keepdim=True)
+    bonus = (constant * prior).mul_(count.sqrt()).div_(1.0 + visits)
+    score = q.sub_(low).div_((high - low).clamp_(min=1e-8)).add_(bonus)
+    untried = root.unsqueeze(1) & ~tried & (prior >= 0)  # first at a root; an addend would round the scores away
+    score.masked_fill_(tried & untried.any(1, keepdim=True), -1e8)
+    return score.masked_fill_(prior < 0, -1e9).argmax(1)
 
 
 class TreeSearch:
@@ -962,8 +975,11 @@ class TreeSearch:
         (trees, actions), self.model, self.most = prior.shape, model, most
         self.simulations, self.constant, self.gamma, size = simulations, constant, gamma, (simulations + 1) * trees
         self.trees, self.timer, self.puct = torch.arange(trees, device=prior.device), Timer(False), puct
-        self.visits, self.total = (prior.new_zeros(size, actions) for _ in range(2))  # [nodes, A] of every action
-        self.prior, self.value = prior.new_empty(size, actions), prior.new_zeros(size)  # [nodes, A], [nodes]
+        self.rows = prior.new_zeros(size, 3 * actions + 1)  # one row a node: a selection reads all of it at once
+        self.widths = [actions, actions, actions, 1]
+        # [nodes, A] of every action, [nodes]
+        self.visits, self.total = self.rows[:, :actions], self.rows[:, actions : 2 * actions]
+        self.prior, self.value = self.rows[:, 2 * actions : 3 * actions], self.rows[:, -1]
         self.child = torch.full((size, actions), -1, device=prior.device)  # int64 [nodes, A] the node it leads to
         self.reward = prior.new_zeros(size)  # [nodes] on the way into the node
         self.goes_on = torch.zeros(size, dtype=torch.bool, device=prior.device)  # [nodes] it may have children; no root
@@ -999,7 +1015,7 @@ class TreeSearch:
                 return paths, leaf
             trees, nodes = trees.index_select(0, left), following.index_select(0, left)
             paths.append((trees, nodes))
-            leaf[trees] = nodes
+            leaf.index_copy_(0, trees, nodes)
 
     def expand(self, leaf: Tensor, simulation: int) -> Tensor:
         """Takes the chosen action at every `leaf` [T]; V [T] of where it leads. A node where a path ends for the first
@@ -1008,12 +1024,15 @@ class TreeSearch:
         fresh = leaf[~self.expanded.index_select(0, leaf)]
         if len(fresh):
             prior = self.model.expand(fresh)
-            self.prior[fresh], self.choice[fresh], self.expanded[fresh] = prior, prior.argmax(1), True
+            self.prior.index_copy_(0, fresh, prior)
+            self.choice.index_copy_(0, fresh, prior.argmax(1))
+            self.expanded.index_fill_(0, fresh, True)
         actions = self.choice.index_select(0, leaf)
         reward, value, goes_on = self.model.step(leaf, actions, simulation)
-        new = simulation * len(self.trees) + self.trees
-        self.child[leaf, actions] = new
-        self.depth[new] = depth = self.depth.index_select(0, leaf) + 1
+        trees = len(self.trees)
+        new, depth = slice(simulation * trees, (simulation + 1) * trees), self.depth.index_select(0, leaf) + 1
+        self.child.view(-1).index_copy_(0, leaf * self.child.shape[1] + actions, simulation * trees + self.trees)
+        self.depth[new] = depth
         self.reward[new], self.value[new], self.goes_on[new] = reward, value, goes_on & (depth < self.most)
         return value
 
@@ -1021,21 +1040,23 @@ class TreeSearch:
         """Adds the discounted return of the T new nodes, rewards along the path and then `value` [T], to every action
         on their paths; then finds anew what to try next there."""
         nodes = torch.cat([level for _, level in paths])
-        edges = nodes * self.visits.shape[1] + self.choice.index_select(0, nodes)
+        edges = nodes * self.child.shape[1] + self.choice.index_select(0, nodes)
         rewards = self.reward.index_select(0, self.child.view(-1).index_select(0, edges))
         returns, future = [], value.clone()
         for (trees, _), reward in zip(
             reversed(paths), reversed(rewards.split([len(t) for t, _ in paths])), strict=True
         ):
-            returns.append(reward + self.gamma * future.index_select(0, trees))
-            future[trees] = returns[-1]
-        self.total.view(-1).index_add_(0, edges, torch.cat(returns[::-1]))
-        self.visits.view(-1).index_add_(0, edges, torch.ones_like(rewards))
-        rows = (x.index_select(0, nodes) for x in (self.visits, self.total, self.prior, self.value))
-        choice = self.puct(*rows, nodes < len(self.trees), self.constant)
-        child = self.child.view(-1).index_select(0, nodes * self.visits.shape[1] + choice)
-        self.choice[nodes] = choice
-        self.follow[nodes] = torch.where(self.goes_on.index_select(0, child.clamp(min=0)), child, -1)
+            returns.append(torch.add(reward, future.index_select(0, trees), alpha=self.gamma))
+            future.index_copy_(0, trees, returns[-1])
+        ours = nodes * self.rows.shape[1] + self.choice.index_select(0, nodes)
+        added = torch.cat([torch.ones_like(rewards), *returns[::-1]])
+        self.rows.view(-1).index_add_(0, torch.cat([ours, ours + self.child.shape[1]]), added)
+        visits, total, prior, value = self.rows.index_select(0, nodes).split(self.widths, 1)
+        choice = self.puct(visits, total, prior, value.squeeze(1), nodes < len(self.trees), self.constant)
+        child = self.child.view(-1).index_select(0, nodes * self.child.shape[1] + choice)
+        self.choice.index_copy_(0, nodes, choice)
+        going = self.goes_on.index_select(0, child.clamp(min=0))
+        self.follow.index_copy_(0, nodes, child.masked_fill_(~going, -1))
 
 
 def centred(q_plan: Tensor, mask: Tensor) -> Tensor:
@@ -1067,7 +1088,7 @@ class Decision(NamedTuple):
 
 # method: the search's options
 PLAYED = """plan_update plan_beta policy_target co_player_model num_simulations num_goal_samples puct_c max_depth
-    goal_refresh""".split()  # options that may change when an agent is played
+    plan_horizon goal_refresh""".split()  # options that may change when an agent is played
 
 
 class Agent(nn.Module):
@@ -1199,6 +1220,7 @@ class Agent(nn.Module):
         noise = torch.randn(shape, generator=generator, device=goal.device)
         return goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)
 
+    @torch.no_grad()
     def plan(
         self, state: GameState, mask, memory: Memory, seats, goals, prior, value, generator
     ) -> tuple[Tensor, Tensor]:
@@ -1216,7 +1238,7 @@ class Agent(nn.Module):
             root = torch.lerp(root, noise / noise.sum(1, keepdim=True), args.dirichlet_fraction)
         draws = torch.rand(len(root), args.num_simulations + 1, n, generator=generator, device=root.device)
         scores = root.new_zeros(2, len(root), mask.shape[2])
-        for part in self.chunks(len(root)):  # trees
+        for part in filter(len, self.chunks(len(root))):  # of the trees
             at, me = games[part // k], seat[part // k]
             order = (me.unsqueeze(1) + torch.arange(n, device=me.device)) % n  # [T, N] the focal player first
             here = state.rows(at)
@@ -1229,7 +1251,7 @@ class Agent(nn.Module):
             search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
             search.timer, search.puct = self.timer, self.puct
             scores[:, part] = torch.stack(search.run())
-        q, visits = scores.unflatten(1, (-1, k)).unbind(0)  # [D, K, A]
+        q, visits = scores.unflatten(1, (len(games), k)).unbind(0)  # [D, K, A]
         result = prior.new_zeros(2, *mask.shape)
         result[:, games, seat] = torch.stack([q.mean(1), visits.sum(1)]) * mask[games, seat]
         return result[0], result[1]

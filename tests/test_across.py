@@ -1,0 +1,133 @@
+"""Checkpoints of one script in another, and checkpoints played with other options than they were trained with."""
+
+import contextlib
+import io
+import sys
+
+import pytest
+import torch
+from conftest import SCRIPTS, SMALL, load_script
+
+ENV_ID = "msh-3x3-3p-2h1s"
+SIZES = {"episodes": 6, "match_episodes": 2, "num_envs": 3}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of a small run of every script, by its name."""
+    folders = {}
+    for name in SCRIPTS:
+        module, folder = load_script(name), tmp_path_factory.mktemp(name)
+        options = {k: v for k, v in SMALL.items() if k in module.Args.__dataclass_fields__}
+        with (
+            contextlib.chdir(folder),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            run = module.train(module.Args(env_id=ENV_ID, co_players="self,nh", **options))["run"]
+        folders[name] = folder / run
+    return folders
+
+
+def planning(script):
+    return hasattr(script.Agent, "turn_planner")
+
+
+@pytest.mark.parametrize("other", SCRIPTS)
+def test_a_checkpoint_of_any_script_is_a_co_player(script, runs, other, monkeypatch):
+    """It plays just as it does by its own script: the same seeds give the same games."""
+    played, module, modes = [], load_script(other), []
+    act = module.Agent.act
+    monkeypatch.setattr(module.Agent, "act", lambda *args: (modes.append(1), act(*args))[1])
+    result = script.evaluate(runs[script.__name__], str(runs[other]), **SIZES)
+    assert modes and result == script.evaluate(runs[script.__name__], [str(runs[other])] * 2, **SIZES)
+    for path in (runs[other], runs[other] / "checkpoint.pt"):
+        played.append(script.evaluate(path, "nh", **SIZES))
+    assert played[0] == played[1] == module.evaluate(runs[other], "nh", **SIZES)
+    smaller = script.evaluate(runs[script.__name__], str(runs[other]), env_id="msh-2x3-3p-1h1s", **SIZES)
+    assert len(smaller["focal_returns"]) == 6
+
+
+def test_a_checkpoint_of_a_missing_script_is_refused(script, runs, tmp_path):
+    content = torch.load(runs[script.__name__] / "checkpoint.pt", weights_only=True)
+    for name in ("another", "../hop_onestep", "os"):
+        torch.save({**content, "script": name}, tmp_path / "checkpoint.pt")
+        with pytest.raises(script.UsageError, match="or of a script beside it"):
+            script.evaluate(tmp_path, "nh", **SIZES)
+
+
+def test_only_a_run_of_the_same_script_is_resumed(script, runs):
+    for other in set(SCRIPTS) - {script.__name__}:
+        with pytest.raises(script.UsageError):
+            script.train(script.parse_arguments(["--resume", str(runs[other])]))
+
+
+def test_the_planner_can_be_switched_off_and_on(script, runs):
+    if not planning(script):
+        pytest.skip("no planner")
+    path = runs[script.__name__]
+    trained = script.load_agent(path)
+    off = script.load_agent(path, options={"plan_update": "none"})
+    assert (trained.plan_mode, off.plan_mode) == ("none", "none")  # --plan-until is over
+    on = script.load_agent(path, options={"plan_update": "hop", "plan_beta": 3.0})
+    assert (on.plan_mode, on.args.plan_beta) == ("hop", 3.0)
+    assert float(on.plan_slope) == 1.0 and 1e-3 <= float(on.plan_rms) < 5.0
+    assert float(on.plan_rms) != float(trained.plan_rms)
+    results = [
+        script.evaluate(path, "nh", **SIZES, **play) for play in ({}, {"plan_update": "none"}, {"plan_update": "hop"})
+    ]
+    assert results[0] == results[1] != results[2]
+
+
+def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs):
+    """Scores are divided by the root mean square that they have in play, where the policy has a choice."""
+    if not planning(script):
+        pytest.skip("no planner")
+    agent = script.load_agent(runs[script.__name__], options={"plan_update": "offset"})
+    generator, squares, count = torch.Generator().manual_seed(5), 0.0, 0
+    state, memory = agent.game.initial_state(200, generator), agent.moa.initial_memory(200)
+    for _ in range(12):
+        mask = agent.game.action_mask(state)
+        decision = agent.act(state, mask, memory, torch.ones_like(state.players, dtype=torch.bool), generator, None)
+        for q, legal in zip(decision.q_plan.flatten(0, 1), mask.flatten(0, 1), strict=True):
+            if legal.sum() > 1:
+                squares, count = squares + float((q[legal] - q[legal].mean()).square().sum()), count + int(legal.sum())
+        state = agent.game.step(state, decision.action)[0]
+    assert float(agent.plan_rms) == pytest.approx((squares / count) ** 0.5, rel=0.25)
+
+
+def test_played_options_on_the_command_line(script, runs, monkeypatch, capsys):
+    path, seen, load = str(runs[script.__name__]), [], script.load_agent
+    monkeypatch.setattr(script, "load_agent", lambda p, d, options: (seen.append(options), load(p, d, options))[1])
+    words = ["--evaluate", path, "--co-players", "nh", "--eval-episodes", "4", "--match-episodes", "2"]
+    value = {"plan_update": "offset", "belief": "none"}
+    name = next(name for name in value if name in script.PLAYED)
+    for more in ([], [f"--{name.replace('_', '-')}", value[name]]):
+        monkeypatch.setattr(sys, "argv", ["script", *words, *more])
+        script.main()
+    assert seen == [{}, {name: value[name]}]
+    assert "focal return" in capsys.readouterr().out
+    with pytest.raises(script.UsageError, match="options that may change when an agent is played"):
+        script.evaluate(path, "nh", learning_rate=1.0)
+    with pytest.raises(script.UsageError, match="must be one of"):
+        script.evaluate(path, "nh", **{name: "perhaps"})
+
+
+@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
+@pytest.mark.skipif("hop_mcts" not in SCRIPTS, reason="no tree search here")
+def test_search_on_top_of_any_script(runs, other):
+    """hop_mcts searches with the networks and goals of another script's agent; without a `plan_update` that plays."""
+    script = load_script("hop_mcts")
+    base = load_script(other).load_agent(runs[other])
+    agent = script.load_agent(runs[other], options={"plan_update": "offset", "num_simulations": 6})
+    assert type(agent) is script.Agent and agent.plan_mode == "offset" and agent.args.num_simulations == 6
+    assert agent.args.gamma == base.args.gamma and agent.args.reward_scale == base.args.reward_scale
+    for name, value in base.actor.state_dict().items():
+        assert torch.equal(value, agent.actor.state_dict()[name])
+    results = [
+        script.evaluate(runs[other], "nh", **SIZES, **play) for play in ({}, {"plan_update": "hop", "plan_beta": 50.0})
+    ]
+    assert results[0] == load_script(other).evaluate(runs[other], "nh", **SIZES)
+    assert results[0] != results[1]
+    sized = script.evaluate(runs[other], "nh", env_id="msh-2x3-3p-1h1s", **SIZES, plan_update="hop")
+    assert len(sized["focal_returns"]) == 6
