@@ -746,6 +746,34 @@ def test_noise_in_the_roots_prior(searching, lively, priors):
     assert torch.equal(roots(True)[0], plain)
 
 
+def test_every_tree_has_its_goals_and_its_roots_value(searching, lively, monkeypatch):
+    """Each tree of a decision plays with its own draw of the goals; all know their mean, and V of the root."""
+    agent = lively(env_id=HUNT, num_simulations=2, num_goal_samples=3).eval()
+    game, state = situations(searching, HUNT, batch=4)
+    state = clear(game, state)
+    model, search, goals, roots = searching.GameModel, searching.TreeSearch, [], []
+
+    def watched_model(agent, state, memory, some, draws):
+        goals.append(some)
+        return model(agent, state, memory, some, draws)
+
+    def watched_search(model, prior, value, *rest):
+        roots.append(value)
+        return search(model, prior, value, *rest)
+
+    monkeypatch.setattr(searching, "GameModel", watched_model)
+    monkeypatch.setattr(searching, "TreeSearch", watched_search)
+    memory = some_memory(searching, agent, len(state.players))
+    decision, visits = decide(searching, agent, state, memory)
+    games, seats = (visits.sum(2) > 0).nonzero(as_tuple=True)
+    torch.testing.assert_close(torch.cat(roots).view(-1, 3), decision.value[games, seats].unsqueeze(1).expand(-1, 3))
+    mean, log_std, drawn = (torch.cat(part).unflatten(0, (-1, 3)) for part in zip(*goals, strict=True))  # [D, K, N, Z]
+    turned = torch.stack([decision.goal[b].roll(-i, 0) for b, i in zip(games, seats.tolist(), strict=True)])
+    torch.testing.assert_close(mean, turned.unsqueeze(1).expand_as(mean))
+    noise = (drawn - mean) / log_std.exp()
+    assert 0.9 < float(noise.std()) < 1.1 and ((noise - noise.roll(1, 1)).abs() > 1e-4).float().mean() > 0.99
+
+
 def test_compiled_choices_are_the_choices(searching, lively):
     """Traced by torch.compile: the same visits, and noise that is not frozen."""
     agent = lively(env_id=HUNT, num_simulations=12)
