@@ -206,7 +206,7 @@ CHANGES = {  # another value of each option that learning depends on
     "plan_samples": 2, "transition": "simulator", "transition_learning_rate": 1e-2, "transition_epochs": 1,
     "transition_minibatches": 1, "transition_reservoir": 4, "num_simulations": 3, "num_goal_samples": 1, "puct_c": 20.0,
     "max_depth": 1, "goal_refresh": 1, "dirichlet_alpha": 3.0, "dirichlet_fraction": 0.0, "policy_target": "visits",
-    "co_player_model": "uniform",
+    "co_player_model": "uniform", "plan_horizon": "end",
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
     checkpoint_every resume profile evaluate eval_episodes load_moa""".split()  # tested by name elsewhere in this file

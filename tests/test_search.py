@@ -353,12 +353,12 @@ def test_tabulated_networks_are_the_networks(searching, lively, env_id):
         assert (state.items < 0).any() and (game.family == "msg" or (state.players < 0).any())
 
 
-@pytest.mark.parametrize("refresh", [0, 1, 2])
+@pytest.mark.parametrize("refresh, horizon", [(0, "bootstrap"), (0, "end"), (1, "bootstrap"), (2, "bootstrap")])
 @pytest.mark.parametrize("env_id", [HUNT, DRIFTS, "msh-2x3-4p-2h2s"])
-def test_steps_of_the_model(searching, lively, env_id, refresh):
+def test_steps_of_the_model(searching, lively, env_id, refresh, horizon):
     """Five steps down every tree, each against the game and the networks themselves: what the focal player would do,
     what the co-players do, rewards, values, ends; and goals, kept or inferred again with what was seen on the way."""
-    agent = lively(env_id=env_id, goal_refresh=refresh, reward_scale=0.37, prosocial=0.3)
+    agent = lively(env_id=env_id, goal_refresh=refresh, plan_horizon=horizon, reward_scale=0.37, prosocial=0.3)
     game, state = situations(searching, env_id, batch=60, seed=refresh)
     state = clear(game, state)
     trees, n, actions_of = len(state.players), game.num_players, torch.arange(game.num_actions)
@@ -395,7 +395,9 @@ def test_steps_of_the_model(searching, lively, env_id, refresh):
                 fresh, fresh_log_std = agent.infer(memory, *agent.relative(after), None)
                 drawn = torch.where(again, fresh + noise * fresh_log_std.exp(), drawn)
                 goal = torch.where(again, fresh, goal)
-            worth = values(agent, after, goal)[:, 0].masked_fill(left | terminated, 0.0)
+            worth = values(agent, after, goal)[:, 0].masked_fill(
+                left | terminated | (truncated & (horizon == "end")), 0.0
+            )
             torch.testing.assert_close(value, worth, rtol=1e-4, atol=2e-5)
             assert torch.equal(goes_on, ~(left | terminated | truncated))
             events += Counter(left=int((left & ~terminated).sum()), ended=int(terminated.sum()))
