@@ -212,6 +212,7 @@ OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name 
     checkpoint_every resume profile evaluate eval_episodes load_moa""".split()  # tested by name elsewhere in this file
 NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}}  # options that matter only with another
 NEEDS |= {"policy_target": {"plan_update": "hop"}, "max_depth": {"num_simulations": 12}}
+NEEDS |= {"plan_horizon": {"env_id": "msh-5x5-2p-0h1s"}}  # where games last that long
 NEEDS |= dict.fromkeys(["puct_c", "goal_refresh", "dirichlet_alpha", "dirichlet_fraction"], NEEDS["max_depth"])
 
 
