@@ -48,6 +48,8 @@ SMALL = {
     "match_episodes": 2,
     "plan_samples": 4,
     "transition_minibatches": 2,
+    "num_simulations": 4,
+    "num_goal_samples": 2,
 }
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import io
 
 OPTIONS = {"env_id": "msh-4x4-4h1s", "co_players": "self", "total_timesteps": 81920, "num_steps": 32, "seed": 1}
-PLANNER = {"transition": "simulator", "plan_samples": 8}
+PLANNER = {"transition": "simulator", "plan_samples": 8, "num_simulations": 8, "num_goal_samples": 2}
 
 
 def test_self_play_catches_the_stag(script, tmp_path):

@@ -633,7 +633,7 @@ def test_the_buffer_is_a_ring(vae, small):
 def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
     """Kinds and targets of scripted co-players, as the agent was told them at each step; nothing of the learner's."""
     options = {"env_id": "msh-4x4-3p-2h1s", "co_players": "ns,nh-noisy,self,random", "goal": "oracle"}
-    trainer, matches, _, _ = play(vae, small, **options)
+    trainer, matches, _, _ = play(vae, small, matches=12, **options)
     batch, relative, told = all_matches(trainer, len(matches)), trainer.agent.relative, defaultdict(int)
     names = trainer.co_players.names
     for s, match in enumerate(matches):

@@ -27,6 +27,7 @@ RUN = {"env_id": ENV_ID, "co_players": "self,nh,ns-noisy", "num_envs": 4, "num_s
 RUN |= {"checkpoint_every": 1, "match_episodes": 2, "plan_update": "offset", "plan_until": 1.0, "anneal": False}
 RUN |= {"hidden_size": 16, "moa_hidden_size": 8, "goal_size": 3, "moa_matches": 4, "moa_capacity": 50}
 RUN |= {"plan_samples": 4, "transition_minibatches": 2, "update_epochs": 2, "num_minibatches": 2, "moa_updates": 3}
+RUN |= {"num_simulations": 4, "num_goal_samples": 2}
 
 
 def fields_of(script):
@@ -203,11 +204,16 @@ CHANGES = {  # another value of each option that learning depends on
     "subgoal_coef": 1.0, "moa_updates": 1, "moa_matches": 2, "moa_capacity": 2, "moa_buffer": "positive",
     "freeze_moa": True, "pretrain_moa_steps": 100, "plan_update": "hop", "plan_beta": 5.0, "plan_until": 0.0,
     "plan_samples": 2, "transition": "simulator", "transition_learning_rate": 1e-2, "transition_epochs": 1,
-    "transition_minibatches": 1, "transition_reservoir": 4,
+    "transition_minibatches": 1, "transition_reservoir": 4, "num_simulations": 3, "num_goal_samples": 1, "puct_c": 20.0,
+    "max_depth": 1, "goal_refresh": 1, "dirichlet_alpha": 3.0, "dirichlet_fraction": 0.0, "policy_target": "visits",
+    "co_player_model": "uniform", "plan_horizon": "end",
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
     checkpoint_every resume profile evaluate eval_episodes load_moa""".split()  # tested by name elsewhere in this file
 NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}}  # options that matter only with another
+NEEDS |= {"policy_target": {"plan_update": "hop"}, "max_depth": {"num_simulations": 12}}
+NEEDS |= {"plan_horizon": {"env_id": "msh-5x5-2p-0h1s"}}  # where games last that long
+NEEDS |= dict.fromkeys(["puct_c", "goal_refresh", "dirichlet_alpha", "dirichlet_fraction"], NEEDS["max_depth"])
 
 
 @pytest.fixture(scope="module")
@@ -741,8 +747,8 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
-NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until", "dirichlet_fraction"]
+NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrain_moa_steps goal_refresh""".split()
 
 
 def test_wrong_values(script):
