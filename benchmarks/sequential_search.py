@@ -67,7 +67,12 @@ class PlainGame:
         if self.msh:
             over = first_hunt > 0 and time >= first_hunt + script.COUNTDOWN
             terminated = terminated or max(after) < 0 or over
-        return Position(after, items, time, first_hunt), rewards, terminated, time >= self.game.horizon and not terminated
+        return (
+            Position(after, items, time, first_hunt),
+            rewards,
+            terminated,
+            time >= self.game.horizon and not terminated,
+        )
 
     def mask(self, position: Position) -> list[list[bool]]:
         """N times A: which actions are legal."""
@@ -106,16 +111,16 @@ class SequentialSearch:
     """One tree for one player of one game."""
 
     def __init__(self, agent: script.Agent, plain: PlainGame, state: script.GameState, seat: int, draws: Tensor):
-        """`state` is of one game; `draws` [S + 1, N] in 0..1 decide what co-players do: row s in the node that simulation
-        s makes (0: the root), column k what the co-player k seats after `seat` does there."""
+        """`state` is of one game; `draws` [S + 1, N] in 0..1 decide what co-players do: row s in the node that
+        simulation s makes (0: the root), column k what the co-player k seats after `seat` does there."""
         self.agent, self.args, self.plain, self.draws = agent, agent.args, plain, draws.tolist()
         self.seat, self.co_players = seat, agent.relative.others[seat]  # [N-1] the seats after `seat`, in order
         self.root = Node(0, 0, plain.position(state), 0.0)
         self.refresh = self.args.goal_refresh if self.args.goal == "inferred" else 0
 
     def run(self, mean: Tensor, log_std: Tensor, drawn: Tensor, memory: script.Memory, prior: list, value: float):
-        """A mean returns (an untried action counts as the root's mean), and A visits, of the root's actions. Goals `mean`,
-        `log_std` and `drawn` [N, Z] and the `memory` [1, N, E + 1] at the root, its `prior` (A numbers) and `value`."""
+        """A mean returns (an untried action counts as the root's mean), and A visits, of the root's actions. At the
+        root: goals `mean`, `log_std`, `drawn` [N, Z], `memory` [1, N, E + 1], `prior` (A numbers) and `value`."""
         root, self.noise = self.root, (drawn - mean) / log_std.exp() if self.refresh else None
         root.goals, root.memory, root.value = self.goals(mean, drawn), memory, value
         self.look(root)
@@ -156,9 +161,7 @@ class SequentialSearch:
         q = [t / n if n else mean for t, n in zip(node.total, node.visits, strict=True)]
         low, weight = min(q), self.args.puct_c * count**0.5
         span = max(max(q) - low, 1e-8)
-        scores = [
-            (x - low) / span + weight * p / (1 + n) for x, p, n in zip(q, node.prior, node.visits, strict=True)
-        ]
+        scores = [(x - low) / span + weight * p / (1 + n) for x, p, n in zip(q, node.prior, node.visits, strict=True)]
         untried = [a for a in legal if not node.visits[a]] if node is self.root else []
         return max(untried or legal, key=scores.__getitem__)
 

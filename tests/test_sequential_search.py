@@ -1,4 +1,4 @@
-"""The batched search against one that grows one tree at a time, one node at a time (benchmarks/sequential_search.py)."""
+"""The batched search against one tree, one node, one call at a time (benchmarks/sequential_search.py)."""
 
 import importlib
 import sys
@@ -48,6 +48,7 @@ def test_plain_game_has_the_rules_of_the_grid_game(script, search, env_id):
 
 SETTINGS = {
     "plain": {},
+    "noise at the root": {},
     "discount": {"gamma": 0.6},
     "shallow": {"max_depth": 2},
     "no goals": {"goal": "none"},
@@ -80,12 +81,9 @@ def inputs(script, agent, state, seed=0):
 
 @pytest.mark.parametrize("env_id", GAMES)
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("training", [False, True])
-def test_both_searches_make_the_same_visits(script, search, lively, env_id, setting, training):
-    if training and setting != "plain":
-        return
+def test_both_searches_make_the_same_visits(script, search, lively, env_id, setting):
     options = {"num_simulations": 40, "num_goal_samples": 2, "puct_c": 1.25, **SETTINGS[setting]}
-    agent = lively(env_id=env_id, **options).train(training)
+    agent = lively(env_id=env_id, **options).train(setting == "noise at the root")
     game, state = situations(script, env_id, batch=6, steps=4)
     assert (state.players < 0).any() or game.family == "msg"
     given = inputs(script, agent, state)
@@ -95,8 +93,9 @@ def test_both_searches_make_the_same_visits(script, search, lively, env_id, sett
     same = (visits == expected).all(-1)
     print(env_id, setting, int((~same).sum()), int(seats.sum()))
     assert (expected[seats].sum(-1) == 2 * options["num_simulations"]).all()
-    # both add the same float32 numbers, in another order: a tie within rounding may fall the other way
-    assert same[seats].float().mean() >= 0.99
+    # the batched search rounds to float32 and sums in another order: what is equal but for that may fall the other way,
+    # in no more than a hundredth of the trees, of which each decision has two
+    assert same[seats].float().mean() >= 0.98
     assert same[~seats].all() and not q[~seats].any()
     torch.testing.assert_close(q[same], expected_q[same], rtol=1e-4, atol=1e-5)
     other_q, _ = agent.plan(*given, torch.Generator().manual_seed(6))
