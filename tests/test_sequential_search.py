@@ -91,12 +91,11 @@ def test_both_searches_make_the_same_visits(script, search, lively, env_id, sett
     expected_q, expected = search.plan(agent, *given, torch.Generator().manual_seed(5))
     seats = given[3]
     same = (visits == expected).all(-1)
-    print(env_id, setting, int((~same).sum()), int(seats.sum()))
     assert (expected[seats].sum(-1) == 2 * options["num_simulations"]).all()
+    close = torch.isclose(q, expected_q, rtol=1e-4, atol=1e-5).all(-1)
     # the batched search rounds to float32 and sums in another order: what is equal but for that may fall the other way,
     # in no more than a hundredth of the trees, of which each decision has two
-    assert same[seats].float().mean() >= 0.98
-    assert same[~seats].all() and not q[~seats].any()
-    torch.testing.assert_close(q[same], expected_q[same], rtol=1e-4, atol=1e-5)
+    assert (same & close)[seats].float().mean() >= 0.98
+    assert not visits[~seats].any() and not q[~seats].any()
     other_q, _ = agent.plan(*given, torch.Generator().manual_seed(6))
     assert (other_q[seats] - q[seats]).abs().max() > 1e-3  # the random numbers decide what is found
