@@ -83,8 +83,7 @@ class Args:
     ent_floor: float = 0.1  # share of the entropy bonus that is left at the end, if annealed
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    # method: no transition network
-    hidden_size: int = 64  # width of the policy's and value's network
+    hidden_size: int = 64  # width of policy, value and what the planner learns
     reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
     # goals and MOA
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
@@ -786,7 +785,7 @@ def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Planner
+# Planner and agent
 # ---------------------------------------------------------------------------------------------------------------------
 class NodeNetwork:
     """A RelativeNetwork as the search reads it: whatever its first layers see of clock, own cell and relative cells is
@@ -1044,6 +1043,13 @@ def centred(q_plan: Tensor, mask: Tensor) -> Tensor:
     return (q_plan - (q_plan * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)) * mask
 
 
+def root_mean_square(q_plan: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square of centred `q_plan` [.., A], over legal actions where there is a choice."""
+    choice = mask.sum(-1) > 1
+    squares = centred(q_plan, mask)[choice].square().sum()
+    return (squares / mask[choice].sum().clamp(min=1)).sqrt().clamp(min=1e-3)
+
+
 class Decision(NamedTuple):
     """What the policy of every seat saw, thought and did in one step of B games."""
 
@@ -1059,9 +1065,15 @@ class Decision(NamedTuple):
     prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
 
 
-class Agent(nn.Module):
-    """The learned player: policy, value, MOA, transition network and planner, for every seat of B games at once."""
+# method: the search's options
+PLAYED = """plan_update plan_beta policy_target co_player_model num_simulations num_goal_samples puct_c max_depth
+    goal_refresh""".split()  # options that may change when an agent is played
 
+
+class Agent(nn.Module):
+    """The learned player, for every seat of B games at once: policy, value, MOA, and what chooses with them."""
+
+    # method: no transition network
     def __init__(self, game: GridGame, args: Args):
         super().__init__()
         self.game, self.args, self.relative = game, args, RelativeFeatures(game)
@@ -1077,6 +1089,7 @@ class Agent(nn.Module):
             Timer(False),
             puct,
         )  # the mode is "none" after --plan-until
+        self.base: nn.Module | None = None  # the agent of another script whose networks these are
         self.to(game.device)
 
     @property
@@ -1089,6 +1102,13 @@ class Agent(nn.Module):
         """What multiplies centred q_plan: `--plan-beta` over its root mean square, times the slope clipped to 0..1."""
         return self.args.plan_beta * self.plan_slope.clamp(0.0, 1.0) / self.plan_rms
 
+    def search_on(self, base: nn.Module) -> None:
+        """Takes networks and goal inference of `base`, an agent of any script, to search with them."""
+        self.base, self.plan_mode, self.actor, self.critic, self.moa = base, "none", base.actor, base.critic, base.moa
+        for name in ("infer", "remember", "sample_goals", "with_goals"):
+            setattr(self, name, getattr(base, name))
+
+    # method: the agent below the search turns, too
     def on_game(self, env_id: str) -> GridGame:
         """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
         game = GridGame(env_id, self.game.device)
@@ -1096,7 +1116,30 @@ class Agent(nn.Module):
             raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
         self.game, self.relative = game, RelativeFeatures(game)
         self.moa.relative = self.relative
+        if self.base is not None:
+            self.base.on_game(env_id)
         return game
+
+    def turn_planner(self, mode: str) -> None:
+        """Sets the planner's mode, to play. One that was off is trusted (slope 1), and the root mean square of its
+        scores is measured in 16 games that pi_theta plays with itself."""
+        was, self.plan_mode = self.plan_mode, mode
+        if mode == "none" or was != "none":
+            return
+        self.plan_mode = "offset"
+        self.plan_slope.fill_(1.0)
+        self.plan_rms.fill_(1e9)  # the scores are looked at, and do not count
+        game, generator, seen = self.game, Generator(self.game.device).manual_seed(0), []
+        state, memory = game.initial_state(16, generator), self.moa.initial_memory(16)
+        for _ in range(game.horizon):
+            mask, every = game.action_mask(state), torch.ones_like(state.players, dtype=torch.bool)
+            decision = self.act(state, mask, memory, every, generator, None)
+            after, _, terminated, truncated = game.step(state, decision.action)
+            memory = self.remember(memory, state, decision.action, *[terminated | truncated] * 2)
+            state = after.replaced(terminated | truncated, game.initial_state(16, generator))
+            seen.append((decision.q_plan, mask))
+        self.plan_mode = mode
+        self.plan_rms.copy_(root_mean_square(*(torch.stack(x) for x in zip(*seen, strict=True))))
 
     @torch.no_grad()
     def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
@@ -1125,6 +1168,7 @@ class Agent(nn.Module):
         own, others = self.relative(state)
         return self.critic(own, *self.with_goals(others, self.infer(memory, own, others, oracle)[0])).squeeze(-1)
 
+    # method: tree search
     @torch.no_grad()
     def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
         """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True. bool `mask`
@@ -1190,6 +1234,7 @@ class Agent(nn.Module):
         result[:, games, seat] = torch.stack([q.mean(1), visits.sum(1)]) * mask[games, seat]
         return result[0], result[1]
 
+    # method: of trees
     def chunks(self, count: int) -> tuple[Tensor, ...]:
         """Indices 0..count-1 of trees, in parts: on a CPU few enough at a time to stay in its cache."""
         size = 640 if self.game.device.type == "cpu" else max(1, count)
@@ -1374,6 +1419,7 @@ def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Gen
             yield {name: value[index] for name, value in rows.items()}
 
 
+# method: no transition network
 KEPT = {  # attributes in a checkpoint besides weights, games and matches
     "trainer": ["returns", "global_step", "iteration", "pretrained"],
     "co_players": ["seat", "kind", "target", "episode"],
@@ -1386,6 +1432,7 @@ FREE = """total_timesteps checkpoint_every capture_video save_model profile resu
 class Trainer:
     """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 
+    # method: no transition network
     def __init__(self, args: Args):
         self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
         torch.manual_seed(args.seed)
@@ -1463,6 +1510,7 @@ class Trainer:
         self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
         self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
 
+    # method: no transition network
     def iterate(self) -> dict[str, Tensor]:
         """One iteration, rollout and updates; returns metrics."""
         args, agent, timer = self.args, self.agent, self.agent.timer
@@ -1529,9 +1577,9 @@ class Trainer:
         policy = masked(rows["offset"] + (0.0 if agent.plan_mode == "hop" else rows["prior"]), mask).softmax(-1)
         gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
         slope = (gain * rows["advantage"])[choice].sum() / gain[choice].square().sum().clamp(min=1e-9)
-        rms = (centred(q_plan, mask)[choice].square().sum() / mask[choice].sum().clamp(min=1)).sqrt()
+        rms = root_mean_square(q_plan, mask)
         agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
-        agent.plan_rms.lerp_(rms.clamp(min=1e-3), 0.2)
+        agent.plan_rms.lerp_(rms, 0.2)
         return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
 
     def update_moa(self, pretraining: bool) -> dict[str, Tensor]:
@@ -1627,19 +1675,20 @@ def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watc
 
 
 def evaluate(
-    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu"
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
 ) -> dict[str, float | list[float]]:
     """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
     `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
     them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on. Returns, undiscounted sums of
-    rewards: `focal_return`, the mean of `focal_returns` [episodes] in the order of matches, `co_player_return` (mean),
-    and `by_episode` [match_episodes], the focal mean at the k-th episode of a match."""
+    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
+    the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
+    the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
+    episode of a match."""
     if min(episodes, num_envs, match_episodes) < 1:
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device)
+    agent = load_agent(checkpoint, device, play)
     game = agent.on_game(env_id or agent.game.id)
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
@@ -1746,24 +1795,49 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return content
 
 
-def load_agent(path: str | Path, device: str | torch.device = "cpu") -> Agent:
-    """The agent of a checkpoint, ready to play; that of another script plays by that script. Raises UsageError."""
-    content = load_checkpoint(path, device)
+# method: search on top of the networks of any script
+def load_agent(path: str | Path, device: str | torch.device = "cpu", options: dict | None = None) -> Agent:
+    """The agent of a checkpoint, ready to play, with `options` (of PLAYED, by name) in place of the checkpoint's; that
+    of another script plays by that script, unless a `plan_update` in `options` puts the search on top. Raises
+    UsageError."""
+    content, options, base = load_checkpoint(path, device), options or {}, None
+    if set(options) - set(PLAYED):
+        raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     if content["script"] != SCRIPT:
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device)
+            base = importlib.import_module(content["script"]).load_agent(path, device)
+        if options.get("plan_update", "none") == "none":
+            return base
+        fitting = {field.name for field in dataclasses.fields(Args)} & set(content["args"])
+        content["args"] = {name: content["args"][name] for name in fitting}
     with refused(f"checkpoint {path} does not fit this version"):
-        agent = Agent(GridGame(content["game"], device), Args(**content["args"]))
-        agent.load_state_dict(content["agent"])
-        agent.plan_mode = content["plan_mode"]
-    return agent.eval()
+        args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
+        agent = Agent(GridGame(content["game"], device), args)
+        if base is None:
+            agent.load_state_dict(content["agent"])
+            agent.plan_mode = content["plan_mode"]
+        else:
+            agent.search_on(base)
+    agent.eval()
+    agent.turn_planner(options.get("plan_update", agent.plan_mode))
+    return agent
+
+
+def played(content: dict) -> dict:
+    """The values of the options PLAYED with which a checkpoint's `content` is played."""
+    values = {**content["args"], "plan_update": content["plan_mode"]}
+    return {name: values[name] for name in PLAYED if name in values}
 
 
 def print_evaluation(args: Args) -> None:
     """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
     sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
     co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device)
+    before = played(load_checkpoint(args.evaluate))
+    options = {
+        name: getattr(args, name) for name in PLAYED if getattr(args, name) != before.get(name, getattr(Args(), name))
+    }
+    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
     returns, length = result["focal_returns"], args.match_episodes
     matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
     error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
@@ -1823,7 +1897,8 @@ def train(args: Args) -> dict[str, float]:
         while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
             trainer.log.clear()
             start = time.perf_counter()
-            metrics = {name: float(value) for name, value in trainer.iterate().items()}
+            with timer("iteration"):
+                metrics = {name: float(value) for name, value in trainer.iterate().items()}
             metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
             metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
             metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
@@ -1876,7 +1951,9 @@ def parse_arguments(arguments: list[str]) -> Args:
         return args
     content = load_checkpoint(path)
     with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(env_id=content["game"]) if args.evaluate else Args(**content["args"])
+        default = Args(**content["args"])
+        if args.evaluate:
+            default = Args(env_id=content["game"], **played(content))
     return parse(default)
 
 

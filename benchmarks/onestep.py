@@ -10,25 +10,17 @@ with its exact command, seed, seconds and machine; runs that are there are not r
 where it stopped. `--quick` cuts steps and seeds to see that all works.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+from runs import ROOT, results_in, run_all, spread, work
+
 RESULTS = ROOT / "benchmarks" / "results" / "onestep.jsonl"
 
 # setting -> options of hop_onestep.py; every setting of a part is run with every seed
@@ -77,58 +69,6 @@ class Options:
     worker: str = ""  # (used by the benchmark itself)
 
 
-def kinds_of(options: str) -> list[str]:
-    """The co-players that a setting is evaluated with: three of each kind it was trained on."""
-    words = shlex.split(options)
-    return (
-        words[words.index("--co-players") + 1].split(",") if "--co-players" in words else ["self", "ns", "nh", "random"]
-    )
-
-
-def work(job: dict) -> dict:
-    """Trains and evaluates one setting with one seed, in this process."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    import hop_onestep as script
-
-    torch.set_num_threads(1)
-    start = time.time()
-    metrics = script.train(script.parse_arguments(shlex.split(job["options"])))
-    seconds = time.time() - start
-    cpu_seconds = round(time.process_time(), 1)
-    result = {
-        **job,
-        "command": f"python hop_onestep.py {job['options']}",
-        "seconds": round(seconds, 1),
-        "cpu_seconds": cpu_seconds,
-    }
-    result |= {
-        "machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}",
-        "torch": torch.__version__,
-    }
-    result["returns"], result["by_episode"], result["all_seats"] = {}, {}, {}
-    for kind in kinds_of(job["options"]):
-        played = script.evaluate(metrics["run"], kind, episodes=job["episodes"], seed=1000 + job["seed"])
-        n = script.GridGame(script.load_checkpoint(metrics["run"])["game"]).num_players
-        result["returns"][kind] = round(played["focal_return"], 4)
-        result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
-        result["all_seats"][kind] = round((played["focal_return"] + (n - 1) * played["co_player_return"]) / n, 4)
-    result["curve"] = curve(metrics["run"])
-    return result | {"metrics": {k: v for k, v in metrics.items() if k != "run"}}
-
-
-def curve(run: str) -> list[list[float]]:
-    """About a hundred points [game steps, seconds since the first, mean return of the learner's seats] of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(run, size_guidance={"scalars": 0})
-    events.Reload()
-    points = events.Scalars("charts/episodic_return")
-    points = points[:: max(1, len(points) // 100)]
-    return [[p.step, round(p.wall_time - points[0].wall_time, 1), round(p.value, 4)] for p in points]
-
-
 def plot(by_setting: dict[str, list[dict]]) -> None:
     """docs/curves.png: self-play returns in training against game steps, every seed a line."""
     import matplotlib
@@ -154,18 +94,9 @@ def plot(by_setting: dict[str, list[dict]]) -> None:
     figure.savefig(ROOT / "docs" / "curves.png", dpi=110)
 
 
-def spread(values: list[float]) -> str:
-    """Mean over seeds, and every seed."""
-    return f"{statistics.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
-
-
 def report() -> None:
     """Markdown tables of the results so far."""
-    results = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    by_setting = {
-        k: list(g)
-        for k, g in itertools.groupby(sorted(results, key=lambda r: (r["setting"], r["seed"])), lambda r: r["setting"])
-    }
+    by_setting = {k: list(g) for k, g in itertools.groupby(results_in(RESULTS), lambda r: r["setting"])}
     plot(by_setting)
     print("| game, all seats learn | method | mean return (seeds) | CPU seconds |\n|-|-|-|-|")
     for setting in [s for s in (*SELFPLAY, *MAIN) if s in by_setting]:
@@ -202,44 +133,16 @@ def main(options: Options) -> None:
         report()
         return
     settings = {"selfplay": SELFPLAY, "goals": {**GOALS, **ALONE}, "main": MAIN}[options.part]
-    done = set()
-    if RESULTS.exists() and not options.quick:
-        done = {(r["setting"], r["seed"]) for r in map(json.loads, RESULTS.read_text().splitlines())}
-    jobs = []
-    for seed in options.seeds[: 1 if options.quick else None]:
-        for setting, words in settings.items():
-            if options.only in setting and (setting, seed) not in done:
-                words = f"{words} --seed {seed}"
-                if options.quick:
-                    words += " --total-timesteps 10000"
-                jobs.append(
-                    {
-                        "setting": setting,
-                        "seed": seed,
-                        "options": words,
-                        "episodes": 64 if options.quick else options.episodes,
-                    }
-                )
-
-    def run(job: dict) -> dict:
-        command = [sys.executable, __file__, "--worker", json.dumps(job)]
-        place = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-        ended = subprocess.run(command, capture_output=True, text=True, **place)
-        if ended.returncode:
-            raise RuntimeError(f"{job['setting']}, seed {job['seed']}:\n{ended.stderr[-2000:]}")
-        return json.loads(ended.stdout.splitlines()[-1])
-
-    RESULTS.parent.mkdir(exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), unit="run") as progress:
-        for future in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
-            result = future.result()
-            progress.update()
-            progress.write(
-                f"{result['setting']} seed {result['seed']}: {result['returns']} in {result['seconds']:.0f} s"
-            )
-            if not options.quick:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+    cut, sizes = "", {"episodes": options.episodes}
+    if options.quick:
+        cut, sizes = " --total-timesteps 10000", {"episodes": 64}
+    jobs = [
+        {"script": "hop_onestep", "setting": setting, "seed": seed, "options": f"{words} --seed {seed}{cut}", **sizes}
+        for seed in options.seeds[: 1 if options.quick else None]
+        for setting, words in settings.items()
+        if options.only in setting
+    ]
+    run_all(__file__, jobs, options.jobs, None if options.quick else RESULTS)
     if not options.quick:
         report()
 

@@ -127,7 +127,7 @@ def test_figures_are_logged_by_their_names(script, done):
     wanted |= {"returns/self", "returns/nh", "returns/ns-noisy", *(f"returns/seat_{i}" for i in range(3))}
     wanted |= {f"losses/{name}_seat_{i}" for name in ("policy", "value") for i in range(3)}
     wanted |= {"moa/nll", "moa/recon", "moa/buffer_fill", "losses/policy", "losses/value", "losses/entropy"}
-    wanted |= {"time/rollout", "time/update", "time/rollout/compute_action"}
+    wanted |= {"time/iteration", "time/iteration/update", "time/iteration/rollout/compute_action"}
     wanted |= {"moa/kl"} if hasattr(script.MOA, "encode") else set()
     assert wanted <= set(logged), wanted - set(logged)
     assert all(math.isfinite(value) for series in logged.values() for _, value in series)
