@@ -22,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ class Options:
     plan_samples: int = 16  # samples of the one-step planner
     sequential: int = 3  # decisions of the sequential search a round
     threads: int = 0  # threads (default: torch's)
+    cpu_time: bool = False  # CPU seconds instead of seconds: with --threads 1, on a machine that others use too
     rounds: int = 5  # counted rounds
     warm_up: int = 16384  # game steps of training before anything is timed
     json: str = ""  # file for the figures
@@ -102,19 +104,23 @@ class Situation:
         return (state, mask, memory, seats, torch.Generator().manual_seed(1), None), int(seats.sum())
 
 
+def clock(options: Options) -> Callable[[], float]:
+    """What counts the seconds."""
+    return time.process_time if options.cpu_time else time.perf_counter
+
+
 def measure(options: Options, situation: Situation, games: int, simulations: int, progress: tqdm) -> dict:
     """Medians over rounds: decisions a second by method, and shares of the batched search's time by part."""
-    rates, shares = {name: [] for name in METHODS}, []
+    rates, shares, now = {name: [] for name in METHODS}, [], clock(options)
     for counted in range(options.rounds + 1):
         for name, agent in situation.agents.items():
             agent.args.num_simulations = simulations
             given, deciding = situation.inputs(name, games, options.sequential if "sequential" in name else 10**9)
-            searches = "search" in name
-            repeats = 1 if searches else 10
-            start = time.perf_counter()
+            repeats = 1 if "search" in name else 10
+            start = now()
             for _ in range(repeats):
                 agent.act(*given)
-            seconds = (time.perf_counter() - start) / repeats
+            seconds = (now() - start) / repeats
             progress.update()
             if counted:
                 rates[name].append(deciding / seconds)
@@ -258,13 +264,13 @@ def compare_with_mctx(options: Options) -> dict:
         search = script.TreeSearch(model, logits.softmax(1), value, simulations, CONSTANT, GAMMA, LOOK_AHEAD)
         search.run()
 
-    rates = {"TreeSearch": [], "mctx": []}
+    rates, now = {"TreeSearch": [], "mctx": []}, clock(options)
     for counted in tqdm(range(4 * options.rounds + 2), desc="rounds", leave=False):
         for name, search in (("TreeSearch", ours), ("mctx", theirs)):
-            start = time.perf_counter()
+            start = now()
             search()
             if counted >= 2:  # jax compiles in the first round
-                rates[name].append(options.trees * simulations / (time.perf_counter() - start))
+                rates[name].append(options.trees * simulations / (now() - start))
     rates = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\n{options.trees} trees, {simulations} simulations, jax {jax.__version__}, mctx {mctx.__version__}\n")
     print("| search | simulations a second | of mctx |\n|-|-|-|")
@@ -281,6 +287,7 @@ def main(options: Options) -> None:
             options, games="2", simulations="8", sequential=1, rounds=1, warm_up=512, trees=32
         )
     where = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
+    where += ", of CPU time" if options.cpu_time else ""
     if options.mctx:
         results = compare_with_mctx(options)
     else:
