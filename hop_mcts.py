@@ -951,8 +951,8 @@ class GameModel:
 def puct(visits: Tensor, total: Tensor, prior: Tensor, value: Tensor, root: Tensor, constant: float) -> Tensor:
     """int64 [R]: what to try next at R nodes, by PUCT (Silver et al. 2017): the highest Q + c pi sqrt(N) / (1 + n). Of
     each action visits n, summed returns and prior pi (-1: illegal) [R, A]; V [R]. Q is scaled to 0..1 over the node's
-    own actions, one that was not tried counting as the node's mean. At a `root` (bool [R]) every legal action is tried
-    once before any is tried twice, so that all scores look ahead one step at least."""
+    own actions and its mean, as which an action counts that was not tried. At a `root` (bool [R]) every legal action is
+    tried once before any is tried twice, so that all scores look ahead one step at least."""
     count = visits.sum(1, keepdim=True)
     tried = visits > 0
     mean = (value.unsqueeze(1) + total.sum(1, keepdim=True)) / (1.0 + count)
@@ -1208,7 +1208,7 @@ class Agent(nn.Module):
                 q_plan, visits = self.plan(state, mask, memory, some, (goal, log_std), prior, value, generator)
             offset = self.plan_beta * centred(q_plan, mask)
             if self.plan_mode == "hop" and self.args.policy_target == "visits":
-                offset = (visits / visits.sum(-1, keepdim=True)).clamp(min=1e-9).log()
+                offset = (visits / visits.sum(-1, keepdim=True).clamp(min=1.0)).clamp(min=1e-9).log()
         policy = masked(offset if self.plan_mode == "hop" else prior + offset, mask).log_softmax(-1)
         action = sample(policy, generator)
         log_prob = policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
@@ -1939,7 +1939,7 @@ def train(args: Args) -> dict[str, float]:
             generator = Generator(trainer.device).manual_seed(args.seed)
             players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
             with timer("video"):
-                record_episode(trainer.agent, players, generator, folder / "episode.gif")
+                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
     finally:
         bar.close()
         writer.close()

@@ -1702,7 +1702,7 @@ def train(args: Args) -> dict[str, float]:
             generator = Generator(trainer.device).manual_seed(args.seed)
             players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
             with timer("video"):
-                record_episode(trainer.agent, players, generator, folder / "episode.gif")
+                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
     finally:
         bar.close()
         writer.close()
