@@ -1,13 +1,15 @@
 """HOP+ with tree search: opponent modelling with inferred goals in mixed-motive grid games, in one file.
 
 A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: a VAE's z for every seat,
-from what that seat did in this match. A model of other agents (MOA) predicts their actions from z; a one-step planner
-scores each own action by the expected r + gamma V' over sampled co-player actions; PPO learns around it. Papers: HOP
-(Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (1707.06347), GAE (1506.02438).
+from what that seat did in this match. A model of other agents (MOA) predicts their actions from z; tree search scores
+each own action, in K trees with a draw of the goals each, all trees in lock step; PPO learns around it. Papers: HOP
+(Huang et al., ICML 2024, arXiv 2406.08002), AlphaGo Zero for PUCT (Silver et al. 2017), OMG (Yu et al., NeurIPS 2024),
+PPO (1707.06347), GAE (1506.02438).
 
-    python hop_onestep.py --num-envs 16                          # train on the small stag hunt
-    python hop_onestep.py --env-id msg --co-players self         # self-play on the snowdrift game
-    python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
+    python hop_mcts.py --num-envs 16                          # train on the small stag hunt
+    python hop_mcts.py --env-id msg --co-players self         # self-play on the snowdrift game
+    python hop_mcts.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
+    diff hop_onestep.py hop_mcts.py                           # what tree search changes
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
 a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask

@@ -8,6 +8,7 @@ scores each own action by the expected r + gamma V' over sampled co-player actio
     python hop_onestep.py --num-envs 16                          # train on the small stag hunt
     python hop_onestep.py --env-id msg --co-players self         # self-play on the snowdrift game
     python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
+    diff hop_onestep.py hop_mcts.py                              # what tree search changes
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
 a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
