@@ -118,7 +118,7 @@ class Args:
     reward_coef: float = 1.0  # weight lr of (r_hat - r)^2
     value_coef: float = 1.0  # weight lv of (V(zs) - sg(y))^2
     consistency_coef: float = 0.1  # weight lc of ||zs_hat' - enc(o')||^2
-    td_target: Literal["observed", "model"] = "observed"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
+    td_target: Literal["observed", "model", "return"] = "return"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
     replay_size: int = 16_384  # recent game steps that the model learns from
     replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
     # offline data
@@ -966,7 +966,7 @@ def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tupl
         ),
     ]
     value, target = model.value(latent), model.value(following if args.td_target == "observed" else predicted)
-    target = (reward + args.gamma * goes_on * target).detach()
+    target = batch["return"] if args.td_target == "return" else (reward + args.gamma * goes_on * target).detach()
     weights = here, here, here * batch["recent"].unsqueeze(1), stays
     terms = (
         sum(e.flatten(2).sum(2) for e in errors),
@@ -974,6 +974,8 @@ def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tupl
         (value - target).square(),
         sum((a - b).square().flatten(2).mean(2) for a, b in zip(predicted, following, strict=True)),
     )
+    ahead = (model.value(predicted) - model.value(following).detach()).square() * goes_on
+    terms = (*terms[:2], terms[2] + ahead, terms[3])
     terms = [(term * w).sum() / w.sum().clamp(min=1) for term, w in zip(terms, weights, strict=True)]
     coefs = args.observation_coef, args.reward_coef, args.value_coef, args.consistency_coef
     names = "observation", "reward", "value", "consistency"
@@ -1561,9 +1563,10 @@ class Trainer:
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
             if agent.plan_mode != "none":
                 with timer("latent model"):
-                    metrics |= self.update_model(
-                        {k: torch.cat([step[k] for step in self.fresh]) for k in self.fresh[0]}
-                    )
+                    steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
+                    returns = generalised_advantages(*steps, args.gamma, args.gae_lambda) + rows["value"]
+                    fresh = {name: torch.cat([step[name] for step in self.fresh]) for name in self.fresh[0]}
+                    metrics |= self.update_model({**fresh, "return": returns.flatten(0, 1)})
             with timer("PPO"):
                 metrics |= self.update_policy(rows, ent_coef)
         self.iteration += 1
