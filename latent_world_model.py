@@ -111,15 +111,15 @@ class Args:
     plan_greedy: bool = False  # act by the best score (argmax), not by Boltzmann with --plan-beta
     # latent world model
     latent_size: int = 32  # size of each token of zs
-    model_learning_rate: float = 1e-3  # of the latent model (Adam)
+    model_learning_rate: float = 2e-3  # of the latent model (Adam)
     model_updates: int = 32  # minibatches for the latent model an iteration
     model_batch: int = 256  # game steps in each, every one seen by all N players
     observation_coef: float = 1.0  # weight lo of ||dec(f(enc(o), a_i, a_-i)) - o'||^2
     reward_coef: float = 1.0  # weight lr of (r_hat - r)^2
     value_coef: float = 1.0  # weight lv of (V(zs) - sg(y))^2
     consistency_coef: float = 0.1  # weight lc of ||zs_hat' - enc(o')||^2
-    td_target: Literal["observed", "model", "return"] = "return"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
-    replay_size: int = 16_384  # recent game steps that the model learns from
+    td_target: Literal["observed", "model"] = "observed"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
+    replay_size: int = 8192  # recent game steps that the model learns from
     replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
     # offline data
     dataset: str | None = None  # file of --collect; with --evaluate: file on which the model's predictions are judged
@@ -885,16 +885,29 @@ class LatentModel(nn.Module):
         others, items = cells.split([game.num_players - 1, game.num_items], -1)
         return torch.cat([(row * game.width + column).unsqueeze(-1), others], -1), items
 
+    def heads(self, latent: Latent) -> tuple[tuple[nn.Linear, Tensor], ...]:
+        """The layers whose blocks of weights actions select, each with its input: the own action for the player [.., H]
+        and for each item [.., M, H / 2], a co-player's for itself and the player [.., N-1, H / 2] and for its message
+        to each item [.., N-1, M, H / 2]."""
+        own, others, items = self.own(latent.own), self.other(latent.others), self.item(latent.items)
+        pair = self.pair_other(latent.others).unsqueeze(-2) + self.pair_item(latent.items).unsqueeze(-3)
+        layers = self.own_action, self.item_action, self.other_action, self.message
+        return tuple(zip(layers, map(F.relu, (own, items, others, pair)), strict=True))
+
     def parts(self, latent: Latent) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """First-layer rows of every action: the own ones [.., A, H] and [.., A, M, H / 2] at the items, every
         co-player's [.., N-1, A, 3H / 2], and its messages to the items [.., N-1, A, M * H / 8]."""
-        actions = self.num_actions
-        mine = self.own_action(F.relu(self.own(latent.own))).unflatten(-1, (actions, -1))
-        theirs = self.other_action(F.relu(self.other(latent.others))).unflatten(-1, (actions, -1))
-        items = self.item_action(F.relu(self.item(latent.items))).unflatten(-1, (actions, -1)).transpose(-3, -2)
-        pair = F.relu(self.pair_other(latent.others).unsqueeze(-2) + self.pair_item(latent.items).unsqueeze(-3))
-        message = F.relu(self.message(pair)).unflatten(-1, (actions, -1)).transpose(-3, -2).flatten(-2)
-        return mine, items, theirs, message
+        rows = (linear(x).unflatten(-1, (self.num_actions, -1)) for linear, x in self.heads(latent))
+        mine, items, theirs, message = rows
+        return mine, items.transpose(-3, -2), theirs, F.relu(message).transpose(-3, -2).flatten(-2)
+
+    def chosen(self, linear: nn.Linear, x: Tensor, action: Tensor) -> Tensor:
+        """[.., H]: of `linear(x)` [.., A * H] the block of `action` [..] alone: rows are sorted by action for it."""
+        shape, x, action = action.shape, x.reshape(-1, x.shape[-1]), action.reshape(-1)
+        order, counts = action.argsort(), torch.bincount(action, minlength=self.num_actions).tolist()
+        blocks = (parameter.unflatten(0, (self.num_actions, -1)) for parameter in (linear.weight, linear.bias))
+        rows = [F.linear(*row) for row in zip(x[order].split(counts), *blocks, strict=True)]
+        return torch.cat(rows)[order.argsort()].unflatten(0, shape) if shape else torch.cat(rows)[0]
 
     def company(self, theirs: Tensor, message: Tensor, other_actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What K joint actions of the co-players, int64 [.., K, N-1], select and add up: [.., K, H] for the player,
@@ -917,16 +930,13 @@ class LatentModel(nn.Module):
 
     def forward(self, latent: Latent, action: Tensor, other_actions: Tensor) -> tuple[Latent, Tensor]:
         """zs' and reward [..] for `action` [..] and `other_actions` [.., N-1] in zs [.., ..]."""
-        mine, items, theirs, message = self.parts(latent)
-        own = action[..., None, None]
-        mine = mine.gather(-2, own.expand(*own.shape[:-1], mine.shape[-1])).squeeze(-2)
-        items = items.gather(-3, own.unsqueeze(-1).expand(*own.shape[:-1], *items.shape[-2:])).squeeze(-3)
-        first, others, heard = (
-            x.squeeze(n)
-            for x, n in zip(self.company(theirs, message, other_actions.unsqueeze(-2)), (-2, -3, -3), strict=True)
-        )
+        taken = action, action.unsqueeze(-1), other_actions, other_actions.unsqueeze(-1)
+        rows = zip(self.heads(latent), taken, strict=True)
+        mine, items, theirs, message = (self.chosen(one, x, a.expand(x.shape[:-1])) for (one, x), a in rows)
+        first, others = theirs.split(self.sizes, -1)
         shift = self.shift(F.one_hot(action, self.num_actions).float()).unsqueeze(-2)
-        return self.outcome(latent, mine + first, others + shift, items + heard)
+        heard = self.hear(F.relu(message).sum(-3))
+        return self.outcome(latent, mine + first.sum(-2), others + shift, items + heard)
 
     def value(self, latent: Latent) -> Tensor:
         """V(zs) [..] of returns times reward_scale."""
@@ -948,7 +958,8 @@ def learnt_reward(data: dict[str, Tensor], args: Args) -> Tensor:
 def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The four terms of the latent model over G game steps seen by each of the N players, and their weighted sum. Rows
     of players that have left carry nothing. Where the step was the player's last, o' is what it leaves behind: there
-    only the flag that its game goes on is reconstructed if it has left. V learns from rows of bool `recent` [G]."""
+    only the flag that its game goes on is reconstructed if it has left. V learns from rows of bool `recent` [G], and at
+    f(zs, a_i, a_-i) too, where the planner reads it: to be there what it is at enc(o')."""
     state, after = states_of(batch)
     actions, here, stays = batch["actions"].long(), state.players >= 0, after.players >= 0
     latent = model.encode(state, *model.relative(state))
@@ -956,26 +967,28 @@ def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tupl
     predicted, reward_hat = model(latent, actions, actions[:, model.relative.others])
     reward, goes_on = learnt_reward(batch, args), ~batch["done"]
     shown, true = model.decode(predicted), model.view(after, goes_on)
-    errors = [(a - b).square() for a, b in zip(shown, true, strict=True)]
-    errors = [
-        errors[0][..., :1],
-        errors[0][..., 1:] * stays.unsqueeze(2),
-        *(
-            torch.cat([e[..., :1], e[..., 1:] * t[..., :1]], -1) * stays[..., None, None]
-            for e, t in zip(errors[1:], true[1:], strict=True)
-        ),
+    counts = [stays.unsqueeze(2), *(stays[..., None, None] * there[..., :1] for there in true[1:])]  # of lengths
+    counts = [
+        torch.cat(
+            [
+                torch.ones_like(c) if k == 0 else stays[..., None, None].expand_as(c),
+                c.expand(*c.shape[:-1], t.shape[-1] - 1),
+            ],
+            -1,
+        )
+        for k, (c, t) in enumerate(zip(counts, true, strict=True))
     ]
-    value, target = model.value(latent), model.value(following if args.td_target == "observed" else predicted)
-    target = batch["return"] if args.td_target == "return" else (reward + args.gamma * goes_on * target).detach()
-    weights = here, here, here * batch["recent"].unsqueeze(1), stays
+    errors = [(a - b).square() * count for a, b, count in zip(shown, true, counts, strict=True)]
+    values = [model.value(zs) for zs in (latent, following, predicted)]
+    target = reward + args.gamma * goes_on * values[1 if args.td_target == "observed" else 2]
+    ahead = (values[2] - values[1].detach()).square() * goes_on
     terms = (
-        sum(e.flatten(2).sum(2) for e in errors),
+        sum(error.flatten(2).sum(2) for error in errors),
         (reward_hat - reward).square(),
-        (value - target).square(),
+        (values[0] - target.detach()).square() + ahead,
         sum((a - b).square().flatten(2).mean(2) for a, b in zip(predicted, following, strict=True)),
     )
-    ahead = (model.value(predicted) - model.value(following).detach()).square() * goes_on
-    terms = (*terms[:2], terms[2] + ahead, terms[3])
+    weights = here, here, here * batch["recent"].unsqueeze(1), stays
     terms = [(term * w).sum() / w.sum().clamp(min=1) for term, w in zip(terms, weights, strict=True)]
     coefs = args.observation_coef, args.reward_coef, args.value_coef, args.consistency_coef
     names = "observation", "reward", "value", "consistency"
@@ -1563,10 +1576,7 @@ class Trainer:
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
             if agent.plan_mode != "none":
                 with timer("latent model"):
-                    steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
-                    returns = generalised_advantages(*steps, args.gamma, args.gae_lambda) + rows["value"]
-                    fresh = {name: torch.cat([step[name] for step in self.fresh]) for name in self.fresh[0]}
-                    metrics |= self.update_model({**fresh, "return": returns.flatten(0, 1)})
+                    metrics |= self.update_model({k: torch.cat([row[k] for row in self.fresh]) for k in TRANSITION})
             with timer("PPO"):
                 metrics |= self.update_policy(rows, ent_coef)
         self.iteration += 1
