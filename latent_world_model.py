@@ -6,10 +6,10 @@ each own action by r_hat + gamma V in a learnt latent model (encoder, dynamics, 
 trained online from a replay, or from a file alone; PPO learns around it. Papers: HOP (Huang et al., ICML 2024, arXiv
 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (1707.06347), GAE (1506.02438), latent models (1803.10122).
 
-    python latent_world_model.py --co-players self                                  # train; plan in the latent model
-    python latent_world_model.py --collect 75000 --dataset data.npz                 # random and scripted play, to a file
-    python latent_world_model.py --offline data.npz --co-players ns                 # learn from it alone, then play
-    diff hop_onestep.py latent_world_model.py                                       # what is different: model, planner
+    python latent_world_model.py --co-players self                   # train online, planning in the latent model
+    python latent_world_model.py --collect 75000 --dataset data.npz  # random and scripted play, to a file
+    python latent_world_model.py --offline data.npz --co-players ns  # learn from it alone, then play with stag hunters
+    diff hop_onestep.py latent_world_model.py                        # what is different: model and planner
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
 a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
@@ -123,7 +123,9 @@ class Args:
     replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
     # offline data
     dataset: str | None = None  # file of --collect; with --evaluate: file on which the model's predictions are judged
-    collect: int = 0  # play so many game steps with the mixture --co-players at all seats, write --dataset, and end
+    collect: int | None = (
+        None  # play so many game steps with the mixture --co-players at all seats, write --dataset, and end
+    )
     offline: str | None = None  # learn from this file alone, with as many updates as a run of --total-timesteps has
 
 
@@ -132,7 +134,8 @@ FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
     "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
 }
 NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
-NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef", "collect"]
+# method: weights of the latent model's losses
+NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
 SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
 
 
@@ -920,7 +923,7 @@ class LatentModel(nn.Module):
         return first.sum(-3), others.transpose(-3, -2), heard
 
     def outcome(self, latent: Latent, first: Tensor, others: Tensor, items: Tensor) -> tuple[Latent, Tensor]:
-        """zs' and reward from summed first-layer rows [.., H], [.., N-1, H / 2], [.., M, H / 2]; `latent` broadcasts."""
+        """zs' and reward of zs, which broadcasts, from sums of rows [.., H], [.., N-1, H / 2] and [.., M, H / 2]."""
         whole, items = F.relu(self.hidden(F.relu(first))), F.relu(items)
         reward = (self.reward(whole) + self.item_reward(items).sum(-2)).squeeze(-1)
         whole = torch.cat([whole, items.sum(-2)], -1)
@@ -967,23 +970,14 @@ def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tupl
     predicted, reward_hat = model(latent, actions, actions[:, model.relative.others])
     reward, goes_on = learnt_reward(batch, args), ~batch["done"]
     shown, true = model.decode(predicted), model.view(after, goes_on)
-    counts = [stays.unsqueeze(2), *(stays[..., None, None] * there[..., :1] for there in true[1:])]  # of lengths
-    counts = [
-        torch.cat(
-            [
-                torch.ones_like(c) if k == 0 else stays[..., None, None].expand_as(c),
-                c.expand(*c.shape[:-1], t.shape[-1] - 1),
-            ],
-            -1,
-        )
-        for k, (c, t) in enumerate(zip(counts, true, strict=True))
-    ]
-    errors = [(a - b).square() * count for a, b, count in zip(shown, true, counts, strict=True)]
+    own, *seen = ((a - b).square() for a, b in zip(shown, true, strict=True))
+    seen = sum((e[..., 0] + e[..., 1:].sum(-1) * t[..., 0]).sum(-1) for e, t in zip(seen, true[1:], strict=True))
+    observation = own[..., 0] + (own[..., 1:].sum(-1) + seen) * stays
     values = [model.value(zs) for zs in (latent, following, predicted)]
     target = reward + args.gamma * goes_on * values[1 if args.td_target == "observed" else 2]
     ahead = (values[2] - values[1].detach()).square() * goes_on
     terms = (
-        sum(error.flatten(2).sum(2) for error in errors),
+        observation,
         (reward_hat - reward).square(),
         (values[0] - target.detach()).square() + ahead,
         sum((a - b).square().flatten(2).mean(2) for a, b in zip(predicted, following, strict=True)),
@@ -1046,8 +1040,8 @@ class Agent(nn.Module):
     # method: greedy, too
     @property
     def plan_beta(self) -> Tensor:
-        """What multiplies centred q_plan: `--plan-beta` over its root mean square, times the slope clipped to 0..1; with
-        `--plan-greedy` so much that the best score wins."""
+        """What multiplies centred q_plan: `--plan-beta` over its root mean square, times the slope clipped to 0..1;
+        with `--plan-greedy` so much that the best score wins."""
         if self.args.plan_greedy:
             return torch.full_like(self.plan_rms, 1e6)
         return self.args.plan_beta * self.plan_slope.clamp(0.0, 1.0) / self.plan_rms
@@ -1166,8 +1160,8 @@ class Agent(nn.Module):
 
     def look_ahead(self, latent: Latent, goal: Tensor, depth: int, generator: Generator) -> Tensor:
         """[P, K]: value of the latents [P, K, ..] after `depth` further steps, 0 where the game is over: the best own
-        action among those legal in what dec(zs) shows, against co-players' actions predicted there. `goal` [P, 1, N, Z],
-        own first. The latents roll on; cells are decoded only to predict actions and to see which are legal."""
+        action among those legal in what dec(zs) shows, against co-players' actions predicted there. `goal` [P, 1, N, Z]
+        is listed own first. Latents roll on; cells are decoded only to predict actions and to see which are legal."""
         model, goes_on = self.model, self.model.goes_on(latent)
         if depth == 0:
             return goes_on * model.value(latent)

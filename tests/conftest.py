@@ -48,6 +48,8 @@ SMALL = {
     "match_episodes": 2,
     "plan_samples": 4,
     "transition_minibatches": 2,
+    "model_updates": 4,
+    "model_batch": 64,
 }
 
 
