@@ -111,7 +111,7 @@ class Args:
     plan_greedy: bool = False  # act by the best score (argmax), not by Boltzmann with --plan-beta
     # latent world model
     latent_size: int = 32  # size of each token of zs
-    model_learning_rate: float = 2e-3  # of the latent model (Adam)
+    model_learning_rate: float = 2e-3  # of the latent model (Adam), with --anneal at the start
     model_updates: int = 32  # minibatches for the latent model an iteration
     model_batch: int = 256  # game steps in each, every one seen by all N players
     observation_coef: float = 1.0  # weight lo of ||dec(f(enc(o), a_i, a_-i)) - o'||^2
@@ -1552,9 +1552,10 @@ class Trainer:
     def iterate(self) -> dict[str, Tensor]:
         """One iteration, rollout and updates; returns metrics."""
         args, agent, timer = self.args, self.agent, self.agent.timer
+        done = self.global_step / args.total_timesteps
+        self.optimizers["model"].param_groups[0]["lr"] = args.model_learning_rate * (1.0 - done if args.anneal else 1.0)
         if args.offline:
             return self.iterate_offline()
-        done = self.global_step / args.total_timesteps
         agent.plan_mode = args.plan_update if done < args.plan_until else "none"
         rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
         ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
