@@ -1010,6 +1010,7 @@ class Decision(NamedTuple):
     prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
 
 
+# method: a latent model in place of a transition network
 class Agent(nn.Module):
     """The learned player: policy, value, MOA, latent model and planner, for every seat of B games at once."""
 
@@ -1339,7 +1340,7 @@ STORED = {  # what a data set holds of T steps of B games: dtype and shape of ea
     "match_ended": ("bool", ""),  # the step was the match's last
     "kind": ("int16", "N"),  # behaviour at each seat, an index into the header's "kinds"; not learnt from
 }
-TRANSITION = tuple(STORED)[:10]  # what the latent model learns from
+LEARNT_FROM = tuple(STORED)[:10]  # what the latent model learns from
 
 
 def transition_of(state: GameState, actions, reward, after: GameState, terminated: Tensor) -> dict[str, Tensor]:
@@ -1348,7 +1349,7 @@ def transition_of(state: GameState, actions, reward, after: GameState, terminate
     changed = {f"next_{name}": getattr(after, name) for name in ("players", "items", "first_hunt")}
     values = {**state._asdict(), "actions": actions, "reward": reward, **changed}
     values["done"] = terminated.unsqueeze(1) | (after.players < 0)
-    return {name: values[name].to(getattr(torch, STORED[name][0])) for name in TRANSITION}
+    return {name: values[name].to(getattr(torch, STORED[name][0])) for name in LEARNT_FROM}
 
 
 def states_of(data: dict[str, Tensor]) -> tuple[GameState, GameState]:
@@ -1571,7 +1572,7 @@ class Trainer:
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
             if agent.plan_mode != "none":
                 with timer("latent model"):
-                    metrics |= self.update_model({k: torch.cat([row[k] for row in self.fresh]) for k in TRANSITION})
+                    metrics |= self.update_model({k: torch.cat([row[k] for row in self.fresh]) for k in LEARNT_FROM})
             with timer("PPO"):
                 metrics |= self.update_policy(rows, ent_coef)
         self.iteration += 1
@@ -1668,7 +1669,7 @@ class Trainer:
             )
         steps = len(data["time"]) * 9 // 10
         self.held_out = {name: value[steps:] for name, value in data.items()}
-        self.fresh = [{name: data[name][:steps].flatten(0, 1) for name in TRANSITION}]
+        self.fresh = [{name: data[name][:steps].flatten(0, 1) for name in LEARNT_FROM}]
         self.covered = {name: torch.tensor(share) for name, share in coverage(header, data, self.game).items()}
         agent.plan_slope.fill_(1.0)  # nothing to calibrate on
         blank = torch.full_like(self.co_players.kind, -1)
@@ -1896,12 +1897,12 @@ def diagnose(agent: Agent, data: dict[str, Tensor]) -> dict[str, float]:
     found), cells (share right of everything in the game), whole views, ends; the cells five steps ahead, open loop;
     V against discounted returns of episodes that were seen to their end (undone `reward_scale`)."""
     args, whole = agent.args, len(data["time"])
-    flat = {name: data[name].flatten(0, 1) for name in TRANSITION}
+    flat = {name: data[name].flatten(0, 1) for name in LEARNT_FROM}
     result = summary(judge(agent, flat), "held_out/")
     starts = torch.arange(max(0, whole - 4), device=agent.game.device)[::2]
     if len(starts):
         windows = {
-            k: data[k][starts.unsqueeze(1) + torch.arange(5, device=starts.device)].transpose(1, 2) for k in TRANSITION
+            k: data[k][starts.unsqueeze(1) + torch.arange(5, device=starts.device)].transpose(1, 2) for k in LEARNT_FROM
         }
         windows = {k: value.flatten(0, 1) for k, value in windows.items()}  # [rows, 5, ..]
         unbroken = windows["time"][:, 4] == windows["time"][:, 0] + 4
@@ -1932,7 +1933,7 @@ def diagnose(agent: Agent, data: dict[str, Tensor]) -> dict[str, float]:
 def render_prediction(agent: Agent, data: dict[str, Tensor], path: Path) -> None:
     """Writes a picture of one paid step of `data` [T, B, ..]: the state before, the true one after, and the one that
     the decoder shows of the latent that a player at random predicted, given the joint action."""
-    flat = {name: data[name].flatten(0, 1) for name in TRANSITION}
+    flat = {name: data[name].flatten(0, 1) for name in LEARNT_FROM}
     paid = (flat["reward"] != 0).any(1) & (flat["next_players"] >= 0).any(1)
     row = int(paid.int().argmax())
     state, after = states_of({name: value[row : row + 1] for name, value in flat.items()})

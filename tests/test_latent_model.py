@@ -550,7 +550,7 @@ def test_figures_of_a_perfect_and_of_a_broken_model(latent, lively, dataset):
     """`judge` of a model that knows the file by heart is perfect; each fault shows in its own figure."""
     agent, model = model_of(latent, lively, COLLECT["env_id"], reward_scale=0.5)
     _, data = latent.load_dataset(dataset, agent.game)
-    flat = {name: data[name].flatten(0, 1) for name in latent.TRANSITION}
+    flat = {name: data[name].flatten(0, 1) for name in latent.LEARNT_FROM}
     state, after = latent.states_of(flat)
     true = model.view(after, ~flat["done"]), latent.learnt_reward(flat, agent.args)
 
