@@ -40,7 +40,6 @@ SETTINGS = {  # part -> setting -> (options, co-players it is evaluated with)
     "offline": {
         "online": (f"--co-players {KINDS} --total-timesteps 200000", KINDS),
         "offline": ("--offline DATA --total-timesteps 400000", KINDS),
-        "offline, greedy": ("--offline DATA --total-timesteps 400000 --plan-greedy", KINDS),
     },
 }
 FIGURES = {  # of latent_world_model.diagnose -> column
@@ -88,11 +87,16 @@ def work(job: dict) -> dict:
     machine = f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"
     result |= {"machine": machine, "torch": torch.__version__, "returns": {}, "all_seats": {}}
     agent = script.load_agent(run)
-    for kind in job["kinds"].split(","):
-        played = script.evaluate(run, kind, episodes=job["episodes"], seed=1000 + seed)
-        n = agent.game.num_players
-        result["returns"][kind] = round(played["focal_return"], 4)
-        result["all_seats"][kind] = round((played["focal_return"] + (n - 1) * played["co_player_return"]) / n, 4)
+    n, players = agent.game.num_players, {"": run}
+    if "--offline" in words:  # the same weights, acting by the best score
+        content = script.load_checkpoint(run)
+        players["greedy "] = str(Path(run) / "greedy.pt")
+        torch.save({**content, "args": {**content["args"], "plan_greedy": True}}, players["greedy "])
+    for (way, player), kind in itertools.product(players.items(), job["kinds"].split(",")):
+        played = script.evaluate(player, kind, episodes=job["episodes"], seed=1000 + seed)
+        result["returns"][way + kind] = round(played["focal_return"], 4)
+        mean = (played["focal_return"] + (n - 1) * played["co_player_return"]) / n
+        result["all_seats"][way + kind] = round(mean, 4)
     if "--offline" not in words:
         kinds = run if job["kinds"] == "self" else f"{run},{KINDS}"
         more = {"dataset": data, "collect": 12_800, "co_players": kinds, "seed": 2000 + seed}
@@ -114,9 +118,10 @@ def report() -> None:
         seconds = statistics.mean(r["cpu_seconds"] for r in runs[setting])
         print(f"| {setting} | {spread([r['all_seats']['self'] for r in runs[setting]])} | {seconds:.0f} |")
     print(f"\n| msh-4x4-4h1s: learner with three | {' | '.join(KINDS.split(','))} |\n|-|-|-|-|")
-    for setting in filter(runs.get, SETTINGS["offline"]):
-        columns = (spread([r["returns"][kind] for r in runs[setting]]) for kind in KINDS.split(","))
-        print(f"| {setting} | {' | '.join(columns)} |")
+    for setting, way in itertools.product(filter(runs.get, SETTINGS["offline"]), ("", "greedy ")):
+        if f"{way}ns" in runs[setting][0]["returns"]:
+            columns = (spread([r["returns"][way + kind] for r in runs[setting]]) for kind in KINDS.split(","))
+            print(f"| {setting}{', argmax' * bool(way)} | {' | '.join(columns)} |")
     print(f"\n| held out (means over seeds) | {' | '.join(FIGURES.values())} |\n|-|{'-|' * len(FIGURES)}")
     for setting in filter(runs.get, itertools.chain(*SETTINGS.values())):
         columns = (statistics.mean(r["held_out"].get(name, float("nan")) for r in runs[setting]) for name in FIGURES)
