@@ -117,7 +117,7 @@ class Args:
     observation_coef: float = 1.0  # weight lo of ||dec(f(enc(o), a_i, a_-i)) - o'||^2
     reward_coef: float = 1.0  # weight lr of (r_hat - r)^2
     value_coef: float = 1.0  # weight lv of (V(zs) - sg(y))^2
-    consistency_coef: float = 0.1  # weight lc of ||zs_hat' - enc(o')||^2
+    consistency_coef: float = 5.0  # weight lc of ||zs_hat' - enc(o')||^2
     td_target: Literal["observed", "model"] = "observed"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
     replay_size: int = 8192  # recent game steps that the model learns from
     replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
@@ -823,7 +823,8 @@ class LatentModel(nn.Module):
 
     def __init__(self, relative: RelativeFeatures, latent: int, hidden: int):
         super().__init__()
-        actions, half, few, kinds = relative.game.num_actions, hidden // 2, hidden // 8, len(relative.game.item_counts)
+        actions, kinds = relative.game.num_actions, len(relative.game.item_counts)
+        half, few = max(1, hidden // 2), max(1, hidden // 8)
         self.relative, self.num_actions, self.sizes = relative, actions, [hidden, half]
         inputs = relative.own_size + 8, relative.other_size, 2 * relative.size + kinds
         encoders = [nn.Sequential(layer(x, hidden), nn.ReLU(), layer(hidden, latent, 1.0)) for x in inputs]

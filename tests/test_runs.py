@@ -206,7 +206,7 @@ CHANGES = {  # another value of each option that learning depends on
     "plan_samples": 2, "transition": "simulator", "transition_learning_rate": 1e-2, "transition_epochs": 1,
     "transition_minibatches": 1, "transition_reservoir": 4, "plan_depth": 2, "plan_company": "random",
     "plan_greedy": True, "latent_size": 4, "model_learning_rate": 1e-2, "model_updates": 1, "model_batch": 16,
-    "observation_coef": 0.1, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 5.0, "td_target": "model",
+    "observation_coef": 0.1, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 50.0, "td_target": "model",
     "replay_size": 10, "replay_surprising": 4,
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
