@@ -479,6 +479,40 @@ def test_files_that_do_not_fit(latent, dataset, tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Replay
+# ---------------------------------------------------------------------------------------------------------------------
+def test_the_replay_holds_the_last_steps_and_the_surprising_ones(latent, small):
+    """What was played is what is stored; the newest steps stay, and those whose rewards were predicted worst."""
+    options = {"env_id": "msh-3x3-3p-2h1s", "co_players": "nh,ns", "replay_size": 90, "replay_surprising": 20}
+    trainer = latent.Trainer(small(**options, model_updates=1, total_timesteps=512))
+    played, judge, errors = [], latent.judge, []
+    for _ in range(3):
+        trainer.iterate()
+        played += [{name: value.clone() for name, value in row.items()} for row in trainer.fresh]
+        for row in trainer.fresh:
+            state, after = latent.states_of(row)
+            stepped, reward, terminated, _ = trainer.game.step(state, row["actions"].long())
+            assert all(torch.equal(a, b) for a, b in zip(stepped, after, strict=True))
+            assert torch.equal(reward, row["reward"])
+            assert torch.equal(row["done"], terminated.unsqueeze(1) | (after.players < 0))
+    whole = {name: torch.cat([row[name] for row in played]) for name in latent.LEARNT_FROM}
+    assert len(whole["time"]) == 192
+    for name in latent.LEARNT_FROM:
+        assert torch.equal(trainer.recent[name], whole[name][-90:]) and len(trainer.surprising[name]) == 20
+    # each new step with a chance in proportion to its squared error, by a model that errs on rewarded steps alone
+    fresh = {name: value[:100] for name, value in whole.items()}
+    paid = torch.arange(100) < 15
+    latent.judge = lambda *_: errors.append(1) or {"error": torch.where(paid, 25.0, 1e-6)}
+    try:
+        trainer.surprising = {}
+        trainer.update_model({**fresh, "time": torch.arange(100).short() % 30})
+    finally:
+        latent.judge = judge
+    kept = (trainer.surprising["players"].unsqueeze(1) == fresh["players"][:15]).all(2).any(1)
+    assert errors and kept.sum() >= 15
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Offline training and diagnostics
 # ---------------------------------------------------------------------------------------------------------------------
 OFFLINE = {"num_envs": 4, "match_episodes": 2, "num_steps": 16, "total_timesteps": 192, "hidden_size": 16}
