@@ -1188,8 +1188,10 @@ class Agent(nn.Module):
         """The state of R games, the own seat first, that dec(zs) shows of zs [R, ..]."""
         view, horizon = self.model.decode(latent), self.game.horizon
         done, left = (view.own[:, 5:] * horizon).round().long().clamp(0, horizon).unbind(1)
-        countdown = (self.game.family == "msh") & (left < COUNTDOWN + 1) & (done + left < horizon)
-        first_hunt = torch.where(countdown, (done + left - COUNTDOWN).clamp(min=1), 0)
+        early = horizon - done - left  # steps that the game ends before the horizon; off by one or two without a hunt
+        hunted = (early > 3) | ((early > 0) & (left <= COUNTDOWN))
+        first_hunt = torch.where(hunted & (self.game.family == "msh"), done + left.clamp(max=COUNTDOWN) - COUNTDOWN, 0)
+        first_hunt = first_hunt.clamp(min=0)
         return GameState(*self.model.cells(view), done, first_hunt)
 
 
