@@ -50,6 +50,8 @@ SMALL = {
     "transition_minibatches": 2,
     "num_simulations": 4,
     "num_goal_samples": 2,
+    "model_updates": 4,
+    "model_batch": 64,
 }
 
 

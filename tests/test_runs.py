@@ -28,6 +28,7 @@ RUN |= {"checkpoint_every": 1, "match_episodes": 2, "plan_update": "offset", "pl
 RUN |= {"hidden_size": 16, "moa_hidden_size": 8, "goal_size": 3, "moa_matches": 4, "moa_capacity": 50}
 RUN |= {"plan_samples": 4, "transition_minibatches": 2, "update_epochs": 2, "num_minibatches": 2, "moa_updates": 3}
 RUN |= {"num_simulations": 4, "num_goal_samples": 2}
+RUN |= {"latent_size": 8, "model_updates": 3, "model_batch": 32, "replay_size": 200, "replay_surprising": 50}
 
 
 def fields_of(script):
@@ -207,9 +208,14 @@ CHANGES = {  # another value of each option that learning depends on
     "transition_minibatches": 1, "transition_reservoir": 4, "num_simulations": 3, "num_goal_samples": 1, "puct_c": 20.0,
     "max_depth": 1, "goal_refresh": 1, "dirichlet_alpha": 3.0, "dirichlet_fraction": 0.0, "policy_target": "visits",
     "co_player_model": "uniform", "plan_horizon": "end",
+    "plan_depth": 2, "plan_company": "random",
+    "plan_greedy": True, "latent_size": 4, "model_learning_rate": 1e-2, "model_updates": 1, "model_batch": 16,
+    "observation_coef": 0.1, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 50.0, "td_target": "model",
+    "replay_size": 10, "replay_surprising": 4,
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
-    checkpoint_every resume profile evaluate eval_episodes load_moa""".split()  # tested by name elsewhere in this file
+    checkpoint_every resume profile evaluate eval_episodes load_moa
+    dataset collect offline""".split()  # tested by name elsewhere in this file, or in test_latent_model.py
 NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}}  # options that matter only with another
 NEEDS |= {"policy_target": {"plan_update": "hop"}, "max_depth": {"num_simulations": 12}}
 NEEDS |= {"plan_horizon": {"env_id": "msh-5x5-2p-0h1s"}}  # where games last that long
@@ -294,7 +300,7 @@ def test_numbers_of_updates(script, monkeypatch):
     """Passes, minibatches, the MOA's updates and matches, and the samples of the planner."""
     options = {"update_epochs": 3, "num_minibatches": 5, "moa_updates": 7, "moa_matches": 6, "plan_samples": 9}
     options |= {"transition_epochs": 2, "transition_minibatches": 4, "transition": "network", "hidden_size": 12}
-    options |= {"moa_hidden_size": 10, "goal_size": 5}
+    options |= {"moa_hidden_size": 10, "goal_size": 5, "model_updates": 8}
     trainer = trainer_of(script, **{name: v for name, v in options.items() if name in fields_of(script)})
     agent, count = trainer.agent, Counter()
     for name, optimizer in trainer.optimizers.items():
@@ -307,6 +313,8 @@ def test_numbers_of_updates(script, monkeypatch):
     assert count["policy"] == 15 and seen == [6] * 7 and count["moa"] == 7
     if "transition_epochs" in fields_of(script):
         assert count["transition"] == 8
+    if "model_updates" in fields_of(script):
+        assert count["model"] == 8
     if hasattr(agent, "sample_joint_actions"):
         draw, shapes = agent.sample_joint_actions, []
         agent.sample_joint_actions = lambda *inputs: shapes.append(draw(*inputs).shape) or draw(*inputs)
@@ -318,7 +326,7 @@ def test_numbers_of_updates(script, monkeypatch):
 
 
 def test_learning_rates_of_the_other_networks(script):
-    options = {"moa_learning_rate": 0.0123, "transition_learning_rate": 0.0456}
+    options = {"moa_learning_rate": 0.0123, "transition_learning_rate": 0.0456, "model_learning_rate": 0.0789}
     trainer = trainer_of(script, **{name: v for name, v in options.items() if name in fields_of(script)})
     for name, rate in options.items():
         if name in fields_of(script):
@@ -749,6 +757,7 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until", "dirichlet_fraction"]
 NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrain_moa_steps goal_refresh""".split()
+NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
 
 
 def test_wrong_values(script):
