@@ -1619,10 +1619,8 @@ def print_evaluation(args: Args) -> None:
     """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
     sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
     co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    before = played(load_checkpoint(args.evaluate))
-    options = {
-        name: getattr(args, name) for name in PLAYED if getattr(args, name) != before.get(name, getattr(Args(), name))
-    }
+    before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
+    options = {name: getattr(args, name) for name in PLAYED if getattr(args, name) not in (None, before[name])}
     result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
     returns, length = result["focal_returns"], args.match_episodes
     matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
@@ -1737,9 +1735,7 @@ def parse_arguments(arguments: list[str]) -> Args:
         return args
     content = load_checkpoint(path)
     with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(**content["args"])
-        if args.evaluate:
-            default = Args(env_id=content["game"], **played(content))
+        default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
     return parse(default)
 
 

@@ -85,7 +85,7 @@ class Args:
     ent_floor: float = 0.1  # share of the entropy bonus that is left at the end, if annealed
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of the policy's, value's and transition network
+    hidden_size: int = 64  # width of policy, value and what the planner learns
     reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
     # goals and MOA
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
@@ -996,6 +996,13 @@ def centred(q_plan: Tensor, mask: Tensor) -> Tensor:
     return (q_plan - (q_plan * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)) * mask
 
 
+def root_mean_square(q_plan: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square of centred `q_plan` [.., A], over legal actions where there is a choice."""
+    choice = mask.sum(-1) > 1
+    squares = centred(q_plan, mask)[choice].square().sum()
+    return (squares / mask[choice].sum().clamp(min=1)).sqrt().clamp(min=1e-3)
+
+
 class Decision(NamedTuple):
     """What the policy of every seat saw, thought and did in one step of B games."""
 
@@ -1011,9 +1018,13 @@ class Decision(NamedTuple):
     prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
 
 
-# method: a latent model in place of a transition network
+# method: the model's options
+PLAYED = """plan_update plan_beta plan_samples plan_depth plan_company
+    plan_greedy""".split()  # options that may change when an agent is played
+
+
 class Agent(nn.Module):
-    """The learned player: policy, value, MOA, latent model and planner, for every seat of B games at once."""
+    """The learned player, for every seat of B games at once: policy, value, MOA, and what chooses with them."""
 
     # method: a latent model in place of a transition network
     def __init__(self, game: GridGame, args: Args):
@@ -1057,6 +1068,27 @@ class Agent(nn.Module):
         self.game, self.relative = game, RelativeFeatures(game)
         self.moa.relative = self.model.relative = self.relative
         return game
+
+    def turn_planner(self, mode: str) -> None:
+        """Sets the planner's mode, to play. One that was off is trusted (slope 1), and the root mean square of its
+        scores is measured in 16 games that pi_theta plays with itself."""
+        was, self.plan_mode = self.plan_mode, mode
+        if mode == "none" or was != "none":
+            return
+        self.plan_mode = "offset"
+        self.plan_slope.fill_(1.0)
+        self.plan_rms.fill_(1e9)  # the scores are looked at, and do not count
+        game, generator, seen = self.game, Generator(self.game.device).manual_seed(0), []
+        state, memory = game.initial_state(16, generator), self.moa.initial_memory(16)
+        for _ in range(game.horizon):
+            mask, every = game.action_mask(state), torch.ones_like(state.players, dtype=torch.bool)
+            decision = self.act(state, mask, memory, every, generator, None)
+            after, _, terminated, truncated = game.step(state, decision.action)
+            memory = self.remember(memory, state, decision.action, *[terminated | truncated] * 2)
+            state = after.replaced(terminated | truncated, game.initial_state(16, generator))
+            seen.append((decision.q_plan, mask))
+        self.plan_mode = mode
+        self.plan_rms.copy_(root_mean_square(*(torch.stack(x) for x in zip(*seen, strict=True))))
 
     @torch.no_grad()
     def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
@@ -1625,9 +1657,9 @@ class Trainer:
         policy = masked(rows["offset"] + (0.0 if agent.plan_mode == "hop" else rows["prior"]), mask).softmax(-1)
         gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
         slope = (gain * rows["advantage"])[choice].sum() / gain[choice].square().sum().clamp(min=1e-9)
-        rms = (centred(q_plan, mask)[choice].square().sum() / mask[choice].sum().clamp(min=1)).sqrt()
+        rms = root_mean_square(q_plan, mask)
         agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
-        agent.plan_rms.lerp_(rms.clamp(min=1e-3), 0.2)
+        agent.plan_rms.lerp_(rms, 0.2)
         return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
 
     def update_model(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1800,19 +1832,20 @@ def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watc
 
 
 def evaluate(
-    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu"
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
 ) -> dict[str, float | list[float]]:
     """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
     `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
     them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on. Returns, undiscounted sums of
-    rewards: `focal_return`, the mean of `focal_returns` [episodes] in the order of matches, `co_player_return` (mean),
-    and `by_episode` [match_episodes], the focal mean at the k-th episode of a match."""
+    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
+    the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
+    the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
+    episode of a match."""
     if min(episodes, num_envs, match_episodes) < 1:
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device)
+    agent = load_agent(checkpoint, device, play)
     game = agent.on_game(env_id or agent.game.id)
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
@@ -2053,17 +2086,29 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return content
 
 
-def load_agent(path: str | Path, device: str | torch.device = "cpu") -> Agent:
-    """The agent of a checkpoint, ready to play; that of another script plays by that script. Raises UsageError."""
-    content = load_checkpoint(path, device)
+def load_agent(path: str | Path, device: str | torch.device = "cpu", options: dict | None = None) -> Agent:
+    """The agent of a checkpoint, ready to play, with `options` (of PLAYED, by name) in place of the checkpoint's; that
+    of another script plays by that script. Raises UsageError."""
+    content, options = load_checkpoint(path, device), options or {}
     if content["script"] != SCRIPT:
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device)
+            return importlib.import_module(content["script"]).load_agent(path, device, options)
+    if set(options) - set(PLAYED):
+        raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     with refused(f"checkpoint {path} does not fit this version"):
-        agent = Agent(GridGame(content["game"], device), Args(**content["args"]))
+        args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
+        agent = Agent(GridGame(content["game"], device), args)
         agent.load_state_dict(content["agent"])
         agent.plan_mode = content["plan_mode"]
-    return agent.eval()
+    agent.eval()
+    agent.turn_planner(options.get("plan_update", agent.plan_mode))
+    return agent
+
+
+def played(content: dict) -> dict:
+    """The values of the options PLAYED with which a checkpoint's `content` is played."""
+    values = {**content["args"], "plan_update": content["plan_mode"]}
+    return {name: values[name] for name in PLAYED if name in values}
 
 
 # method: the latent model is judged, too
@@ -2071,7 +2116,9 @@ def print_evaluation(args: Args) -> None:
     """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
     sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
     co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device)
+    before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
+    options = {name: getattr(args, name) for name in PLAYED if getattr(args, name) not in (None, before[name])}
+    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
     returns, length = result["focal_returns"], args.match_episodes
     matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
     error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
@@ -2139,7 +2186,8 @@ def train(args: Args) -> dict[str, float]:
         while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
             trainer.log.clear()
             start = time.perf_counter()
-            metrics = {name: float(value) for name, value in trainer.iterate().items()}
+            with timer("iteration"):
+                metrics = {name: float(value) for name, value in trainer.iterate().items()}
             metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
             metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
             metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
@@ -2158,7 +2206,7 @@ def train(args: Args) -> dict[str, float]:
             generator = Generator(trainer.device).manual_seed(args.seed)
             players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
             with timer("video"):
-                record_episode(trainer.agent, players, generator, folder / "episode.gif")
+                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
     finally:
         bar.close()
         writer.close()
@@ -2192,7 +2240,7 @@ def parse_arguments(arguments: list[str]) -> Args:
         return args
     content = load_checkpoint(path)
     with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(env_id=content["game"]) if args.evaluate else Args(**content["args"])
+        default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
     return parse(default)
 
 
