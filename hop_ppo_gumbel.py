@@ -682,16 +682,15 @@ def sample(logits: Tensor, generator: Generator) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Goal model and MOA
 # ---------------------------------------------------------------------------------------------------------------------
-# method: a belief over discrete goals; the sums are the encoder's, if there is one
+# method: beliefs; the sums are the encoder's
 class Memory(NamedTuple):
     """What a MOA has seen of every seat in the running match. Fields that no option asks for have no last entries."""
 
     prior: Tensor  # float32 [B, N, G] log of the belief with which the running episode began
     likelihood: Tensor  # float32 [B, N, G] log-likelihood of the episode so far under every goal
-    match: Tensor  # float32 [B, N, E + 1] sums of a feature of (o, a) over the match; the last entry counts steps
-    episode: Tensor  # float32 [B, N, E + 1] over the episode
-    own: Tensor  # float32 [B, N, G] goal that the seat itself pursues, one-hot; zeros: to be chosen now
-    key: Tensor  # int64 [B, N, 1] counter of random numbers for that choice
+    match: Tensor  # float32 [B, N, E + 1] over the match; the last entry counts steps
+    own: Tensor  # float32 [B, N, G] goal that the seat itself pursues, one-hot; zeros: to be drawn now
+    key: Tensor  # int64 [B, N, 1] counter of random numbers for that draw
 
 
 LEAST = 1e-3  # share of the uniform distribution in every prior: no goal is ever ruled out
@@ -713,7 +712,7 @@ class GoalHeads(nn.Module):
         return F.relu(self.hidden(F.relu(first)))
 
     def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] for goals [.., Z], or [.., K, outputs] for [.., K, Z]; further entries of a goal are not read."""
+        """[.., outputs] for goals [.., Z], or [.., K, outputs] for [.., K, Z]; more entries of a goal are not read."""
         weight = self.out(self.body(own, others)).unflatten(-1, (self.outputs, self.goal_size + 1))
         goal = F.pad(goal[..., : self.goal_size], (0, 1), value=1.0)
         if goal.dim() < weight.dim():
@@ -747,10 +746,11 @@ class MOA(nn.Module):
         self.subgoal = GoalHeads(own, other, told, queries, hidden, 0.01)
         if args.goal == "inferred":
             self.table = nn.Parameter(torch.randn(args.goals, args.goal_size))
-        self.summary = hidden if args.goal == "inferred" and "encoder" in (args.belief, args.goal_training) else -1
-        if self.summary > 0:
+        self.encodes = args.goal == "inferred" and (args.belief == "encoder" or args.goal_training == "amortised")
+        self.summary = hidden if self.encodes else -1
+        if self.encodes:
             self.step_feature = layer(own + relative.size + game.num_actions, hidden, 1.0)
-            self.guesser = nn.Sequential(layer(4 * hidden + 2, hidden), nn.ReLU(), layer(hidden, args.goals, 0.1))
+            self.guesser = nn.Sequential(layer(2 * hidden + 1, hidden), nn.ReLU(), layer(hidden, args.goals, 0.1))
 
     def initial_memory(self, batch: int) -> Memory:
         """The empty memory of B matches."""
@@ -758,7 +758,7 @@ class MOA(nn.Module):
         zeros = torch.zeros(*seats, args.goals, device=self.relative.game.device)
         sums, own = zeros.new_zeros(*seats, self.summary + 1), zeros[..., : args.goals * args.own_goal]
         key = torch.arange(zeros[..., 0].numel(), device=zeros.device).view(*seats, 1)[..., : int(args.own_goal)]
-        return Memory(zeros - math.log(args.goals), zeros, sums, sums, own, key)
+        return Memory(zeros - math.log(args.goals), zeros, sums, own, key)
 
     def seen(self, own: Tensor, others: Tensor) -> Tensor:
         """[.., X + R] own features beside the sum over co-players of their relative cells' functions."""
@@ -770,13 +770,12 @@ class MOA(nn.Module):
         feature = torch.tanh(self.step_feature(torch.cat([seen, chosen], -1)))
         return F.pad(feature, (0, 1), value=1.0) * active.unsqueeze(-1)
 
-    def guess(self, match: Tensor, episode: Tensor) -> Tensor:
-        """Logits [.., G] of the encoder's guess from its sums over the match and over the episode, [.., E + 1]."""
-        inputs = []
-        for total in (match, episode):
-            sums, count = total[..., :-1], total[..., -1:]
-            inputs += [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
-        return self.guesser(torch.cat(inputs, -1))
+    def guess(self, match: Tensor) -> Tensor:
+        """Logits [.., G] of the encoder's guess from its sums [.., E + 1] over the match."""
+        sums, count = match[..., :-1], match[..., -1:]
+        return self.guesser(
+            torch.cat([sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0], -1)
+        )
 
     def log_likelihood(self, own: Tensor, others: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """float32 [.., G]: log pi_hat(a | o, t, g) of the `actions` [..] taken, under every goal in one call."""
@@ -795,12 +794,10 @@ class MOA(nn.Module):
 
     def log_belief(self, memory: Memory) -> Tensor:
         """float32 [B, N, G]: log of the belief over the goal of every seat, the same for all observers."""
-        if self.args.belief == "none":
-            return torch.full_like(memory.prior, -math.log(self.args.goals))
-        by_bayes = self.args.belief == "bayes"
-        return (memory.prior + memory.likelihood if by_bayes else self.guess(memory.match, memory.episode)).log_softmax(
-            -1
-        )
+        if self.args.belief == "encoder":
+            return self.guess(memory.match).log_softmax(-1)
+        belief = (memory.prior + memory.likelihood).log_softmax(-1)
+        return belief if self.args.belief == "bayes" else torch.full_like(belief, -math.log(self.args.goals))
 
     def subgoal_logits(self, cells: Tensor, items: Tensor, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
         """[.., M + 1] of the next item of players at `cells` [..] among `items` [.., M]; last: none. -1e9 if gone."""
@@ -835,52 +832,37 @@ def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tu
     two are in nats a step (the KL once for a seat's match), so that they are a bound on the marginal likelihood of
     the whole matches, and equal to it if q is the posterior, as in `--goal-training em`; then the gradient is that of
     expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
-    game, live, some = moa.relative.game, batch.active.any(2), batch.active  # live: [S, L]
-    state, actions, active = batch.state.rows(live.flatten()), batch.actions[some], batch.active[live]  # [R], [.., N]
-    own, others = (x[active] for x in moa.relative(state))  # [R, ..] here and below
-    mask, weight, terms = game.action_mask(state)[active], batch.weight[some], {}
-    whole = weight.sum().clamp(min=1e-9)
-    if moa.goal == "inferred":
-        seats = torch.arange(some.shape[0] * some.shape[2], device=some.device).view(-1, 1, some.shape[2])
-        who = seats.expand_as(some)[some]  # of S * N
-        log_probs = moa.log_likelihood(own, others, mask, actions)  # [R, G]
-        total = log_probs.new_zeros(seats.numel(), moa.args.goals).index_add(0, who, log_probs)
-        if moa.args.goal_training == "amortised" or moa.summary > 0:
-            past, guess = guesses(moa, batch)  # [R, G], [S * N, G]
-        logits = guess if moa.args.goal_training == "amortised" else total
-        q = logits.softmax(-1)  # [S * N, G]
-        drawn = q if moa.args.goal_training == "em" else straight_through(logits, temperature, generator)
-        nll = -(drawn[who] * log_probs).sum(-1)
-        played = some.any(1).flatten()
-        kl = (q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * played
-        goal, terms["moa/kl"] = drawn[who] @ moa.table, kl.sum() / played.sum().clamp(min=1)
-        loss = kl.sum() / whole
-        if moa.summary > 0:  # the encoder's guess at every step, from what came before it
-            terms["moa/guess"] = -(weight * (drawn.detach()[who] * past.log_softmax(-1)).sum(-1)).sum() / whole
-            loss = loss + terms["moa/guess"]
-    else:
-        goal = own.new_zeros(len(own), moa.goal_size) if batch.oracle is None else batch.oracle[some]
-        nll = F.cross_entropy(masked(moa.decoder(own, others, goal), mask), actions, reduction="none")
-        loss = own.new_zeros(())
-    games, _ = active.nonzero(as_tuple=True)
-    subgoals = moa.subgoal_logits(state.players[active], state.items[games], own, others, goal)
-    recon = F.cross_entropy(subgoals, batch.subgoal[some], reduction="none")
-    terms["moa/nll"], terms["moa/recon"] = ((weight * term).sum() / whole for term in (nll, recon))
+    live, some = batch.active.any(2), batch.active  # [S, L], [S, L, N]
+    state, actions, active = batch.state.rows(live.flatten()), batch.actions[some], some[live]
+    own, others = (x[active] for x in moa.relative(state))  # [R, ..] here and below: steps of seats
+    mask, weight, terms = moa.relative.game.action_mask(state)[active], batch.weight[some], {}
+    seats = torch.arange(some.shape[0] * some.shape[2], device=some.device).view(-1, 1, some.shape[2])
+    who, whole = seats.expand_as(some)[some], weight.sum().clamp(min=1e-9)  # [R] index of seat and match, of S * N
+    log_probs = moa.log_likelihood(own, others, mask, actions)  # [R, G]
+    logits = log_probs.new_zeros(seats.numel(), moa.args.goals).index_add(0, who, log_probs)  # [S * N, G]
+    past, guess = guesses(moa, batch) if moa.encodes else (None, None)
+    logits = guess if moa.args.goal_training == "amortised" else logits
+    q = logits.softmax(-1)
+    drawn = q if moa.args.goal_training == "em" else straight_through(logits, temperature, generator)
+    kl = (q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * some.any(1).flatten()
+    subgoals = (state.players[active], state.items[active.nonzero()[:, 0]], own, others, drawn[who] @ moa.table)
+    recon = F.cross_entropy(moa.subgoal_logits(*subgoals), batch.subgoal[some], reduction="none")
+    for name, term in {"nll": -(drawn[who] * log_probs).sum(-1), "recon": recon}.items():
+        terms[f"moa/{name}"] = (weight * term).sum() / whole
+    loss, terms["moa/kl"] = kl.sum() / whole, kl.sum() / some.any(1).sum().clamp(min=1)
     loss = loss + terms["moa/nll"] + subgoal_coef * terms["moa/recon"]
+    if moa.encodes:  # the guess at every step, from what came before it, is to agree with what was drawn
+        terms["moa/guess"] = -(weight * (drawn.detach()[who] * past.log_softmax(-1)).sum(-1)).sum() / whole
+        loss = loss + terms["moa/guess"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def guesses(moa: MOA, batch) -> tuple[Tensor, Tensor]:
     """The encoder's logits [R, G] before each step of a MatchBatch, and [S * N, G] at the end of every match."""
-    state, shape = batch.state, batch.start.shape
-    seen = moa.seen(*moa.relative(state))
+    seen, shape = moa.seen(*moa.relative(batch.state)), batch.start.shape
     step = moa.features(seen, batch.actions.flatten(0, 1), batch.active.flatten(0, 1)).unflatten(0, shape)
-    after = step.cumsum(1)
-    before = after - step  # [S, L, N, E + 1] sums over the match, strictly before each step
-    began = before.gather(1, batch.start[..., None, None].expand_as(before))
-    last = torch.arange(shape[0], device=step.device), batch.active.any(2).sum(1) - 1  # of each match
-    at_end = moa.guess(after[last], (after - began)[last]).flatten(0, 1)
-    return moa.guess(before[batch.active], (before - began)[batch.active]), at_end
+    after = step.cumsum(1)  # [S, L, N, E + 1]
+    return moa.guess((after - step)[batch.active]), moa.guess(after[:, -1]).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -900,14 +882,6 @@ class Decision(NamedTuple):
     prior: Tensor  # float32 [B, N, A] log pi_theta
     chosen: Tensor  # float32 [B, N, G] own goal, one-hot (no last entries without --own-goal)
     draws: Tensor  # bool [B, N] the own goal is drawn in this step
-
-
-class Choice(NamedTuple):
-    """The goals that the seats of B games pursue themselves."""
-
-    log_probs: Tensor  # float32 [B, N, G] of the policy's choice
-    chosen: Tensor  # float32 [B, N, G] one-hot
-    draws: Tensor  # bool [B, N] chosen now; else kept
 
 
 def uniform_numbers(key: Tensor, count: int) -> Tensor:
@@ -935,9 +909,12 @@ class Agent(nn.Module):
         self.critic = RelativeNetwork(own, other, goal, 1, hidden, 1.0)
         if args.own_goal:  # with the actor, since it is a part of the policy
             self.actor.chooser = RelativeNetwork(own, other, goal, args.goals, hidden, 0.01)
-        self.plan_mode, self.timer = "none", Timer(False)
-        self.on_game(game.id)
+        if args.own_goal and args.goal != "inferred":
+            raise UsageError("--own-goal needs --goal inferred: it is a row of the same table")
+        self.plan_mode, self.timer = "none", Timer(False)  # no planner, ever
+        self.latest = (None, None)  # a state and its features: `act` and `remember` read the same one
         self.to(game.device)
+        self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
 
     @property
     def uses_moa(self) -> bool:
@@ -946,20 +923,18 @@ class Agent(nn.Module):
 
     def on_game(self, env_id: str) -> GridGame:
         """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
-        game, args = GridGame(env_id, self.game.device), self.args
+        game = GridGame(env_id, self.game.device)
         if game.family != self.game.family:
             raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
-        if args.own_goal and args.goal != "inferred":
-            raise UsageError("--own-goal needs --goal inferred: it is a row of the same table")
-        goals, players, orders = args.goals, game.num_players, []
-        if args.goal == "inferred" and args.assignment == "exclusive":
-            if goals < players or math.perm(goals, players) > 50_000:
-                raise UsageError(f"--assignment exclusive: {players} players cannot share out --goals {goals}")
-            orders = list(itertools.permutations(range(goals), players))
-        self.orders = torch.tensor(orders, dtype=torch.int64, device=game.device)  # [P, N] all one-to-one assignments
         self.game, self.relative = game, RelativeFeatures(game)
         self.moa.relative = self.relative
         return game
+
+    def look(self, state: GameState) -> tuple[Tensor, Tensor]:
+        """`relative(state)`, once for one state in succession."""
+        if self.latest[0] is not state:
+            self.latest = state, self.relative(state)
+        return self.latest[1]
 
     @torch.no_grad()
     def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
@@ -967,27 +942,26 @@ class Agent(nn.Module):
         emptied from match to match."""
         if self.args.goal != "inferred" or self.args.belief == "none" and not self.args.own_goal:
             return memory
-        (own, others), active = self.relative(state), state.players >= 0
+        (own, others), active = self.look(state), state.players >= 0
         if self.args.own_goal:
-            chosen = self.infer_all(memory, own, others, None)[2].chosen
+            chosen = self.infer_all(memory, own, others, None)[2]
             keep = ~ended & ((state.time + 1) % self.args.goal_period > 0)
             memory = memory._replace(own=chosen * keep.view(-1, 1, 1), key=memory.key + actions.numel())
         if self.args.belief == "bayes":
             step = self.moa.log_likelihood(own, others, self.game.action_mask(state), actions) * active.unsqueeze(-1)
             memory = memory._replace(likelihood=memory.likelihood + step)
-        if self.moa.summary > 0:
+        if self.moa.encodes:
             step = self.moa.features(self.moa.seen(own, others), actions, active)
-            memory = memory._replace(match=memory.match + step, episode=memory.episode + step)
+            memory = memory._replace(match=memory.match + step)
         if not ended.any():
             return memory
         clear, over = ended.view(-1, 1, 1), match_ended.view(-1, 1, 1)
         prior = torch.where(clear, self.moa.next_prior(memory.prior, memory.likelihood), memory.prior)
-        return memory._replace(
-            prior=prior.masked_fill(over, -math.log(self.args.goals)),
-            likelihood=memory.likelihood.masked_fill(clear, 0.0),
-            match=memory.match.masked_fill(over, 0.0),
-            episode=memory.episode.masked_fill(clear, 0.0),
+        prior, likelihood = (
+            prior.masked_fill(over, -math.log(self.args.goals)),
+            memory.likelihood.masked_fill(clear, 0.0),
         )
+        return memory._replace(prior=prior, likelihood=likelihood, match=memory.match.masked_fill(over, 0.0))
 
     def assign(self, log_belief: Tensor) -> Tensor:
         """float32 [B, N, G]: shares of the goals that every seat is taken to have. `soft`: the belief; `hard`: the
@@ -997,11 +971,13 @@ class Agent(nn.Module):
             return log_belief.exp()
         if self.args.assignment == "hard":
             return F.one_hot(log_belief.argmax(-1), log_belief.shape[-1]).float()
-        seats = torch.arange(self.orders.shape[1], device=log_belief.device)
-        scores = log_belief[:, seats, self.orders].sum(-1)  # [B, P]
+        players, goals = log_belief.shape[1:]
+        if goals < players or math.perm(goals, players) > 50_000:
+            raise UsageError(f"--assignment exclusive: {players} players cannot share out --goals {goals}")
+        orders = torch.tensor(list(itertools.permutations(range(goals), players)), device=log_belief.device)  # [P, N]
+        scores = log_belief[:, torch.arange(players), orders].sum(-1)  # [B, P]
         best = (scores >= scores.amax(1, keepdim=True) - 1e-5).float()
-        shares = F.one_hot(self.orders, log_belief.shape[-1]).float()  # [P, N, G]
-        return torch.einsum("bp,png->bng", best / best.sum(1, keepdim=True), shares)
+        return torch.einsum("bp,png->bng", best / best.sum(1, keepdim=True), F.one_hot(orders, goals).float())
 
     def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None) -> tuple[Tensor, Tensor]:
         """The embeddings [B, N, Z] of the goals assigned to every seat, and the log of the belief [B, N, G]; or zeros,
@@ -1010,21 +986,22 @@ class Agent(nn.Module):
         return self.infer_all(memory, own, others, oracle)[:2]
 
     @torch.no_grad()
-    def infer_all(self, memory, own, others, oracle) -> tuple[Tensor, Tensor, Choice | None]:
-        """The same, and the seats' choices of their own goals."""
+    def infer_all(self, memory, own, others, oracle) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]:
+        """The same; own goals [B, N, G], one-hot; bool [B, N]: drawn in this step; their log-probabilities there."""
+        never = torch.zeros(own.shape[:2], dtype=torch.bool, device=own.device)
         if self.args.goal != "inferred":
             goal = own.new_zeros(*own.shape[:2], self.told) if oracle is None else oracle
-            return goal, torch.full_like(goal, -30.0), None
+            return goal, torch.full_like(goal, -30.0), memory.own, never, 0.0
         log_belief, table = self.moa.log_belief(memory), self.moa.table
         goal = self.assign(log_belief) @ table
         if not self.args.own_goal:
-            return goal, log_belief, None
+            return goal, log_belief, memory.own, never, 0.0
         joined, total = self.with_goals(others, torch.cat([goal, memory.own @ table], -1))
         log_probs, draws = self.actor.chooser(own, joined, total).log_softmax(-1), ~memory.own.any(-1)
         noise = -(-uniform_numbers(memory.key, self.args.goals).log()).log()
         drawn = F.one_hot((log_probs + noise).argmax(-1), self.args.goals).float()
         chosen = torch.where(draws.unsqueeze(-1), drawn, memory.own)
-        return torch.cat([goal, chosen @ table], -1), log_belief, Choice(log_probs, chosen, draws)
+        return torch.cat([goal, chosen @ table], -1), log_belief, chosen, draws, draws * (log_probs * chosen).sum(-1)
 
     def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """Co-players' features with their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z],
@@ -1035,32 +1012,25 @@ class Agent(nn.Module):
     @torch.no_grad()
     def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
         """V [B, N] of every seat."""
-        own, others = self.relative(state)
-        goal, _, choice = self.infer_all(memory, own, others, oracle)
+        own, others = self.look(state)
+        goal, _, _, draws, _ = self.infer_all(memory, own, others, oracle)
         joined, total = self.with_goals(others, goal)
-        return self.critic(own, joined, total if choice is None else undrawn(total, choice.draws, self.told)).squeeze(
-            -1
-        )
+        return self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)
 
     @torch.no_grad()
     def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
-        """A Decision for every seat of `state` (bool `seats` [B, N], where it matters, saves nothing here). bool `mask`
+        """A Decision for every seat of `state` (`seats`, those where it matters, save nothing here). bool `mask`
         [B, N, A] has the legal actions; `memory` is this agent's; `oracle` [B, N, Z] is for `--goal oracle`."""
         with self.timer("goal inference"):
-            own, others = self.relative(state)
-            goal, _, choice = self.infer_all(memory, own, others, oracle)
+            own, others = self.look(state)
+            goal, _, chosen, draws, log_choice = self.infer_all(memory, own, others, oracle)
         with self.timer("policy and value"):
             joined, total = self.with_goals(others, goal)
             prior = masked(self.actor(own, joined, total), mask).log_softmax(-1)
-            action = sample(prior, generator)
-            log_prob = prior.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-            if choice is None:
-                value, chosen, draws = self.critic(own, joined, total), memory.own, torch.zeros_like(action).bool()
-            else:
-                _, chosen, draws = choice
-                value = self.critic(own, joined, undrawn(total, draws, self.told))
-                log_prob = log_prob + draws * (choice.log_probs * chosen).sum(-1)
-        return Decision(action, log_prob, value.squeeze(-1), own, others, goal, mask, prior, chosen, draws)
+            value = self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)
+        action = sample(prior, generator)
+        log_prob = prior.gather(-1, action.unsqueeze(-1)).squeeze(-1) + log_choice
+        return Decision(action, log_prob, value, own, others, goal, mask, prior, chosen, draws)
 
     def sample_goals(self, goal: Tensor, log_belief: Tensor, samples: int, generator: Generator) -> Tensor:
         """float32 [B, N, K, Z]: embeddings of K goals of every seat, drawn from its belief; of its own, the one that
@@ -1221,11 +1191,9 @@ class MOABuffer:
             memory = memory._replace(
                 prior=prior, likelihood=total[torch.arange(self.batch, device=now.device), episode]
             )
-        if moa.summary > 0:
+        if moa.encodes:
             steps = moa.features(moa.seen(own, others), actions, active.squeeze(-1))
-            zeros, running = torch.zeros_like(present.match), (now == episode.unsqueeze(1))[live].view(-1, 1, 1)
-            sums = zeros.index_add(0, game, steps), zeros.index_add(0, game, steps * running)
-            memory = memory._replace(match=sums[0], episode=sums[1])
+            memory = memory._replace(match=torch.zeros_like(present.match).index_add(0, game, steps))
         return memory
 
 

@@ -26,6 +26,7 @@ ENV_ID = "msh-3x3-3p-2h1s"
 RUN = {"env_id": ENV_ID, "co_players": "self,nh,ns-noisy", "num_envs": 4, "num_steps": 40, "total_timesteps": 480}
 RUN |= {"checkpoint_every": 1, "match_episodes": 2, "plan_update": "offset", "plan_until": 1.0, "anneal": False}
 RUN |= {"hidden_size": 16, "moa_hidden_size": 8, "goal_size": 3, "moa_matches": 4, "moa_capacity": 50}
+RUN |= {"moa_every": 1, "temperature": 2.0}
 RUN |= {"plan_samples": 4, "transition_minibatches": 2, "update_epochs": 2, "num_minibatches": 2, "moa_updates": 3}
 
 
@@ -203,11 +204,14 @@ CHANGES = {  # another value of each option that learning depends on
     "subgoal_coef": 1.0, "moa_updates": 1, "moa_matches": 2, "moa_capacity": 2, "moa_buffer": "positive",
     "freeze_moa": True, "pretrain_moa_steps": 100, "plan_update": "hop", "plan_beta": 5.0, "plan_until": 0.0,
     "plan_samples": 2, "transition": "simulator", "transition_learning_rate": 1e-2, "transition_epochs": 1,
-    "transition_minibatches": 1, "transition_reservoir": 4,
+    "transition_minibatches": 1, "transition_reservoir": 4, "goals": 3, "goal_training": "amortised",
+    "temperature": 0.3, "belief": "none", "inter_om": "count", "inter_om_alpha": 0.5, "assignment": "hard",
+    "own_goal": True, "goal_period": 3, "moa_every": 2, "pg": True,
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
     checkpoint_every resume profile evaluate eval_episodes load_moa""".split()  # tested by name elsewhere in this file
-NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}}  # options that matter only with another
+NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}, "goal_period": {"own_goal": True}}
+NEEDS |= {"temperature": {"goal_training": "gumbel"}}  # options that matter only with another
 
 
 @pytest.fixture(scope="module")
@@ -741,7 +745,7 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until", "inter_om_alpha"]
 NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
 
 
