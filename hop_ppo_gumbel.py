@@ -735,6 +735,7 @@ class MOA(nn.Module):
     and from episode to episode HOP's discounted count (Huang et al. 2024, eq. 2).
     The subgoal of j is the item of its next successful interaction in the episode, or none (OMG, Yu et al. 2024)."""
 
+    # method: table, heads and encoder
     def __init__(self, relative: RelativeFeatures, args: Args):
         super().__init__()
         game, own, other, hidden = relative.game, relative.own_size, relative.other_size, args.moa_hidden_size
@@ -752,6 +753,7 @@ class MOA(nn.Module):
             self.step_feature = layer(own + relative.size + game.num_actions, hidden, 1.0)
             self.guesser = nn.Sequential(layer(2 * hidden + 1, hidden), nn.ReLU(), layer(hidden, args.goals, 0.1))
 
+    # method: other fields
     def initial_memory(self, batch: int) -> Memory:
         """The empty memory of B matches."""
         args, seats = self.args, (batch, self.relative.game.num_players)
@@ -873,12 +875,13 @@ class Decision(NamedTuple):
     """What the policy of every seat saw and did in one step of B games."""
 
     action: Tensor  # int64 [B, N]
-    log_prob: Tensor  # float32 [B, N] of the action, and of the own goal where one is drawn
+    log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
     value: Tensor  # float32 [B, N] of returns times reward_scale
     own: Tensor  # float32 [B, N, X]
     others: Tensor  # float32 [B, N, N-1, Y]
-    goal: Tensor  # float32 [B, N, Z] assigned to every seat; with --own-goal, what it pursues itself beside it
+    goal: Tensor  # float32 [B, N, Z] inferred of every seat
     mask: Tensor  # bool [B, N, A]
+    # method: there is no offset
     prior: Tensor  # float32 [B, N, A] log pi_theta
     chosen: Tensor  # float32 [B, N, G] own goal, one-hot (no last entries without --own-goal)
     draws: Tensor  # bool [B, N] the own goal is drawn in this step
@@ -898,6 +901,7 @@ def uniform_numbers(key: Tensor, count: int) -> Tensor:
 class Agent(nn.Module):
     """The learned player: policy, value, MOA and its beliefs, for every seat of B games at once."""
 
+    # method: no planner; sizes of goals; the chooser
     def __init__(self, game: GridGame, args: Args):
         super().__init__()
         self.game, self.args, self.relative = game, args, RelativeFeatures(game)
@@ -916,6 +920,7 @@ class Agent(nn.Module):
         self.to(game.device)
         self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
 
+    # method: no planner reads it
     @property
     def uses_moa(self) -> bool:
         """Whether anything reads the MOA."""
@@ -936,6 +941,7 @@ class Agent(nn.Module):
             self.latest = state, self.relative(state)
         return self.latest[1]
 
+    # method: Bayes' rule, the count of episodes, the own goal
     @torch.no_grad()
     def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
         """The memory after `actions` [B, N] in `state`; what ended (bool [B]) is passed on from episode to episode, and
@@ -979,6 +985,7 @@ class Agent(nn.Module):
         best = (scores >= scores.amax(1, keepdim=True) - 1e-5).float()
         return torch.einsum("bp,png->bng", best / best.sum(1, keepdim=True), F.one_hot(orders, goals).float())
 
+    # method: beliefs and their assignment
     def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None) -> tuple[Tensor, Tensor]:
         """The embeddings [B, N, Z] of the goals assigned to every seat, and the log of the belief [B, N, G]; or zeros,
         or the truth `oracle`, as of certain knowledge. With `--own-goal` the embedding of what a seat pursues itself
@@ -1003,12 +1010,14 @@ class Agent(nn.Module):
         chosen = torch.where(draws.unsqueeze(-1), drawn, memory.own)
         return torch.cat([goal, chosen @ table], -1), log_belief, chosen, draws, draws * (log_probs * chosen).sum(-1)
 
+    # method: the own goal
     def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
         """Co-players' features with their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z],
         beside the own goal if there is one."""
         theirs = goal[..., self.relative.others, : self.told]
         return torch.cat([others, theirs], -1), torch.cat([theirs.sum(-2), goal[..., self.told :]], -1)
 
+    # method: the own goal
     @torch.no_grad()
     def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
         """V [B, N] of every seat."""
@@ -1017,6 +1026,7 @@ class Agent(nn.Module):
         joined, total = self.with_goals(others, goal)
         return self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)
 
+    # method: no planner; the own goal
     @torch.no_grad()
     def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
         """A Decision for every seat of `state` (`seats`, those where it matters, save nothing here). bool `mask`
@@ -1032,6 +1042,7 @@ class Agent(nn.Module):
         log_prob = prior.gather(-1, action.unsqueeze(-1)).squeeze(-1) + log_choice
         return Decision(action, log_prob, value, own, others, goal, mask, prior, chosen, draws)
 
+    # method: from the belief
     def sample_goals(self, goal: Tensor, log_belief: Tensor, samples: int, generator: Generator) -> Tensor:
         """float32 [B, N, K, Z]: embeddings of K goals of every seat, drawn from its belief; of its own, the one that
         it pursues. Where nothing is inferred, `goal` itself."""

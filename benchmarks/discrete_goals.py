@@ -245,7 +245,8 @@ def main(options: Options) -> None:
     about = {"machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"}
     about |= {"torch": torch.__version__, "benchmark": shlex.join(["python", *sys.argv])}
     for setting, seed, act in jobs(options):
-        if (options.part, setting, seed) in done or (options.only and options.only.split(" | ")[0] not in setting):
+        only = options.only.partition(" | ")[0] if options.part == "model" else options.only
+        if (options.part, setting, seed) in done or only not in setting:
             continue
         start = time.time()
         for row in act():
@@ -259,9 +260,58 @@ def main(options: Options) -> None:
                     file.write(json.dumps({**row, **about}) + "\n")
 
 
+def spread(rows: list[dict], key) -> str:
+    """Mean over seeds, and every seed."""
+    values = [key(row) for row in rows]
+    return f"{statistics.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+
+
+def percent(values) -> str:
+    return " | ".join(f"{value:.0%}" for value in values)
+
+
 def report(known: list[dict]) -> None:
     """Markdown tables of the results so far."""
-    pass
+    rows = {}
+    for row in sorted(known, key=lambda row: row["seed"]):
+        rows.setdefault((row["part"], row["setting"], row.get("goal", "")), []).append(row)
+    part = {
+        name: {k[1:]: v for k, v in rows.items() if k[0] == name} for name in ("selfplay", "model", "goals", "speed")
+    }
+    print("| game, all seats learn | mean return (seeds) | CPU seconds |\n|-|-|-|")
+    for (env_id, _), runs in part["selfplay"].items():
+        seconds = statistics.mean(r["cpu"] for r in runs)
+        print(f"| {env_id} | {spread(runs, lambda r: r['all_seats']['self'])} | {seconds:.0f} |")
+    print("\n| gap closed: game, goals by | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
+    ways = {k: v for k, v in part["model"].items() if k[1] in WAYS}
+    for (env_id, way), runs in ways.items():
+        print(
+            f"| {env_id}, `{way}` | {percent(map(statistics.mean, zip(*(r['closed'] for r in runs), strict=True)))} |"
+        )
+    print("\n| kind read off: game, goals by | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|")
+    for (env_id, way), runs in ways.items():
+        means = map(statistics.mean, zip(*(r["accuracy"] for r in runs), strict=True))
+        print(f"| {env_id}, `{way}` | {' | '.join(f'{v:.3f}' for v in means)} |")
+    for env_id, kinds in KINDS.items():
+        kinds, means = kinds.split(","), {}
+        by_goal = {goal: part["goals"].get((f"{env_id} | {goal}", ""), []) for goal in GOALS}
+        if not all(by_goal.values()):
+            continue
+        print(f"\n| {env_id}: learner with three | {' | '.join(kinds)} | mean |\n|-|{'-|' * len(kinds)}-|")
+        for goal, runs in by_goal.items():
+            columns = " | ".join(spread(runs, lambda r, kind=kind: r["returns"][kind]) for kind in kinds)
+            means[goal] = statistics.mean(r["returns"][kind] for r in runs for kind in kinds)
+            print(f"| {goal} | {columns} | {means[goal]:.3f} |")
+        share = (means["inferred"] - means["none"]) / (means["oracle"] - means["none"])
+        print(f"\n`inferred` goes {share:.0%} of the way from `none` to `oracle`.")
+        print("\n| return at the k-th episode of a match | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |\n|-|" + "-|" * 10)
+        for kind, goal in itertools.product(kinds, GOALS):
+            curve = map(statistics.mean, zip(*(r["by_episode"][kind] for r in by_goal[goal]), strict=True))
+            print(f"| three {kind}, {goal} | {' | '.join(f'{v:.2f}' for v in curve)} |")
+    print("\n| training, game steps a second | plain PPO | inferred goals | ratio |\n|-|-|-|-|")
+    for (setting, _), runs in part["speed"].items():
+        plain, ours, ratio = (statistics.median(r[k] for r in runs) for k in ("plain", "ours", "ratio"))
+        print(f"| {setting} | {plain:,.0f} | {ours:,.0f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

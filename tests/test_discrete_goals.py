@@ -267,7 +267,7 @@ def test_straight_through_draws(discrete):
     (gradient,) = torch.autograd.grad((drawn @ cost).sum(), many)
     exact = probs * (cost - (probs * cost).sum())  # of sum_g p_g c_g
     error = gradient.std(0) / 400_000**0.5
-    assert ((gradient.mean(0) - exact).abs() < 4.5 * error + 0.02).all() and exact.abs().min() > 0.1
+    assert ((gradient.mean(0) - exact).abs() < 4.5 * error + 0.02).all() and exact.abs().min() > 0.05
     warm = discrete.straight_through(many, 5.0, torch.Generator().manual_seed(0))
     (other,) = torch.autograd.grad((warm @ cost).sum(), many)
     assert other.mean(0).abs().max() < 0.6 * exact.abs().max()  # a high temperature is smoother, and biased
@@ -395,7 +395,7 @@ def test_goals_do_not_collapse(discrete, small, way):
 
 def test_goal_statistics_by_hand(discrete, small):
     """Goals that are the kinds: their use and their information are the entropy of the kinds."""
-    trainer = discrete.Trainer(small(env_id=SMALL_HUNT, co_players="nh,ns,self", num_envs=40))
+    trainer = discrete.Trainer(small(env_id=SMALL_HUNT, co_players="nh,ns,self", num_envs=40, num_steps=1))
     players, count = trainer.co_players, defaultdict(int)
     players.episode = torch.arange(40) % 2
     likelihood = torch.zeros(40, 3, 4)
@@ -454,34 +454,32 @@ def test_own_goals_are_kept_for_a_period(discrete, small):
     agent.act = acting
     trainer.iterate()
     trainer.rollout()
-    expected, drawn, variance = torch.zeros(4), torch.zeros(4), torch.zeros(4)
+    started = 0
     for k, (state, memory, d) in enumerate(shown):
         assert (d.chosen.sum(2) == 1).all()
         start = (state.time % 3 == 0).unsqueeze(1).expand_as(d.draws)
         assert torch.equal(d.draws, start) and torch.equal(memory.own.any(2), ~start)
         if k:
             assert torch.equal(d.chosen[~start], shown[k - 1][2].chosen[~start])
-        if k < 50:
-            probs = agent.infer_all(memory, d.own, d.others, None)[2].log_probs.exp()[start] if k else None
-            if k == 0:
-                continue
-            drawn, expected = drawn + d.chosen[start].sum(0), expected + probs.sum(0)
-            variance = variance + (probs * (1 - probs)).sum(0)
-    assert drawn.sum() > 1000
+            started += int((d.chosen[start] != shown[k - 1][2].chosen[start]).any(1).sum())
+    assert started > 500 and len(shown) == 100
 
 
 def test_own_goals_follow_the_policy_and_nobody_else_sees_them(discrete, lively):
     agent = lively(env_id=SMALL_HUNT, own_goal=True)
     state = agent.game.initial_state(3000, torch.Generator().manual_seed(0)).rows(torch.zeros(3000, dtype=torch.int64))
     (own, others), memory = agent.relative(state), agent.moa.initial_memory(3000)
-    goal, _, choice = agent.infer_all(memory, own, others, None)
-    probs = choice.log_probs[0].exp()  # [N, G], the same in all games
-    assert choice.draws.all() and (choice.chosen.mean(0) - probs).abs().max() < 4.5 * 0.5 / 3000**0.5
-    both = (choice.chosen[:, 0].argmax(1) == choice.chosen[:, 1].argmax(1)).float().mean()
+    goal, _, chosen, draws, log_prob = agent.infer_all(memory, own, others, None)
+    joined, total = agent.with_goals(others, torch.cat([goal[..., :3], torch.zeros(3000, 3, 3)], 2))
+    with torch.no_grad():
+        probs = agent.actor.chooser(own, joined, total)[0].softmax(1)  # [N, G], the same in all games
+    assert draws.all() and (chosen.mean(0) - probs).abs().max() < 4.5 * 0.5 / 3000**0.5
+    torch.testing.assert_close(log_prob.exp(), (chosen * probs).sum(2), rtol=1e-4, atol=1e-5)
+    both = (chosen[:, 0].argmax(1) == chosen[:, 1].argmax(1)).float().mean()
     assert abs(float(both - (probs[0] * probs[1]).sum())) < 0.05  # seats draw by themselves
     later = agent.remember(memory, state, torch.full((3000, 3), 4), *[torch.zeros(3000, dtype=torch.bool)] * 2)
-    assert torch.equal(later.own, choice.chosen)
-    torch.testing.assert_close(goal[..., 3:], choice.chosen @ agent.moa.table)
+    assert torch.equal(later.own, chosen)
+    torch.testing.assert_close(goal[..., 3:], chosen @ agent.moa.table)
     joined, total = agent.with_goals(others, goal)
     other_goal = torch.cat([goal[..., :3], torch.roll(goal[..., 3:], 1, 0)], 2)
     joined_too, total_too = agent.with_goals(others, other_goal)
@@ -489,10 +487,10 @@ def test_own_goals_follow_the_policy_and_nobody_else_sees_them(discrete, lively)
     torch.testing.assert_close(total[..., 3:], goal[..., 3:])
     value = agent.value(state, memory, None)  # where goals are drawn V does not know them
     assert torch.allclose(value, value[:1], atol=1e-5)
-    kept = agent.value(state, memory._replace(own=choice.chosen), None)
+    kept = agent.value(state, memory._replace(own=chosen), None)
     assert kept.std(0).min() > 1e-3
-    drawn_later = agent.infer_all(memory._replace(key=memory.key + 1000), own, others, None)[2].chosen
-    assert not torch.equal(drawn_later, choice.chosen)
+    drawn_later = agent.infer_all(memory._replace(key=memory.key + 1000), own, others, None)[2]
+    assert not torch.equal(drawn_later, chosen)
 
 
 def test_uniform_numbers(discrete):
