@@ -97,7 +97,7 @@ class Args:
     goals: int = 4  # discrete goals a player (G)
     # method: of a discrete goal's embedding
     goal_size: int = 8  # dimensions of a goal's embedding
-    goal_training: Literal["gumbel", "em", "amortised"] = "em"  # drawn or soft responsibilities; or an encoder's guess
+    goal_training: Literal["gumbel", "em", "amortised"] = "gumbel"  # drawn or soft responsibilities; or an encoder's guess
     temperature: float = 1.0  # of the Gumbel-Softmax at the start; falls to a tenth of it over the run
     belief: Literal["bayes", "encoder", "none"] = "bayes"  # from the likelihoods; an encoder's guess; always uniform
     inter_om: Literal["posterior", "count"] = "posterior"  # what an ended episode adds to the prior: that, or its goal
@@ -743,7 +743,8 @@ class MOA(nn.Module):
         told = len(SCRIPTED) + 3 + relative.size if args.goal == "oracle" else told
         self.relative, self.args, self.goal = relative, args, args.goal
         self.goal_size = told + args.own_goal * args.goal_size  # what is told of a player, and what it pursues itself
-        self.decoder = GoalHeads(own, other, told, game.num_actions, hidden, 0.01)
+        # goals that differ at first are all used; alike (0.01), the one that is ahead soon gets every match
+        self.decoder = GoalHeads(own, other, told, game.num_actions, hidden, 0.3)
         self.subgoal = GoalHeads(own, other, told, queries, hidden, 0.01)
         if args.goal == "inferred":
             self.table = nn.Parameter(torch.randn(args.goals, args.goal_size))

@@ -54,7 +54,8 @@ class Options:
     only: str = ""  # settings whose name contains this
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds
     episodes: int = 2000  # evaluation episodes for each kind of co-players
-    steps: int = 800_000  # game steps of training in `goals`
+    steps: int = 400_000  # game steps of training in `goals`
+    ways: str = "em,gumbel,amortised"  # ways of training the goals in `model`
     options: str = ""  # further options of the script
     keep: bool = True  # write the results down
     report: bool = False  # print tables only
@@ -132,7 +133,7 @@ def model(setting: str, seed: int, options: Options) -> list[dict]:
         moa_goals.play(game, kinds.split(","), n, base.episodes, seed + s) for s, n in enumerate((matches, 600))
     )
     relative, results, nll = script.RelativeFeatures(game), [], {}
-    for goal in ("none", "oracle", *WAYS):
+    for goal in ("none", "oracle", *options.ways.split(",")):
         if options.only and options.only not in f"{setting} | {goal}":
             continue
         torch.manual_seed(seed)
@@ -188,7 +189,7 @@ def run(words: str, kinds: list[str], options: Options, seed: int) -> dict:
     return result | {"metrics": {k: v for k, v in metrics.items() if k != "run" and k.startswith(("moa", "charts"))}}
 
 
-def speed(env_id: str, co_players: str, rounds: int = 15, warm_up: int = 16384) -> dict:
+def speed(env_id: str, co_players: str, rounds: int = 5, warm_up: int = 16384) -> dict:
     """Median game steps a second of training: plain PPO by hop_onestep.py, and this script with inferred goals. A round
     is `moa_every` iterations, so that every part of the work is in it; the scripts take turns."""
     plain = hop_onestep.Args(env_id=env_id, co_players=co_players, goal="none", plan_update="none")
