@@ -97,7 +97,7 @@ class Args:
     goals: int = 4  # discrete goals a player (G)
     # method: of a discrete goal's embedding
     goal_size: int = 8  # dimensions of a goal's embedding
-    goal_training: Literal["gumbel", "em", "amortised"] = "gumbel"  # drawn or soft responsibilities; or an encoder's guess
+    goal_training: Literal["gumbel", "em", "amortised"] = "gumbel"  # responsibilities drawn, soft; or guessed
     temperature: float = 1.0  # of the Gumbel-Softmax at the start; falls to a tenth of it over the run
     belief: Literal["bayes", "encoder", "none"] = "bayes"  # from the likelihoods; an encoder's guess; always uniform
     inter_om: Literal["posterior", "count"] = "posterior"  # what an ended episode adds to the prior: that, or its goal
