@@ -343,7 +343,8 @@ def test_drawn_goals_are_one_for_a_seat_and_match(discrete, small, way, monkeypa
         items = batch.state.items.unsqueeze(1).expand(-1, shape[1], -1)
         subgoals = moa.subgoal_logits(batch.state.players, items, own, others, goal).log_softmax(2)
     picked = subgoals.gather(2, batch.subgoal.flatten(0, 1).unsqueeze(2)).squeeze(2).unflatten(0, batch.start.shape)
-    recon = -float((weight * torch.where(batch.active, picked, 0.0)).sum())
+    picked, weight = picked[batch.active][::4], weight[batch.active][::4]
+    recon = -float((weight * picked).sum() / weight.sum())
     assert float(terms["moa/recon"]) == pytest.approx(recon, rel=1e-4)
 
 
@@ -368,10 +369,10 @@ def test_guesses_know_nothing_of_the_future(discrete, small):
 
 @pytest.mark.parametrize("way", ["em", "gumbel"])
 def test_goals_do_not_collapse(discrete, small, way):
-    """Hunters of stags and hunters of hares: both goals in use, and each kind has goals of its own from the second
-    episode on, on matches that were never trained on; goals know nothing of seats."""
+    """Hunters of stags and hunters of hares, and the learner among them, which plays at random: each kind has goals of
+    its own from the second episode on, on matches that were never trained on; goals know nothing of seats."""
     options = {"env_id": "msh-5x5-3p-2h2s", "co_players": "ns,nh", "match_episodes": 3, "total_timesteps": 10**6}
-    options |= {"num_envs": 32, "num_steps": 64, "goals": 2, "moa_hidden_size": 32, "moa_learning_rate": 5e-3}
+    options |= {"num_envs": 32, "num_steps": 64, "goals": 3, "moa_hidden_size": 32, "moa_learning_rate": 5e-3}
     for seed in (1, 2):
         args = small(seed=seed, moa_updates=120, moa_matches=16, goal_training=way, moa_capacity=300, **options)
         trainer = discrete.Trainer(args)
@@ -385,11 +386,11 @@ def test_goals_do_not_collapse(discrete, small, way):
             trainer.iteration = 2
             trainer.rollout()
         known = (players.episode > 0).unsqueeze(1) & (players.kind > 0)
-        goal, kind = moa.log_belief(trainer.memory).argmax(2)[known], players.kind[known] - 1
-        right = float((goal == kind).float().mean())
-        assert len(goal) > 20 and max(right, 1 - right) > 0.9, (seed, right)
+        goal, kind = moa.log_belief(trainer.memory).argmax(2)[known], players.kind[known]
+        votes = torch.zeros(3, 3).index_put((goal, kind), torch.ones(len(goal)), accumulate=True)
+        assert len(goal) > 20 and float(votes.amax(1).sum()) / len(goal) > 0.9, (seed, votes)
         statistics = {name: float(value) for name, value in trainer.goal_statistics().items()}
-        assert statistics["moa/usage_entropy"] > 0.5 * math.log(2) and statistics["moa/kind_information"] > 0.35
+        assert statistics["moa/usage_entropy"] > 0.5 and statistics["moa/kind_information"] > 0.35
         assert statistics["moa/seat_information"] < 0.2
 
 
