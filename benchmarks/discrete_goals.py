@@ -3,7 +3,7 @@
     python benchmarks/discrete_goals.py --part model      # gap closed and kinds read off, by way of training
     python benchmarks/discrete_goals.py --part selfplay   # all seats learn, with the script's own goals
     python benchmarks/discrete_goals.py --part goals      # one learner among scripted players: none, inferred, oracle
-    python benchmarks/discrete_goals.py --part speed      # game steps a second against plain PPO, in turns
+    python benchmarks/discrete_goals.py --part speed      # game steps a CPU second against plain PPO, in turns
     python benchmarks/discrete_goals.py --report          # tables from the results so far
 
 Every run uses one thread. A result is a JSON line in `benchmarks/results/discrete_goals.jsonl` with its exact command,
@@ -190,7 +190,7 @@ def run(words: str, kinds: list[str], options: Options, seed: int) -> dict:
 
 
 def speed(env_id: str, co_players: str, rounds: int = 5, warm_up: int = 16384) -> dict:
-    """Median game steps a second of training: plain PPO by hop_onestep.py, and this script with inferred goals. A round
+    """Median game steps a CPU second of training: plain PPO by hop_onestep.py, and this script with inferred goals. A round
     is `moa_every` iterations, so that every part of the work is in it; the scripts take turns."""
     plain = hop_onestep.Args(env_id=env_id, co_players=co_players, goal="none", plan_update="none")
     trainers = [
@@ -203,10 +203,10 @@ def speed(env_id: str, co_players: str, rounds: int = 5, warm_up: int = 16384) -
     every, rates = trainers[1].args.moa_every, ([], [])
     for _ in range(rounds):
         for trainer, rate in zip(trainers, rates, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(every):
                 trainer.iterate()
-            rate.append(every * trainer.args.num_envs * trainer.args.num_steps / (time.perf_counter() - start))
+            rate.append(every * trainer.args.num_envs * trainer.args.num_steps / (time.process_time() - start))
     plain, ours = map(statistics.median, rates)
     return {
         "plain": round(plain),
@@ -309,7 +309,7 @@ def report(known: list[dict]) -> None:
         for kind, goal in itertools.product(kinds, GOALS):
             curve = map(statistics.mean, zip(*(r["by_episode"][kind] for r in by_goal[goal]), strict=True))
             print(f"| three {kind}, {goal} | {' | '.join(f'{v:.2f}' for v in curve)} |")
-    print("\n| training, game steps a second | plain PPO | inferred goals | ratio |\n|-|-|-|-|")
+    print("\n| training, game steps a CPU second | plain PPO | inferred goals | ratio |\n|-|-|-|-|")
     for (setting, _), runs in part["speed"].items():
         plain, ours, ratio = (statistics.median(r[k] for r in runs) for k in ("plain", "ours", "ratio"))
         print(f"| {setting} | {plain:,.0f} | {ours:,.0f} | {ratio:.2f} |")
