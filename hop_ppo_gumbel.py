@@ -98,7 +98,7 @@ class Args:
     # method: of a discrete goal's embedding
     goal_size: int = 8  # dimensions of a goal's embedding
     goal_training: Literal["gumbel", "em", "amortised"] = "gumbel"  # responsibilities drawn, soft; or guessed
-    temperature: float = 1.0  # of the Gumbel-Softmax at the start; falls to a tenth of it over the run
+    temperature: float = 1.0  # of the Gumbel-Softmax at the start; falls to a tenth of it, if annealed
     belief: Literal["bayes", "encoder", "none"] = "bayes"  # from the likelihoods; an encoder's guess; always uniform
     inter_om: Literal["posterior", "count"] = "posterior"  # what an ended episode adds to the prior: that, or its goal
     inter_om_alpha: float = 0.0  # weight of the old prior in the next episode's; 0: the last posterior, 1: nothing kept
@@ -1369,7 +1369,7 @@ class Trainer:
                 metrics |= self.goal_statistics()
                 with timer("MOA"):
                     trains = not args.freeze_moa and self.iteration % args.moa_every == 0
-                    metrics |= self.update_moa(max(0.1, 1.0 - 0.9 * done) * args.temperature) if trains else {}
+                    metrics |= self.update_moa(args.temperature * (1.0 - 0.9 * done * args.anneal)) if trains else {}
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
             with timer("PPO"):
                 metrics |= self.update_policy(rows, ent_coef)
@@ -1423,19 +1423,21 @@ class Trainer:
 
     @torch.no_grad()
     def goal_statistics(self) -> dict[str, Tensor]:
-        """What the beliefs of the running matches know after their first episodes, in nats: entropy of the goals' use;
-        mutual information with scripted players' kind, with the kind of item that they walk to, and with the seat
-        (which should be none)."""
+        """What the beliefs of the running matches know after their first episodes, in nats: entropy of the use of
+        goals, by all seats; mutual information with scripted players' kind, with the kind of item that they walk to, and with
+        the seat (which should be none). Nothing of what there is not."""
         players, belief = self.co_players, self.agent.moa.log_belief(self.memory).exp()
-        known = (players.episode > 0).unsqueeze(1) & (players.script[players.kind] >= 0)  # [B, N]
+        later = (players.episode > 0).unsqueeze(1).expand_as(players.kind)  # [B, N]
+        known = later & (players.script[players.kind] >= 0)
         wanted = F.pad(self.game.item_kind, (0, 1), value=-1)[players.target] + 1
         seats = torch.arange(self.game.num_players, device=self.device).expand_as(known)
-        result = {}
-        for name, labels in {"kind": players.kind, "target": wanted, "seat": seats}.items():
+        use = belief[later].mean(0)
+        result = {"moa/usage_entropy": -(use * use.clamp(min=1e-20).log()).sum()} if later.any() else {}
+        for name, labels in {"kind": players.kind, "target": wanted, "seat": seats}.items() if known.any() else ():
             joint = F.one_hot(labels[known], int(labels.max()) + 1).float().T @ belief[known]  # [labels, G]
-            joint = joint / joint.sum().clamp(min=1e-9)
+            joint = joint / joint.sum()
             parts = [-(p * p.clamp(min=1e-20).log()).sum() for p in (joint, joint.sum(0), joint.sum(1))]
-            result |= {f"moa/{name}_information": parts[1] + parts[2] - parts[0], "moa/usage_entropy": parts[1]}
+            result[f"moa/{name}_information"] = parts[1] + parts[2] - parts[0]
         return result
 
     # method: there is no VAE

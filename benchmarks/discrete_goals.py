@@ -190,8 +190,8 @@ def run(words: str, kinds: list[str], options: Options, seed: int) -> dict:
 
 
 def speed(env_id: str, co_players: str, rounds: int = 5, warm_up: int = 16384) -> dict:
-    """Median game steps a CPU second of training: plain PPO by hop_onestep.py, and this script with inferred goals. A round
-    is `moa_every` iterations, so that every part of the work is in it; the scripts take turns."""
+    """Median game steps a CPU second of training: plain PPO by hop_onestep.py, and this script with inferred goals.
+    A round is `moa_every` iterations, so that every part of the work is in it; the scripts take turns."""
     plain = hop_onestep.Args(env_id=env_id, co_players=co_players, goal="none", plan_update="none")
     trainers = [
         hop_onestep.Trainer(hop_onestep.resolved(plain)),
