@@ -1423,9 +1423,9 @@ class Trainer:
 
     @torch.no_grad()
     def goal_statistics(self) -> dict[str, Tensor]:
-        """What the beliefs of the running matches know after their first episodes, in nats: entropy of the use of
-        goals, by all seats; mutual information with scripted players' kind, with the kind of item that they walk to, and with
-        the seat (which should be none). Nothing of what there is not."""
+        """What the beliefs of the running matches know after their first episodes, in nats: entropy of the goals in
+        use by all seats; mutual information with scripted players' kind, with the kind of item that they walk to, and
+        with the seat (which should be none)."""
         players, belief = self.co_players, self.agent.moa.log_belief(self.memory).exp()
         later = (players.episode > 0).unsqueeze(1).expand_as(players.kind)  # [B, N]
         known = later & (players.script[players.kind] >= 0)
