@@ -743,10 +743,10 @@ class MOA(nn.Module):
         told = len(SCRIPTED) + 3 + relative.size if args.goal == "oracle" else told
         self.relative, self.args, self.goal = relative, args, args.goal
         self.goal_size = told + args.own_goal * args.goal_size  # what is told of a player, and what it pursues itself
-        self.decoder = GoalHeads(own, other, told, game.num_actions, hidden, 0.3)
+        self.decoder = GoalHeads(own, other, told, game.num_actions, hidden, 1.0)
         self.subgoal = GoalHeads(own, other, told, queries, hidden, 0.01)
         if args.goal == "inferred":
-            self.table = nn.Parameter(torch.randn(args.goals, args.goal_size))
+            self.table = nn.Parameter(0.3 * torch.randn(args.goals, args.goal_size))  # small: at first it is noise
         self.encodes = args.goal == "inferred" and (args.belief == "encoder" or args.goal_training == "amortised")
         self.summary = hidden if self.encodes else -1
         if self.encodes:
