@@ -57,10 +57,15 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def small(script):
-    """Makes the resolved Args of a small and short run, with the options given."""
+    """Makes the resolved Args of a small and short run, with the options given, a planner's only where there is one."""
     names = {field.name for field in dataclasses.fields(script.Args)}
     default = {name: value for name, value in SMALL.items() if name in names}
-    return lambda **options: script.resolved(script.Args(**{**default, **options}))
+
+    def make(**options):
+        options = {k: v for k, v in options.items() if k in names or not k.startswith(("plan_", "transition"))}
+        return script.resolved(script.Args(**{**default, **options}))
+
+    return make
 
 
 def shake(module, seed):

@@ -19,6 +19,11 @@ def vae(script):
     return script
 
 
+def no_imitation(script):
+    """The last argument of `ppo_loss` in scripts whose policy may imitate a planner."""
+    return [False] if "q_plan" in script.Decision._fields else []
+
+
 def shaken(trainer, shake_scale=0.2):
     """The trainer with parameters that differ from their first values, its planner in the logits."""
     generator = torch.Generator().manual_seed(0)
@@ -234,14 +239,15 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
         values = rows["value"], rows["next_value"]
         rows["advantage"] = script.generalised_advantages(rows["reward"], *values, rows["goes_on"], args.gamma, 0.9)
         rows["return"] = rows["advantage"] + rows["value"]
-        runs.append({**rows, "memory": torch.stack(list(trainer.memory), 0)})
+        runs.append({**rows, "memory": torch.cat(list(trainer.memory), -1).unsqueeze(0)})
         joined, total = agent.with_goals(rows["others"], rows["goal"])
         part = {**rows, "others": joined, "goal": total}
         part = {
             name: part[name][rows["learner"]]
             for name in ("own", "others", "goal", "mask", "offset", "action", "log_prob", "advantage", "return")
+            if name in part
         }
-        loss, _ = script.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(0.01), False)
+        loss, _ = script.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(0.01), *no_imitation(script))
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for net in (agent.actor, agent.critic) for p in net.parameters()]))
     plain, other = runs
@@ -269,6 +275,7 @@ def test_ppo_loss_row_by_row(script, lively, norm_adv):
     rows["mask"] = torch.rand(count, 7, generator=generator) < 0.7
     rows["mask"][:, 4] = True
     rows["offset"] = torch.randn(count, 7, generator=generator) * rows["mask"]
+    rows["offset"] *= "offset" in script.Decision._fields
     with torch.no_grad():
         logits = agent.actor(rows["own"], rows["others"], rows["goal"]) + rows["offset"]
         value = agent.critic(rows["own"], rows["others"], rows["goal"]).squeeze(1)
@@ -277,7 +284,8 @@ def test_ppo_loss_row_by_row(script, lively, norm_adv):
     chosen = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1)
     rows["log_prob"] = chosen + 0.3 * torch.randn(count, generator=generator)
     rows["advantage"], rows["return"] = (2 * torch.randn(count, generator=generator) + 1 for _ in range(2))
-    loss, terms = script.ppo_loss(agent.actor, agent.critic, rows, agent.args, torch.tensor(0.03), False)
+    rest = no_imitation(script)
+    loss, terms = script.ppo_loss(agent.actor, agent.critic, rows, agent.args, torch.tensor(0.03), *rest)
     mean = float(rows["advantage"].mean())
     std = (sum((a - mean) ** 2 for a in rows["advantage"].tolist()) / count) ** 0.5
     expected = defaultdict(list)

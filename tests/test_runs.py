@@ -26,6 +26,7 @@ ENV_ID = "msh-3x3-3p-2h1s"
 RUN = {"env_id": ENV_ID, "co_players": "self,nh,ns-noisy", "num_envs": 4, "num_steps": 40, "total_timesteps": 480}
 RUN |= {"checkpoint_every": 1, "match_episodes": 2, "plan_update": "offset", "plan_until": 1.0, "anneal": False}
 RUN |= {"hidden_size": 16, "moa_hidden_size": 8, "goal_size": 3, "moa_matches": 4, "moa_capacity": 50}
+RUN |= {"moa_every": 1, "temperature": 2.0}
 RUN |= {"plan_samples": 4, "transition_minibatches": 2, "update_epochs": 2, "num_minibatches": 2, "moa_updates": 3}
 RUN |= {"num_simulations": 4, "num_goal_samples": 2}
 RUN |= {"latent_size": 8, "model_updates": 3, "model_batch": 32, "replay_size": 200, "replay_surprising": 50}
@@ -207,11 +208,12 @@ CHANGES = {  # another value of each option that learning depends on
     "plan_samples": 2, "transition": "simulator", "transition_learning_rate": 1e-2, "transition_epochs": 1,
     "transition_minibatches": 1, "transition_reservoir": 4, "num_simulations": 3, "num_goal_samples": 1, "puct_c": 20.0,
     "max_depth": 1, "goal_refresh": 1, "dirichlet_alpha": 3.0, "dirichlet_fraction": 0.0, "policy_target": "visits",
-    "co_player_model": "uniform", "plan_horizon": "end",
-    "plan_depth": 2, "plan_company": "random",
+    "co_player_model": "uniform", "plan_horizon": "end", "plan_depth": 2, "plan_company": "random",
     "plan_greedy": True, "latent_size": 4, "model_learning_rate": 1e-2, "model_updates": 1, "model_batch": 16,
     "observation_coef": 0.1, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 50.0, "td_target": "model",
-    "replay_size": 10, "replay_surprising": 4,
+    "replay_size": 10, "replay_surprising": 4, "goals": 3, "goal_training": "amortised", "temperature": 0.3,
+    "belief": "none", "inter_om": "count", "inter_om_alpha": 0.5, "assignment": "hard", "own_goal": True,
+    "goal_period": 3, "moa_every": 2, "pg": True,
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
     checkpoint_every resume profile evaluate eval_episodes load_moa
@@ -220,6 +222,7 @@ NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}}  # 
 NEEDS |= {"policy_target": {"plan_update": "hop"}, "max_depth": {"num_simulations": 12}}
 NEEDS |= {"plan_horizon": {"env_id": "msh-5x5-2p-0h1s"}}  # where games last that long
 NEEDS |= dict.fromkeys(["puct_c", "goal_refresh", "dirichlet_alpha", "dirichlet_fraction"], NEEDS["max_depth"])
+NEEDS |= {"goal_period": {"own_goal": True}, "temperature": {"goal_training": "gumbel"}}
 
 
 @pytest.fixture(scope="module")
@@ -755,7 +758,8 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until", "dirichlet_fraction"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
+SHARES += ["dirichlet_fraction", "inter_om_alpha"]
 NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrain_moa_steps goal_refresh""".split()
 NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
 
