@@ -789,7 +789,7 @@ def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Planner and agent
+# Agent
 # ---------------------------------------------------------------------------------------------------------------------
 class NodeNetwork:
     """A RelativeNetwork as the search reads it: whatever its first layers see of clock, own cell and relative cells is

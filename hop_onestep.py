@@ -772,7 +772,7 @@ def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Planner and agent
+# Agent
 # ---------------------------------------------------------------------------------------------------------------------
 class TransitionNetwork(nn.Module):
     """Reward and next value of (o_i, a_i, a_-i): one feed-forward network, no simulator. The own action

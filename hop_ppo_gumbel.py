@@ -869,7 +869,7 @@ def guesses(moa: MOA, batch) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Belief
+# Agent
 # ---------------------------------------------------------------------------------------------------------------------
 # method: there is no planner; a goal of its own
 class Decision(NamedTuple):
@@ -896,6 +896,10 @@ def uniform_numbers(key: Tensor, count: int) -> Tensor:
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
         bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return ((bits >> 40) & 0xFFFFFF).float().add(0.5) / (1 << 24)
+
+
+# method: what is believed and assigned
+PLAYED = ("belief", "assignment")  # options that may change when an agent is played
 
 
 # method: beliefs, their assignment and the own goal in place of a planner
@@ -1524,19 +1528,20 @@ def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watc
 
 
 def evaluate(
-    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu"
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
 ) -> dict[str, float | list[float]]:
     """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
     `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
     them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on. Returns, undiscounted sums of
-    rewards: `focal_return`, the mean of `focal_returns` [episodes] in the order of matches, `co_player_return` (mean),
-    and `by_episode` [match_episodes], the focal mean at the k-th episode of a match."""
+    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
+    the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
+    the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
+    episode of a match."""
     if min(episodes, num_envs, match_episodes) < 1:
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device)
+    agent = load_agent(checkpoint, device, play)
     game = agent.on_game(env_id or agent.game.id)
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
@@ -1643,24 +1648,38 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return content
 
 
-def load_agent(path: str | Path, device: str | torch.device = "cpu") -> Agent:
-    """The agent of a checkpoint, ready to play; that of another script plays by that script. Raises UsageError."""
-    content = load_checkpoint(path, device)
+# method: no planner turns
+def load_agent(path: str | Path, device: str | torch.device = "cpu", options: dict | None = None) -> Agent:
+    """The agent of a checkpoint, ready to play, with `options` (of PLAYED, by name) in place of the checkpoint's; that
+    of another script plays by that script. Raises UsageError."""
+    content, options = load_checkpoint(path, device), options or {}
     if content["script"] != SCRIPT:
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device)
+            return importlib.import_module(content["script"]).load_agent(path, device, options)
+    if set(options) - set(PLAYED):
+        raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     with refused(f"checkpoint {path} does not fit this version"):
-        agent = Agent(GridGame(content["game"], device), Args(**content["args"]))
+        args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
+        agent = Agent(GridGame(content["game"], device), args)
         agent.load_state_dict(content["agent"])
         agent.plan_mode = content["plan_mode"]
-    return agent.eval()
+    agent.eval()
+    return agent
+
+
+def played(content: dict) -> dict:
+    """The values of the options PLAYED with which a checkpoint's `content` is played."""
+    values = {**content["args"], "plan_update": content["plan_mode"]}
+    return {name: values[name] for name in PLAYED if name in values}
 
 
 def print_evaluation(args: Args) -> None:
     """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
     sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
     co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device)
+    before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
+    options = {name: getattr(args, name) for name in PLAYED if getattr(args, name) not in (None, before[name])}
+    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
     returns, length = result["focal_returns"], args.match_episodes
     matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
     error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
@@ -1720,7 +1739,8 @@ def train(args: Args) -> dict[str, float]:
         while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
             trainer.log.clear()
             start = time.perf_counter()
-            metrics = {name: float(value) for name, value in trainer.iterate().items()}
+            with timer("iteration"):
+                metrics = {name: float(value) for name, value in trainer.iterate().items()}
             metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
             metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
             metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
@@ -1739,7 +1759,7 @@ def train(args: Args) -> dict[str, float]:
             generator = Generator(trainer.device).manual_seed(args.seed)
             players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
             with timer("video"):
-                record_episode(trainer.agent, players, generator, folder / "episode.gif")
+                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
     finally:
         bar.close()
         writer.close()
@@ -1773,7 +1793,7 @@ def parse_arguments(arguments: list[str]) -> Args:
         return args
     content = load_checkpoint(path)
     with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(env_id=content["game"]) if args.evaluate else Args(**content["args"])
+        default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
     return parse(default)
 
 

@@ -4,7 +4,7 @@
     python tests/copies.py --repair hop_onestep                  # copy from hop_onestep.py what differs in the others
     python tests/copies.py --repair hop_onestep --into hop_mcts  # ... in one of them
 
-A definition is a statement at the top level of a script, or in the body of a class: a method, a field, its docstring.
+A definition is a statement at the top level of a script, or in the body of a class, a method or a field.
 Where a definition is a script's own method, a comment line above it says so, `# method: <what differs>`; then it may
 differ. The text of a definition includes its decorators, and the comment lines directly above it.
 """
@@ -34,13 +34,11 @@ def names_of(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return [leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)]
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-        return ["__doc__"]
     return [node.name] if hasattr(node, "name") else [ast.unparse(node).splitlines()[0]]
 
 
 def definitions(source: str) -> dict[str, Definition]:
-    """The definitions of a script by name; members of classes as `Class.member`, and `Class` is the line that opens it.
+    """The definitions of a script by name; those of classes as `Class.member`, `Class` itself being head and docstring.
     The script's docstring and its imports are left out: they say what it is, and what it needs."""
     lines, found = source.splitlines(), {}
 
@@ -57,8 +55,9 @@ def definitions(source: str) -> dict[str, Definition]:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
             end = node.end_lineno
             if isinstance(node, ast.ClassDef):
-                add(prefix + node.name, first, node.lineno)
-                walk(node.body, f"{prefix}{node.name}.")
+                described = ast.get_docstring(node) is not None
+                add(prefix + node.name, first, node.body[0].end_lineno if described else node.lineno)
+                walk(node.body[described:], f"{prefix}{node.name}.")
             else:
                 add(prefix + ",".join(names_of(node)), first, end)
 

