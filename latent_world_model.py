@@ -791,7 +791,7 @@ def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Planner
+# Agent
 # ---------------------------------------------------------------------------------------------------------------------
 class Latent(NamedTuple):
     """zs: a token for the player itself, for every co-player and for every item, of L numbers each."""
