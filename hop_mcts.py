@@ -828,7 +828,9 @@ class GameModel:
         self.agent, self.game, self.args, self.relative = agent, agent.game, agent.args, agent.relative
         game, (self.trees, nodes, n), m = agent.game, draws.shape, agent.game.num_items
         self.draws, self.others = draws, self.relative.others
-        self.networks = [NodeNetwork(net, self.relative) for net in (agent.actor, agent.critic, agent.moa.decoder)]
+        self.networks = [NodeNetwork(network, self.relative) for network in (agent.actor, agent.critic)]
+        decoder = agent.moa.decoder  # that of another script may be no RelativeNetwork, and is called as it is
+        self.decoder = NodeNetwork(decoder, self.relative) if hasattr(decoder, "goal") else None
         self.time = n + m  # column of the step
         self.widths = [n, m, 1, 1, 1, n, n * m, n * (n - 1)]  # players, items, time, first hunt, rows of the tables
         self.nodes = torch.empty(nodes * self.trees, sum(self.widths), dtype=torch.int64, device=game.device)
@@ -857,8 +859,8 @@ class GameModel:
         """What goals [R, N, Z] add to first layers: of the focal player's policy and value (both [R, N-1, H / 2] and
         [R, H]; they know the mean, as in play), and of the MOA [R, N, H] (it plays the drawn goal)."""
         theirs, total = self.agent.with_goals(mean.new_empty(*mean.shape[:2], mean.shape[1] - 1, 0), mean)
-        parts = [f for net in self.networks[:2] for f in (theirs[:, 0] @ net.other_goal, net.network.goal(total[:, 0]))]
-        return [*parts, self.networks[2].network.goal(draw)]
+        parts = [f for net in self.networks for f in (theirs[:, 0] @ net.other_goal, net.network.goal(total[:, 0]))]
+        return [*parts, self.decoder.network.goal(draw) if self.decoder else draw]
 
     def write(self, simulation: int, state: GameState) -> Tensor:
         """Stores the T states as the nodes of `simulation`, with the rows that their networks read; [T, ..]."""
@@ -893,7 +895,7 @@ class GameModel:
         trees = nodes % self.trees
         state, clock, cells, items, near = self.read(rows)
         mask = self.game.action_mask(state)
-        actor, _, decoder = self.networks
+        actor, decoder = self.networks[0], self.decoder
         *parts, _, _, drawn = (x.index_select(0, nodes if self.refresh else trees) for x in self.goals)
         with self.agent.timer("policy and value"):
             prior = masked(self.focal(actor, rows, *parts), mask[:, 0]).softmax(1)
@@ -901,6 +903,9 @@ class GameModel:
             rest = mask[:, 1:]
             if self.args.co_player_model == "uniform":
                 chance = rest / rest.sum(2, keepdim=True)
+            elif decoder is None:
+                own, others = (x[:, 1:] for x in self.relative(state))
+                chance = masked(self.agent.moa.decoder(own, others, drawn[:, 1:]), rest).softmax(2)
             else:
                 seen = F.embedding_bag(items.flatten(0, 1), decoder.seen, mode="sum").unflatten(0, (-1, n))
                 seen, near = seen[:, self.others[1:]].flatten(0, 1), near[:, 1:].flatten(0, 1)

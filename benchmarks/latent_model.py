@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from onestep import ROOT, curve, spread
 from tqdm import tqdm
+
+from runs import ROOT, curve, spread
 
 RESULTS = ROOT / "benchmarks" / "results" / "latent_model.jsonl"
 SELF = "--co-players self --goal none"
