@@ -1132,7 +1132,9 @@ class Agent(nn.Module):
         return self.args.plan_beta * self.plan_slope.clamp(0.0, 1.0) / self.plan_rms
 
     def search_on(self, base: nn.Module) -> None:
-        """Takes networks and goal inference of `base`, an agent of any script, to search with them."""
+        """Takes networks and goal inference of `base`, an agent of any script, to search with. Raises UsageError."""
+        if self.args.goal_refresh and not hasattr(base.moa, "encode"):
+            raise UsageError("--goal-refresh needs goals that an encoder infers: this checkpoint has none")
         self.base, self.plan_mode, self.actor, self.critic, self.moa = base, "none", base.actor, base.critic, base.moa
         for name in ("infer", "remember", "sample_goals", "with_goals"):
             setattr(self, name, getattr(base, name))
@@ -1251,9 +1253,9 @@ class Agent(nn.Module):
             order = (me.unsqueeze(1) + torch.arange(n, device=me.device)) % n  # [T, N] the focal player first
             here = state.rows(at)
             here = here._replace(players=here.players.gather(1, order))
-            turned = [x[at.unsqueeze(1), order] for x in (*goals, *memory)]  # [T, N, ..]
+            turned, past = ([x[at.unsqueeze(1), order] for x in fields] for fields in (goals, memory))  # [T, N, ..]
             some = drawn[at, part % k].gather(1, order.unsqueeze(2).expand(-1, -1, drawn.shape[3]))
-            model = GameModel(self, here, Memory(*turned[2:]), (*turned[:2], some), draws[part])
+            model = GameModel(self, here, type(memory)(*past), (*turned, some), draws[part])
             model.expand(torch.arange(len(part), device=me.device))
             prior, v = root[part].masked_fill(~legal[part], -1.0), value[at, me]
             search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
