@@ -658,7 +658,7 @@ def test_value_figures(latent, lively, dataset):
 
 def test_the_model_learns_a_tiny_game_exactly(latent):
     """Two players, one stag and one hare on 2x2: after enough updates every reward, cell and end is right."""
-    args = latent.resolved(latent.Args(env_id="msh-2x2-2p-1h1s", hidden_size=32, latent_size=16))
+    args = latent.resolved(latent.Args(env_id="msh-2x2-2p-1h1s", latent_size=16))
     torch.manual_seed(0)
     game, generator, rows = latent.GridGame(args.env_id), torch.Generator().manual_seed(1), []
     agent, state = latent.Agent(game, args), game.initial_state(100, generator)
