@@ -38,8 +38,8 @@ PARTS = {
     },
     "untrained": {  # a learning rate of nearly nothing: only the MOA learns, told the co-players' kinds and targets
         "msh-4x4-4h1s, untrained": (
-            "--env-id msh-4x4-4h1s --co-players ns --goal oracle --learning-rate 1e-12 --total-timesteps 40000 "
-            "--plan-until 1 --num-simulations 16",
+            "--env-id msh-4x4-4h1s --co-players ns --goal oracle --learning-rate 1e-12 --total-timesteps 100000 "
+            "--plan-until 1 --num-simulations 7 --moa-updates 16",
             {
                 f"{n} simulations": {"plan_beta": 30.0, "num_simulations": n, "num_goal_samples": 5}
                 for n in (7, 50, 100, 200)
