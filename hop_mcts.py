@@ -1245,12 +1245,13 @@ class Agent(nn.Module):
             here = here._replace(players=here.players.gather(1, order))
             turned = [x[at.unsqueeze(1), order] for x in (*goals, *memory)]  # [T, N, ..]
             some = drawn[at, part % k].gather(1, order.unsqueeze(2).expand(-1, -1, drawn.shape[3]))
-            model = GameModel(self, here, Memory(*turned[2:]), (*turned[:2], some), draws[part])
-            model.expand(torch.arange(len(part), device=me.device))
-            prior, v = root[part].masked_fill(~legal[part], -1.0), value[at, me]
-            search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
-            search.timer, search.puct = self.timer, self.puct
-            scores[:, part] = torch.stack(search.run())
+            with torch.inference_mode():
+                model = GameModel(self, here, Memory(*turned[2:]), (*turned[:2], some), draws[part])
+                model.expand(torch.arange(len(part), device=me.device))
+                prior, v = root[part].masked_fill(~legal[part], -1.0), value[at, me]
+                search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
+                search.timer, search.puct = self.timer, self.puct
+                scores[:, part] = torch.stack(search.run())
         q, visits = scores.unflatten(1, (len(games), k)).unbind(0)  # [D, K, A]
         result = prior.new_zeros(2, *mask.shape)
         result[:, games, seat] = torch.stack([q.mean(1), visits.sum(1)]) * mask[games, seat]
