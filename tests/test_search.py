@@ -337,16 +337,18 @@ def test_tabulated_networks_are_the_networks(searching, lively, env_id):
             )
             for i in range(n):
                 company = relative.others[i]
-                kind = game.item_kind * len(relative.table)
+                kind, size = game.item_kind * len(relative.table), game.num_cells + 1
                 rows = [relative.index(state.players[:, [j]], state.items) + kind for j in (i, *company.tolist())]
-                seen = torch.stack([network.seen[row].sum(1) for row in rows[1:]], 1)
+                seen = torch.stack([network.other[row].sum(1) for row in rows[1:]], 1)
                 near = relative.index(state.players[:, [i]], state.players[:, company])
+                seen = seen + network.other[near + len(game.item_counts) * len(relative.table)]
                 theirs, whole = (
                     (0.0, goal[:, i]) if name == "decoder" else (goal[:, company] @ network.other_goal, total[:, i])
                 )
-                when = clock[:, 0] * (game.horizon + 1) + clock[:, 1]
-                where = state.players[:, i] % (game.num_cells + 1)
-                result = network(when, where, rows[0], near, seen, theirs, network.network.goal(whole))
+                where = len(game.item_counts) * len(relative.table) + state.players[:, i] % size
+                when = len(network.own) + (clock * torch.tensor([game.horizon + 1, 1])).sum(1) - (game.horizon + 1) ** 2
+                own_rows = torch.cat([when.unsqueeze(1), where.unsqueeze(1), rows[0]], 1)
+                result = network(own_rows, seen + theirs, network.network.goal(whole))
                 torch.testing.assert_close(result, plain[:, i], rtol=1e-5, atol=1e-5)
         assert plain.std() > 0.05
     if env_id in ODD_GAMES[:3]:
