@@ -804,9 +804,9 @@ class NodeNetwork:
         self.other_goal, self.network = goal.T, network  # [Z, H / 2]
 
     def __call__(self, own: Tensor, others: Tensor, total: Tensor) -> Tensor:
-        """[R, outputs] from rows of the table `own` [R, M + 2]: of the items, the own cell and the clock; from the layer
-        `other` of the co-players, `others` [R, N-1, H / 2]; and from what goals add to the first layer, `total` [R, H].
-        Overwrites `others`."""
+        """[R, outputs] from rows of the table `own` [R, 2 + M]: of the clock, the own cell and the items; from what the
+        layer `other` gives for the co-players, `others` [R, N-1, H / 2] (overwritten); and from what goals add to the
+        first layer, `total` [R, H]."""
         first = F.embedding_bag(own, self.own, mode="sum").add_(total)
         first = first.add_(self.network.mix(others.relu_().sum(1))).relu_()
         return self.network.out(self.network.hidden(first).relu_())
@@ -833,7 +833,9 @@ class GameModel:
         if self.refresh:  # goals and memories of every node, not of every tree
             self.noise = (draw - mean) / log_std.exp()
             at_root = [[*self.goals], [*memory]]
-            self.goals, self.memory = ([x.new_empty(len(self.states), *x.shape[1:]) for x in group] for group in at_root)
+            self.goals, self.memory = (
+                [x.new_empty(len(self.states), *x.shape[1:]) for x in group] for group in at_root
+            )
             for stored, root in zip([*self.goals, *self.memory], [*at_root[0], *at_root[1]], strict=True):
                 stored[: self.trees] = root
         # rows of the networks' tables for each pair of cells: of items by kind, then of players
@@ -847,7 +849,7 @@ class GameModel:
         others = self.relative.others[1:].flatten()
         self.others, observer = others, torch.arange(1, n, device=game.device).repeat_interleave(n - 1)
         self.near_columns = others * self.seats.shape[2] + 2 + m + observer
-        self.write(0, state)
+        self.write(torch.arange(self.trees, device=game.device), state)
 
     def goal_parts(self, mean: Tensor, draw: Tensor) -> list[Tensor]:
         """What goals [R, N, Z] add to first layers: of the focal player's policy and value (both [R, N-1, H / 2] and
@@ -856,19 +858,21 @@ class GameModel:
         parts = [f for net in self.networks[:2] for f in (theirs[:, 0] @ net.other_goal, net.network.goal(total[:, 0]))]
         return [*parts, self.networks[2].network.goal(draw[:, 1:])]
 
-    def write(self, simulation: int, state: GameState) -> Tensor:
-        """Stores the T states as the nodes of `simulation`. What their networks read, [T, N, 2 + M + N]: for every seat
-        the rows of the clock, of its cell, of the items as it sees them, and of itself as each player sees it."""
+    def write(self, nodes: Tensor, state: GameState) -> Tensor:
+        """Stores the states of `nodes` [R]. What their networks read, [R, N, 2 + M + N]: for every seat the rows of the
+        clock, of its cell, of the items as it sees them, and of itself as each player sees it."""
         game, size, n = self.game, len(self.game.legal_moves), self.game.num_players
-        here, clock = slice(simulation * self.trees, (simulation + 1) * self.trees), game.clock(state)
-        cells = torch.cat([state.items, state.players], 1)
-        torch.cat([cells, state.time.unsqueeze(1), state.first_hunt.unsqueeze(1)], 1, out=self.states[here])
+        clock, cells = game.clock(state), torch.cat([state.items, state.players], 1)
+        state = torch.cat([cells, state.time.unsqueeze(1), state.first_hunt.unsqueeze(1)], 1)
+        self.states.index_copy_(0, nodes, state)
         there = cells % size  # -1 becomes S
         own = there[:, -n:].unsqueeze(2)
         pairs = own * size + (there + self.pair_kind).unsqueeze(1)
         rows = self.table_rows.index_select(0, pairs.flatten()).view_as(pairs)
         clock = torch.add(clock[:, 1] + self.clocks, clock[:, 0], alpha=game.horizon + 1)
-        return torch.cat([clock.view(-1, 1, 1).expand(-1, n, 1), own + self.walls, rows], 2, out=self.seats[here])
+        seats = torch.cat([clock.view(-1, 1, 1).expand(-1, n, 1), own + self.walls, rows], 2)
+        self.seats.index_copy_(0, nodes, seats)
+        return seats
 
     def read(self, nodes: Tensor) -> GameState:
         """The states of `nodes` [R]."""
@@ -907,8 +911,10 @@ class GameModel:
         return prior.masked_fill_(~mask[:, 0], -1.0)
 
     def step(self, nodes: Tensor, actions: Tensor, simulation: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Reward [T] of the focal player's `actions` [T] at `nodes` [T], V [T] of the new nodes of `simulation` (0
-        where nothing follows), and bool [T]: the game goes on from there."""
+        """Reward [R] of the focal player's `actions` [R] at `nodes` [R] of different trees, V [R] of the new nodes of
+        `simulation` (0 where nothing follows), and bool [R]: the game goes on from there."""
+        trees = nodes % self.trees
+        made = simulation * self.trees + trees
         game, args, timer = self.game, self.args, self.agent.timer
         with timer("game step"):
             before = self.read(nodes)
@@ -916,33 +922,31 @@ class GameModel:
             joint[:, 0] = actions
             after, reward, terminated, truncated = game.step(before, joint)
             reward = (1.0 - args.prosocial) * reward[:, 0] + args.prosocial * reward.mean(1)
-            seats = self.write(simulation, after)
+            seats = self.write(made, after)
             lives = (after.players[:, 0] >= 0) & ~terminated
             lives = lives & ~truncated if args.plan_horizon == "end" else lives
-        parts = self.goals
         if self.refresh:
             with timer("goal inference"):
-                parts = self.refreshed(before, joint, after, nodes, simulation)
+                self.infer(before, joint, after, nodes, made)
         with timer("policy and value"):
-            value = self.focal(self.networks[1], seats, *parts[2:4]).squeeze(1) * lives
+            theirs, total = (x.index_select(0, made if self.refresh else trees) for x in self.goals[2:4])
+            value = self.focal(self.networks[1], seats, theirs, total).squeeze(1) * lives
         return reward * args.reward_scale, value, lives & ~truncated
 
-    def refreshed(
-        self, before: GameState, joint: Tensor, after: GameState, nodes: Tensor, simulation: int
-    ) -> list[Tensor]:
-        """What goals add to first layers at the new nodes [T]: inferred again every `--goal-refresh` steps of the game
-        from the root on, from the memory along the simulated path; else those of the nodes before."""
-        agent, here = self.agent, slice(simulation * self.trees, (simulation + 1) * self.trees)
-        goes_on = torch.zeros(self.trees, dtype=torch.bool, device=self.game.device)
+    def infer(self, before: GameState, joint: Tensor, after: GameState, nodes: Tensor, made: Tensor) -> None:
+        """Stores what goals add to first layers at the nodes `made` [R]: inferred again every `--goal-refresh` steps of
+        the game from the root on, from the memory along the simulated path; else those of `nodes` [R] before."""
+        agent, trees, goes_on = self.agent, nodes % self.trees, torch.zeros_like(nodes, dtype=torch.bool)
         memory = Memory(*(x.index_select(0, nodes) for x in self.memory))
         memory = agent.remember(memory, before, joint, goes_on, goes_on)
         mean, log_std = agent.infer(memory, *self.relative(after), None)
-        now = (after.time - self.states[: self.trees, -2]) % self.refresh == 0  # [T]
-        for stored, fresh in zip(self.goals, self.goal_parts(mean, mean + self.noise * log_std.exp()), strict=True):
-            stored[here] = torch.where(now.view(-1, *[1] * (fresh.dim() - 1)), fresh, stored.index_select(0, nodes))
+        now = (after.time - self.states[:, -2].index_select(0, trees)) % self.refresh == 0  # [R]
+        drawn = mean + self.noise.index_select(0, trees) * log_std.exp()
+        for stored, fresh in zip(self.goals, self.goal_parts(mean, drawn), strict=True):
+            fresh = torch.where(now.view(-1, *[1] * (fresh.dim() - 1)), fresh, stored.index_select(0, nodes))
+            stored.index_copy_(0, made, fresh)
         for stored, fresh in zip(self.memory, memory, strict=True):
-            stored[here] = fresh
-        return [stored[here] for stored in self.goals]
+            stored.index_copy_(0, made, fresh)
 
 
 def puct(visits: Tensor, total: Tensor, prior: Tensor, value: Tensor, root: Tensor | None, constant: float) -> Tensor:
@@ -1017,22 +1021,26 @@ class TreeSearch:
 
     def expand(self, leaf: Tensor, simulation: int) -> Tensor:
         """Takes the chosen action at every `leaf` [T]; V [T] of where it leads. A node where a path ends for the first
-        time gets its prior and its co-players' actions here: most nodes never do. Where nothing follows after an
-        action, it is simply taken again, with the same result."""
+        time gets its prior and its co-players' actions here: most nodes never do. Nothing is done again where the
+        action was taken before, and nothing follows after it."""
         fresh = leaf[~self.expanded.index_select(0, leaf)]
         if len(fresh):
             prior = self.model.expand(fresh)
             self.prior.index_copy_(0, fresh, prior)
             self.choice.index_copy_(0, fresh, prior.argmax(1))
             self.expanded.index_fill_(0, fresh, True)
-        actions = self.choice.index_select(0, leaf)
-        reward, value, goes_on = self.model.step(leaf, actions, simulation)
-        trees = len(self.trees)
-        new, depth = slice(simulation * trees, (simulation + 1) * trees), self.depth.index_select(0, leaf) + 1
-        self.child.view(-1).index_copy_(0, leaf * self.child.shape[1] + actions, simulation * trees + self.trees)
-        self.depth[new] = depth
-        self.reward[new], self.value[new], self.goes_on[new] = reward, value, goes_on & (depth < self.most)
-        return value
+        actions, child = self.choice.index_select(0, leaf), self.child.view(-1)
+        edges = leaf * self.child.shape[1] + actions
+        trees = (child.index_select(0, edges) < 0).nonzero().squeeze(1)  # that get a node
+        if len(trees):
+            nodes, new = leaf.index_select(0, trees), simulation * len(self.trees) + trees
+            reward, value, goes_on = self.model.step(nodes, actions.index_select(0, trees), simulation)
+            depth = self.depth.index_select(0, nodes) + 1
+            child.index_copy_(0, edges.index_select(0, trees), new)
+            arrays, goes_on = (self.depth, self.reward, self.value, self.goes_on), goes_on & (depth < self.most)
+            for array, entries in zip(arrays, (depth, reward, value, goes_on), strict=True):
+                array.index_copy_(0, new, entries)
+        return self.value.index_select(0, child.index_select(0, edges))
 
     def backup(self, paths: list[tuple[Tensor, Tensor]], value: Tensor, simulation: int) -> None:
         """Adds the discounted return of the T new nodes, rewards along the path and then `value` [T], to every action

@@ -65,8 +65,9 @@ class Model:
 
     def step(self, nodes, actions, simulation):
         results = []
-        for t, (node, action) in enumerate(zip(nodes.tolist(), actions.tolist(), strict=True)):
-            assert node % len(self.worlds) == t and self.worlds[t].prior(self.path[node])[action] >= 0
+        for node, action in zip(nodes.tolist(), actions.tolist(), strict=True):
+            t = node % len(self.worlds)
+            assert self.worlds[t].prior(self.path[node])[action] >= 0
             path = self.path[simulation * len(self.worlds) + t] = (*self.path[node], action)
             self.taken.append((t, path))
             results.append(self.worlds[t].after(path))
@@ -223,8 +224,8 @@ def test_returns_by_hand(searching):
     assert q[:, 1].tolist() == pytest.approx(expected)
     assert visits.tolist() == [[0.0, 3.0, 0.0]] * 4
     paths = {t: [path for tree, path in model.taken if tree == t] for t in range(4)}
-    assert paths[0] == [(1,), (1, 1), (1, 1, 1)] and paths[1] == paths[2] == [(1,), (1, 1), (1, 1)]
-    assert paths[3] == [(1,)] * 3  # nothing follows: the step is taken again
+    assert paths[0] == [(1,), (1, 1), (1, 1, 1)] and paths[1] == paths[2] == [(1,), (1, 1)]
+    assert paths[3] == [(1,)]  # nothing follows: the step counts again, and is not taken again
     assert float(search.total[4, 1]) == pytest.approx((2 + 0.5 * 20) + (2 + 0.5 * 24))  # of the node after one step
     assert set(model.expanded) == {4, 5, 6, 8}  # the nodes from which a step was taken: no ends, no leaves
     _, q, _, _ = grown(searching, worlds, 3, gamma=0.5, most=1)
