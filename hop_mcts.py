@@ -799,22 +799,20 @@ class NodeNetwork:
         kinds, size = len(relative.game.item_counts), relative.size
         clock, walls, *items = network.own.weight.split([relative.clock_table.shape[2], 5, *[size] * kinds], 1)
         near, *seen, goal = network.other.weight.tensor_split([size * k for k in range(1, kinds + 2)], 1)
-        self.clock = (relative.clock_table @ clock.T + network.own.bias).flatten(0, 1)  # [(horizon + 1)^2, H]
-        self.walls = relative.game.legal_moves.float() @ walls.T  # [S + 1, H]
-        self.items = torch.cat([relative.table @ part.T for part in items])  # [kinds * relative cells, H]
-        self.near = relative.table @ near.T + network.other.bias  # [relative cells, H / 2]
-        self.seen = torch.cat([relative.table @ part.T for part in seen])  # [kinds * relative cells, H / 2]
+        tables = [relative.table @ part.T for part in items] + [relative.game.legal_moves.float() @ walls.T]
+        tables.append((relative.clock_table @ clock.T + network.own.bias).flatten(0, 1))
+        self.own = torch.cat(tables)  # [kinds * relative cells + S + 1 + (horizon + 1)^2, H]
+        tables = [relative.table @ part.T for part in seen] + [relative.table @ near.T + network.other.bias]
+        self.other = torch.cat(tables)  # [(kinds + 1) * relative cells, H / 2]
         self.other_goal, self.network = goal.T, network  # [Z, H / 2]
 
-    def __call__(self, clock, cell, items, near, seen, theirs: Tensor | float, total: Tensor) -> Tensor:
-        """[R, outputs] from rows of the tables, `clock` [R], `cell` [R], `items` [R, M], `near` [R, N-1]; from what the
-        co-players see of the items, `seen` [R, N-1, H / 2]; and from what goals add to the two first layers: `theirs`
-        [R, N-1, H / 2], `total` [R, H]."""
-        network = self.network
-        others = F.embedding(near, self.near).add_(seen).add_(theirs).relu_().sum(1)
-        first = F.embedding_bag(items, self.items, mode="sum").add_(total).add_(network.mix(others))
-        first = first.add_(self.clock.index_select(0, clock)).add_(self.walls.index_select(0, cell)).relu_()
-        return network.out(network.hidden(first).relu_())
+    def __call__(self, own: Tensor, others: Tensor, total: Tensor) -> Tensor:
+        """[R, outputs] from rows of the table `own` [R, 2 + M]: of the clock, the own cell and the items; from what the
+        layer `other` gives for the co-players, `others` [R, N-1, H / 2] (overwritten); and from what goals add to the
+        first layer, `total` [R, H]."""
+        first = F.embedding_bag(own, self.own, mode="sum").add_(total)
+        first = first.add_(self.network.mix(others.relu_().sum(1))).relu_()
+        return self.network.out(self.network.hidden(first).relu_())
 
 
 class GameModel:
@@ -827,13 +825,12 @@ class GameModel:
         `draws` [T, S + 1, N] in 0..1 decide what co-players do at the nodes."""
         self.agent, self.game, self.args, self.relative = agent, agent.game, agent.args, agent.relative
         game, (self.trees, nodes, n), m = agent.game, draws.shape, agent.game.num_items
-        self.draws, self.others = draws, self.relative.others
+        self.draws = draws[:, :, 1:].transpose(0, 1).flatten(0, 1)  # [nodes, N-1]
         self.networks = [NodeNetwork(network, self.relative) for network in (agent.actor, agent.critic)]
         decoder = agent.moa.decoder  # that of another script may be no RelativeNetwork, and is called as it is
         self.decoder = NodeNetwork(decoder, self.relative) if hasattr(decoder, "goal") else None
-        self.time = n + m  # column of the step
-        self.widths = [n, m, 1, 1, 1, n, n * m, n * (n - 1)]  # players, items, time, first hunt, rows of the tables
-        self.nodes = torch.empty(nodes * self.trees, sum(self.widths), dtype=torch.int64, device=game.device)
+        self.states = torch.empty(nodes * self.trees, n + m + 2, dtype=torch.int64, device=game.device)
+        self.seats = torch.empty(nodes * self.trees, n, 2 + m + n, dtype=torch.int64, device=game.device)  # table rows
         self.joint = torch.empty(nodes * self.trees, n, dtype=torch.int64, device=game.device)  # actions at a node
         self.refresh = self.args.goal_refresh if self.args.goal == "inferred" else 0
         mean, log_std, draw = goals
@@ -841,135 +838,140 @@ class GameModel:
         if self.refresh:  # goals and memories of every node, not of every tree
             self.noise = (draw - mean) / log_std.exp()
             at_root = [[*self.goals], [*memory]]
-            self.goals, self.memory = ([x.new_empty(len(self.nodes), *x.shape[1:]) for x in group] for group in at_root)
+            self.goals, self.memory = (
+                [x.new_empty(len(self.states), *x.shape[1:]) for x in group] for group in at_root
+            )
             for stored, root in zip([*self.goals, *self.memory], [*at_root[0], *at_root[1]], strict=True):
                 stored[: self.trees] = root
         # rows of the networks' tables for each pair of cells: of items by kind, then of players
-        seats, cells = torch.arange(n, device=game.device), torch.arange(game.num_cells + 1, device=game.device)
-        pairs = self.relative.index(cells.unsqueeze(1), cells).flatten()  # [(S + 1)^2]
-        offsets = len(self.relative.table) * torch.arange(len(game.item_counts), device=game.device)
-        self.table_rows = torch.cat([(pairs + offsets.unsqueeze(1)).flatten(), pairs])
-        self.own_column = torch.cat([seats.repeat_interleave(m), seats.repeat_interleave(n - 1)])
-        self.other_column = torch.cat([n + torch.arange(m, device=game.device).repeat(n), self.others.flatten()])
-        kind = torch.cat([game.item_kind.repeat(n), torch.full_like(self.others.flatten(), len(game.item_counts))])
-        self.pair_kind = kind * len(pairs)
-        self.write(0, state)
+        kinds, cells = len(game.item_counts), torch.arange(game.num_cells + 1, device=game.device)
+        pairs = self.relative.index(cells.unsqueeze(1), cells)  # [S + 1, S + 1] by own cell and the other one
+        offsets = len(self.relative.table) * torch.arange(kinds + 1, device=game.device)
+        by_kind = [*pairs.expand(kinds, -1, -1), pairs.T]  # players: by the cell that is seen, and from where
+        self.table_rows = torch.stack(by_kind).add_(offsets.view(-1, 1, 1)).flatten()
+        self.walls, self.clocks = int(offsets[-1]), int(offsets[-1]) + len(cells)  # where these begin in the table
+        self.pair_kind = pairs.numel() * torch.cat([game.item_kind, torch.full_like(cells[:1].expand(n), kinds)])
+        others = self.relative.others[1:].flatten()
+        self.others, observer = others, torch.arange(1, n, device=game.device).repeat_interleave(n - 1)
+        self.near_columns = others * self.seats.shape[2] + 2 + m + observer
+        self.write(torch.arange(self.trees, device=game.device), state)
 
     def goal_parts(self, mean: Tensor, draw: Tensor) -> list[Tensor]:
         """What goals [R, N, Z] add to first layers: of the focal player's policy and value (both [R, N-1, H / 2] and
-        [R, H]; they know the mean, as in play), and of the MOA [R, N, H] (it plays the drawn goal)."""
+        [R, H]; they know the mean, as in play), and of the MOA [R, N-1, H] (it plays the drawn goal)."""
         theirs, total = self.agent.with_goals(mean.new_empty(*mean.shape[:2], mean.shape[1] - 1, 0), mean)
         parts = [f for net in self.networks for f in (theirs[:, 0] @ net.other_goal, net.network.goal(total[:, 0]))]
-        return [*parts, self.decoder.network.goal(draw) if self.decoder else draw]
+        return [*parts, self.decoder.network.goal(draw[:, 1:]) if self.decoder else draw[:, 1:]]
 
-    def write(self, simulation: int, state: GameState) -> Tensor:
-        """Stores the T states as the nodes of `simulation`, with the rows that their networks read; [T, ..]."""
+    def write(self, nodes: Tensor, state: GameState) -> Tensor:
+        """Stores the states of `nodes` [R]. What their networks read, [R, N, 2 + M + N]: for every seat the rows of the
+        clock, of its cell, of the items as it sees them, and of itself as each player sees it."""
         game, size, n = self.game, len(self.game.legal_moves), self.game.num_players
-        clock = game.clock(state)
-        cells = torch.cat([state.players, state.items], 1)
+        clock, cells = game.clock(state), torch.cat([state.items, state.players], 1)
+        state = torch.cat([cells, state.time.unsqueeze(1), state.first_hunt.unsqueeze(1)], 1)
+        self.states.index_copy_(0, nodes, state)
         there = cells % size  # -1 becomes S
-        pairs = (there * size).index_select(1, self.own_column).add_(there.index_select(1, self.other_column))
-        near = self.table_rows.take(pairs.add_(self.pair_kind))
-        rows = [cells, state.time.unsqueeze(1), state.first_hunt.unsqueeze(1)]
-        rows += [clock[:, :1] * (game.horizon + 1) + clock[:, 1:], there[:, :n], near]
-        here = slice(simulation * self.trees, (simulation + 1) * self.trees)
-        return torch.cat(rows, 1, out=self.nodes[here])
+        own = there[:, -n:].unsqueeze(2)
+        pairs = own * size + (there + self.pair_kind).unsqueeze(1)
+        rows = self.table_rows.index_select(0, pairs.flatten()).view_as(pairs)
+        clock = torch.add(clock[:, 1] + self.clocks, clock[:, 0], alpha=game.horizon + 1)
+        seats = torch.cat([clock.view(-1, 1, 1).expand(-1, n, 1), own + self.walls, rows], 2)
+        self.seats.index_copy_(0, nodes, seats)
+        return seats
 
-    def read(self, rows: Tensor) -> tuple[GameState, Tensor, Tensor, Tensor, Tensor]:
-        """GameState, clock [R], cells [R, N], items [R, N, M] and near [R, N, N-1] of stored `rows`."""
-        players, items, time, first_hunt, clock, cells, seen, near = rows.split(self.widths, 1)
-        n = self.game.num_players
-        state = GameState(players, items, time.squeeze(1), first_hunt.squeeze(1))
-        return state, clock.squeeze(1), cells, seen.unflatten(1, (n, -1)), near.unflatten(1, (n, -1))
+    def read(self, nodes: Tensor) -> GameState:
+        """The states of `nodes` [R]."""
+        widths = [self.game.num_items, self.game.num_players, 1, 1]
+        items, players, time, first_hunt = self.states.index_select(0, nodes).split(widths, 1)
+        return GameState(players, items, time.squeeze(1), first_hunt.squeeze(1))
 
-    def focal(self, network: NodeNetwork, rows: Tensor, theirs: Tensor, total: Tensor) -> Tensor:
-        """[R, outputs] of a network of the focal player."""
-        _, clock, cells, items, near = self.read(rows)
-        seen = F.embedding_bag(items[:, 1:].flatten(0, 1), network.seen, mode="sum").unflatten(0, (len(rows), -1))
-        return network(clock, cells[:, 0], items[:, 0], near[:, 0], seen, theirs, total)
+    def focal(self, network: NodeNetwork, seats: Tensor, theirs: Tensor, total: Tensor) -> Tensor:
+        """[R, outputs] of a network of the focal player, from rows `seats` [R, N, 2 + M + N]."""
+        m = self.game.num_items
+        others = F.embedding_bag(seats[:, 1:, 2 : 3 + m].flatten(0, 1), network.other, mode="sum")
+        return network(seats[:, 0, : 2 + m], others.view_as(theirs).add_(theirs), total)
 
     def expand(self, nodes: Tensor) -> Tensor:
         """Prior pi_theta [R, A] of the focal player at `nodes` [R], -1 where illegal; the MOA draws what the co-players
         do there, once and for all of the focal player's actions."""
-        rows, n = self.nodes.index_select(0, nodes), self.game.num_players
-        trees = nodes % self.trees
-        state, clock, cells, items, near = self.read(rows)
-        mask = self.game.action_mask(state)
-        actor, decoder = self.networks[0], self.decoder
-        *parts, _, _, drawn = (x.index_select(0, nodes if self.refresh else trees) for x in self.goals)
+        seats, n, m = self.seats.index_select(0, nodes), self.game.num_players, self.game.num_items
+        state, known = self.read(nodes), nodes if self.refresh else nodes % self.trees
+        mask, actor, decoder = self.game.action_mask(state), self.networks[0], self.decoder
+        theirs, total, drawn = (self.goals[k].index_select(0, known) for k in (0, 1, 4))
         with self.agent.timer("policy and value"):
-            prior = masked(self.focal(actor, rows, *parts), mask[:, 0]).softmax(1)
+            prior = masked(self.focal(actor, seats, theirs, total), mask[:, 0]).softmax(1)
         with self.agent.timer("MOA"):
             rest = mask[:, 1:]
             if self.args.co_player_model == "uniform":
                 chance = rest / rest.sum(2, keepdim=True)
             elif decoder is None:
                 own, others = (x[:, 1:] for x in self.relative(state))
-                chance = masked(self.agent.moa.decoder(own, others, drawn[:, 1:]), rest).softmax(2)
+                chance = masked(self.agent.moa.decoder(own, others, drawn), rest).softmax(2)
             else:
-                seen = F.embedding_bag(items.flatten(0, 1), decoder.seen, mode="sum").unflatten(0, (-1, n))
-                seen, near = seen[:, self.others[1:]].flatten(0, 1), near[:, 1:].flatten(0, 1)
-                clock, cells = clock.repeat_interleave(n - 1), cells[:, 1:].flatten()
-                logits = decoder(clock, cells, items[:, 1:].flatten(0, 1), near, seen, 0.0, drawn[:, 1:].flatten(0, 1))
-                chance = masked(logits.unflatten(0, (len(nodes), n - 1)), rest).softmax(2)
-            upto = chance.cumsum(2)
-            draw = self.draws[trees, nodes // self.trees, 1:].unsqueeze(2)
-            self.joint[nodes, 1:] = (upto > draw * upto[..., -1:]).int().argmax(2)
+                seen = F.embedding_bag(seats[:, :, 2 : 2 + m].flatten(0, 1), decoder.other, mode="sum")
+                others = F.embedding(seats.flatten(1).index_select(1, self.near_columns), decoder.other)
+                others = others.add_(seen.unflatten(0, (-1, n)).index_select(1, self.others))
+                others = others.view(len(nodes) * (n - 1), n - 1, decoder.other.shape[1])
+                logits = decoder(seats[:, 1:, : 2 + m].flatten(0, 1), others, drawn.flatten(0, 1))
+                chance = masked(logits.view_as(rest), rest).softmax(2)
+            upto, draw = chance.cumsum(2), self.draws.index_select(0, nodes).unsqueeze(2)
+            self.joint[:, 1:].index_copy_(0, nodes, (upto > draw * upto[..., -1:]).int().argmax(2))
         return prior.masked_fill_(~mask[:, 0], -1.0)
 
     def step(self, nodes: Tensor, actions: Tensor, simulation: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Reward [T] of the focal player's `actions` [T] at `nodes` [T], V [T] of the new nodes of `simulation` (0
-        where nothing follows), and bool [T]: the game goes on from there."""
+        """Reward [R] of the focal player's `actions` [R] at `nodes` [R] of different trees, V [R] of the new nodes of
+        `simulation` (0 where nothing follows), and bool [R]: the game goes on from there."""
+        trees = nodes % self.trees
+        made = simulation * self.trees + trees
         game, args, timer = self.game, self.args, self.agent.timer
         with timer("game step"):
-            before = self.read(self.nodes.index_select(0, nodes))[0]
+            before = self.read(nodes)
             joint = self.joint.index_select(0, nodes)
             joint[:, 0] = actions
             after, reward, terminated, truncated = game.step(before, joint)
             reward = (1.0 - args.prosocial) * reward[:, 0] + args.prosocial * reward.mean(1)
-            rows = self.write(simulation, after)
+            seats = self.write(made, after)
             lives = (after.players[:, 0] >= 0) & ~terminated
             lives = lives & ~truncated if args.plan_horizon == "end" else lives
-        parts = self.goals
         if self.refresh:
             with timer("goal inference"):
-                parts = self.refreshed(before, joint, after, nodes, simulation)
+                self.infer(before, joint, after, nodes, made)
         with timer("policy and value"):
-            value = self.focal(self.networks[1], rows, *parts[2:4]).squeeze(1) * lives
+            theirs, total = (x.index_select(0, made if self.refresh else trees) for x in self.goals[2:4])
+            value = self.focal(self.networks[1], seats, theirs, total).squeeze(1) * lives
         return reward * args.reward_scale, value, lives & ~truncated
 
-    def refreshed(
-        self, before: GameState, joint: Tensor, after: GameState, nodes: Tensor, simulation: int
-    ) -> list[Tensor]:
-        """What goals add to first layers at the new nodes [T]: inferred again every `--goal-refresh` steps of the game
-        from the root on, from the memory along the simulated path; else those of the nodes before."""
-        agent, here = self.agent, slice(simulation * self.trees, (simulation + 1) * self.trees)
-        goes_on = torch.zeros(self.trees, dtype=torch.bool, device=self.game.device)
+    def infer(self, before: GameState, joint: Tensor, after: GameState, nodes: Tensor, made: Tensor) -> None:
+        """Stores what goals add to first layers at the nodes `made` [R]: inferred again every `--goal-refresh` steps of
+        the game from the root on, from the memory along the simulated path; else those of `nodes` [R] before."""
+        agent, trees, goes_on = self.agent, nodes % self.trees, torch.zeros_like(nodes, dtype=torch.bool)
         memory = Memory(*(x.index_select(0, nodes) for x in self.memory))
         memory = agent.remember(memory, before, joint, goes_on, goes_on)
         mean, log_std = agent.infer(memory, *self.relative(after), None)
-        now = (after.time - self.nodes[: self.trees, self.time]) % self.refresh == 0  # [T]
-        for stored, fresh in zip(self.goals, self.goal_parts(mean, mean + self.noise * log_std.exp()), strict=True):
-            stored[here] = torch.where(now.view(-1, *[1] * (fresh.dim() - 1)), fresh, stored.index_select(0, nodes))
+        now = (after.time - self.states[:, -2].index_select(0, trees)) % self.refresh == 0  # [R]
+        drawn = mean + self.noise.index_select(0, trees) * log_std.exp()
+        for stored, fresh in zip(self.goals, self.goal_parts(mean, drawn), strict=True):
+            fresh = torch.where(now.view(-1, *[1] * (fresh.dim() - 1)), fresh, stored.index_select(0, nodes))
+            stored.index_copy_(0, made, fresh)
         for stored, fresh in zip(self.memory, memory, strict=True):
-            stored[here] = fresh
-        return [stored[here] for stored in self.goals]
+            stored.index_copy_(0, made, fresh)
 
 
-def puct(visits: Tensor, total: Tensor, prior: Tensor, value: Tensor, root: Tensor, constant: float) -> Tensor:
+def puct(visits: Tensor, total: Tensor, prior: Tensor, value: Tensor, root: Tensor | None, constant: float) -> Tensor:
     """int64 [R]: what to try next at R nodes, by PUCT (Silver et al. 2017): the highest Q + c pi sqrt(N) / (1 + n). Of
     each action visits n, summed returns and prior pi (-1: illegal) [R, A]; V [R]. Q is scaled to 0..1 over the node's
     own actions and its mean, as which an action counts that was not tried. At a `root` (bool [R]) every legal action is
-    tried once before any is tried twice, so that all scores look ahead one step at least."""
+    tried once before any is tried twice, so that all scores look ahead one step at least; None once that is done."""
     count = visits.sum(1, keepdim=True)
     tried = visits > 0
     mean = (value.unsqueeze(1) + total.sum(1, keepdim=True)) / (1.0 + count)
-    q = torch.where(tried, total / visits.clamp(min=1.0), mean)
+    q = torch.where(tried, total / visits, mean)
     low, high = q.aminmax(dim=1, keepdim=True)
-    bonus = (constant * prior).mul_(count.sqrt()).div_(1.0 + visits)
-    score = q.sub_(low).div_((high - low).clamp_(min=1e-8)).add_(bonus)
-    untried = root.unsqueeze(1) & ~tried & (prior >= 0)  # first at a root; an addend would round the scores away
-    score.masked_fill_(tried & untried.any(1, keepdim=True), -1e8)
+    score = q.sub_(low).div_((high - low).clamp_(min=1e-8))
+    score.addcdiv_(prior * (constant * count.sqrt()), 1.0 + visits)
+    if root is not None:
+        untried = root.unsqueeze(1) & ~tried & (prior >= 0)  # an addend would round the scores away
+        score.masked_fill_(tried & untried.any(1, keepdim=True), -1e8)
     return score.masked_fill_(prior < 0, -1e9).argmax(1)
 
 
@@ -1006,7 +1008,7 @@ class TreeSearch:
             with self.timer("expand"):
                 value = self.expand(leaf, simulation)
             with self.timer("backup"):
-                self.backup(paths, value)
+                self.backup(paths, value, simulation)
         visits, total = self.visits[: len(self.trees)], self.total[: len(self.trees)]
         mean = (self.value[: len(self.trees)] + total.sum(1)) / (1.0 + self.simulations)
         return torch.where(visits > 0, total / visits.clamp(min=1.0), mean.unsqueeze(1)), visits
@@ -1027,24 +1029,28 @@ class TreeSearch:
 
     def expand(self, leaf: Tensor, simulation: int) -> Tensor:
         """Takes the chosen action at every `leaf` [T]; V [T] of where it leads. A node where a path ends for the first
-        time gets its prior and its co-players' actions here: most nodes never do. Where nothing follows after an
-        action, it is simply taken again, with the same result."""
+        time gets its prior and its co-players' actions here: most nodes never do. Nothing is done again where the
+        action was taken before, and nothing follows after it."""
         fresh = leaf[~self.expanded.index_select(0, leaf)]
         if len(fresh):
             prior = self.model.expand(fresh)
             self.prior.index_copy_(0, fresh, prior)
             self.choice.index_copy_(0, fresh, prior.argmax(1))
             self.expanded.index_fill_(0, fresh, True)
-        actions = self.choice.index_select(0, leaf)
-        reward, value, goes_on = self.model.step(leaf, actions, simulation)
-        trees = len(self.trees)
-        new, depth = slice(simulation * trees, (simulation + 1) * trees), self.depth.index_select(0, leaf) + 1
-        self.child.view(-1).index_copy_(0, leaf * self.child.shape[1] + actions, simulation * trees + self.trees)
-        self.depth[new] = depth
-        self.reward[new], self.value[new], self.goes_on[new] = reward, value, goes_on & (depth < self.most)
-        return value
+        actions, child = self.choice.index_select(0, leaf), self.child.view(-1)
+        edges = leaf * self.child.shape[1] + actions
+        trees = (child.index_select(0, edges) < 0).nonzero().squeeze(1)  # that get a node
+        if len(trees):
+            nodes, new = leaf.index_select(0, trees), simulation * len(self.trees) + trees
+            reward, value, goes_on = self.model.step(nodes, actions.index_select(0, trees), simulation)
+            depth = self.depth.index_select(0, nodes) + 1
+            child.index_copy_(0, edges.index_select(0, trees), new)
+            arrays, goes_on = (self.depth, self.reward, self.value, self.goes_on), goes_on & (depth < self.most)
+            for array, entries in zip(arrays, (depth, reward, value, goes_on), strict=True):
+                array.index_copy_(0, new, entries)
+        return self.value.index_select(0, child.index_select(0, edges))
 
-    def backup(self, paths: list[tuple[Tensor, Tensor]], value: Tensor) -> None:
+    def backup(self, paths: list[tuple[Tensor, Tensor]], value: Tensor, simulation: int) -> None:
         """Adds the discounted return of the T new nodes, rewards along the path and then `value` [T], to every action
         on their paths; then finds anew what to try next there."""
         nodes = torch.cat([level for _, level in paths])
@@ -1060,7 +1066,8 @@ class TreeSearch:
         added = torch.cat([torch.ones_like(rewards), *returns[::-1]])
         self.rows.view(-1).index_add_(0, torch.cat([ours, ours + self.child.shape[1]]), added)
         visits, total, prior, value = self.rows.index_select(0, nodes).split(self.widths, 1)
-        choice = self.puct(visits, total, prior, value.squeeze(1), nodes < len(self.trees), self.constant)
+        root = nodes < len(self.trees) if simulation < prior.shape[1] else None
+        choice = self.puct(visits, total, prior, value.squeeze(1), root, self.constant)
         child = self.child.view(-1).index_select(0, nodes * self.child.shape[1] + choice)
         self.choice.index_copy_(0, nodes, choice)
         going = self.goes_on.index_select(0, child.clamp(min=0))
@@ -1113,11 +1120,8 @@ class Agent(nn.Module):
         self.critic = RelativeNetwork(own, other, goal, 1, hidden, 1.0)
         self.register_buffer("plan_slope", torch.tensor(0.0))  # running regression of (return - V) on Q_plan
         self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of centred Q_plan
-        self.plan_mode, self.timer, self.puct = (
-            args.plan_update,
-            Timer(False),
-            puct,
-        )  # the mode is "none" after --plan-until
+        self.plan_mode, self.timer = args.plan_update, Timer(False)  # the mode is "none" after --plan-until
+        self.puct = puct  # compiled with --compile
         self.base: nn.Module | None = None  # the agent of another script whose networks these are
         self.to(game.device)
 
@@ -1238,13 +1242,12 @@ class Agent(nn.Module):
         where bool `seats` [B, N] is True; elsewhere both are 0. `goals`: mean and log standard deviation [B, N, Z]."""
         args, n, k = self.args, self.game.num_players, self.args.num_goal_samples
         games, seat = seats.nonzero(as_tuple=True)  # D decisions
-        drawn = self.sample_goals(*goals, k, generator).transpose(1, 2)  # [B, K, N, Z]
+        samples = self.sample_goals(*goals, k, generator).transpose(1, 2)  # [B, K, N, Z]
         root = masked(prior[games, seat], mask[games, seat]).softmax(1).repeat_interleave(k, 0)  # [D * K, A]
         legal = mask[games, seat].repeat_interleave(k, 0)
         if self.training and args.dirichlet_fraction:
-            noise = (
-                torch._standard_gamma(torch.full_like(root, args.dirichlet_alpha), generator) * legal + 1e-30 * legal
-            )
+            alpha = torch.full_like(root, args.dirichlet_alpha)
+            noise = (torch._standard_gamma(alpha, generator) + 1e-30) * legal  # Dirichlet, when it sums to 1
             root = torch.lerp(root, noise / noise.sum(1, keepdim=True), args.dirichlet_fraction)
         draws = torch.rand(len(root), args.num_simulations + 1, n, generator=generator, device=root.device)
         scores = root.new_zeros(2, len(root), mask.shape[2])
@@ -1254,13 +1257,14 @@ class Agent(nn.Module):
             here = state.rows(at)
             here = here._replace(players=here.players.gather(1, order))
             turned, past = ([x[at.unsqueeze(1), order] for x in fields] for fields in (goals, memory))  # [T, N, ..]
-            some = drawn[at, part % k].gather(1, order.unsqueeze(2).expand(-1, -1, drawn.shape[3]))
-            model = GameModel(self, here, type(memory)(*past), (*turned, some), draws[part])
-            model.expand(torch.arange(len(part), device=me.device))
-            prior, v = root[part].masked_fill(~legal[part], -1.0), value[at, me]
-            search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
-            search.timer, search.puct = self.timer, self.puct
-            scores[:, part] = torch.stack(search.run())
+            drawn = samples[at, part % k].gather(1, order.unsqueeze(2).expand(-1, -1, samples.shape[3]))
+            with torch.inference_mode():
+                model = GameModel(self, here, type(memory)(*past), (*turned, drawn), draws[part])
+                model.expand(torch.arange(len(part), device=me.device))
+                prior, v = root[part].masked_fill(~legal[part], -1.0), value[at, me]
+                search = TreeSearch(model, prior, v, args.num_simulations, args.puct_c, args.gamma, args.max_depth)
+                search.timer, search.puct = self.timer, self.puct
+                scores[:, part] = torch.stack(search.run())
         q, visits = scores.unflatten(1, (len(games), k)).unbind(0)  # [D, K, A]
         result = prior.new_zeros(2, *mask.shape)
         result[:, games, seat] = torch.stack([q.mean(1), visits.sum(1)]) * mask[games, seat]

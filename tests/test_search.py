@@ -65,8 +65,9 @@ class Model:
 
     def step(self, nodes, actions, simulation):
         results = []
-        for t, (node, action) in enumerate(zip(nodes.tolist(), actions.tolist(), strict=True)):
-            assert node % len(self.worlds) == t and self.worlds[t].prior(self.path[node])[action] >= 0
+        for node, action in zip(nodes.tolist(), actions.tolist(), strict=True):
+            t = node % len(self.worlds)
+            assert self.worlds[t].prior(self.path[node])[action] >= 0
             path = self.path[simulation * len(self.worlds) + t] = (*self.path[node], action)
             self.taken.append((t, path))
             results.append(self.worlds[t].after(path))
@@ -223,8 +224,8 @@ def test_returns_by_hand(searching):
     assert q[:, 1].tolist() == pytest.approx(expected)
     assert visits.tolist() == [[0.0, 3.0, 0.0]] * 4
     paths = {t: [path for tree, path in model.taken if tree == t] for t in range(4)}
-    assert paths[0] == [(1,), (1, 1), (1, 1, 1)] and paths[1] == paths[2] == [(1,), (1, 1), (1, 1)]
-    assert paths[3] == [(1,)] * 3  # nothing follows: the step is taken again
+    assert paths[0] == [(1,), (1, 1), (1, 1, 1)] and paths[1] == paths[2] == [(1,), (1, 1)]
+    assert paths[3] == [(1,)]  # nothing follows: the step counts again, and is not taken again
     assert float(search.total[4, 1]) == pytest.approx((2 + 0.5 * 20) + (2 + 0.5 * 24))  # of the node after one step
     assert set(model.expanded) == {4, 5, 6, 8}  # the nodes from which a step was taken: no ends, no leaves
     _, q, _, _ = grown(searching, worlds, 3, gamma=0.5, most=1)
@@ -337,16 +338,18 @@ def test_tabulated_networks_are_the_networks(searching, lively, env_id):
             )
             for i in range(n):
                 company = relative.others[i]
-                kind = game.item_kind * len(relative.table)
+                kind, size = game.item_kind * len(relative.table), game.num_cells + 1
                 rows = [relative.index(state.players[:, [j]], state.items) + kind for j in (i, *company.tolist())]
-                seen = torch.stack([network.seen[row].sum(1) for row in rows[1:]], 1)
+                seen = torch.stack([network.other[row].sum(1) for row in rows[1:]], 1)
                 near = relative.index(state.players[:, [i]], state.players[:, company])
+                seen = seen + network.other[near + len(game.item_counts) * len(relative.table)]
                 theirs, whole = (
                     (0.0, goal[:, i]) if name == "decoder" else (goal[:, company] @ network.other_goal, total[:, i])
                 )
-                when = clock[:, 0] * (game.horizon + 1) + clock[:, 1]
-                where = state.players[:, i] % (game.num_cells + 1)
-                result = network(when, where, rows[0], near, seen, theirs, network.network.goal(whole))
+                where = len(game.item_counts) * len(relative.table) + state.players[:, i] % size
+                when = len(network.own) + (clock * torch.tensor([game.horizon + 1, 1])).sum(1) - (game.horizon + 1) ** 2
+                own_rows = torch.cat([when.unsqueeze(1), where.unsqueeze(1), rows[0]], 1)
+                result = network(own_rows, seen + theirs, network.network.goal(whole))
                 torch.testing.assert_close(result, plain[:, i], rtol=1e-5, atol=1e-5)
         assert plain.std() > 0.05
     if env_id in ODD_GAMES[:3]:
