@@ -41,8 +41,8 @@ PARTS = {
             "--env-id msh-4x4-4h1s --co-players ns --goal oracle --learning-rate 1e-12 --total-timesteps 100000 "
             "--plan-until 1 --num-simulations 7 --moa-updates 16",
             {
-                f"{n} simulations": {"plan_beta": 30.0, "num_simulations": n, "num_goal_samples": 5}
-                for n in (7, 50, 100, 200)
+                f"{n} simulations": {"plan_beta": 30.0, "num_simulations": n, "num_goal_samples": 5, "puct_c": 10.0}
+                for n in (7, 50, 200)
             },
         )
     },
