@@ -107,7 +107,7 @@ class Args:
     plan_until: float | None = None  # share of the run after which plain PPO goes on alone (default: by game)
     policy_target: Literal["q", "visits"] = "q"  # with hop, the planner's policy: exp(beta Q_plan), or the visit counts
     co_player_model: Literal["moa", "uniform"] = "moa"  # what co-players do in the search
-    num_simulations: int = 16  # simulations in each tree
+    num_simulations: int | None = None  # simulations in each tree (default: by game)
     num_goal_samples: int = 4  # trees a decision, each with its own draw of the co-players' goals
     puct_c: float = 1.25  # weight of the prior against Q, which is scaled to 0..1
     max_depth: int = 50  # steps that the search looks ahead
@@ -117,10 +117,10 @@ class Args:
     dirichlet_fraction: float = 0.25  # share of the noise
 
 
-# method: the search costs more time
+# method: simulations
 FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
-    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
-    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 0.4},
+    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4, "num_simulations": 16},
+    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0, "num_simulations": 8},
 }
 # method: the search's options
 NOT_NEGATIVE = [

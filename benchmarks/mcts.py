@@ -31,8 +31,8 @@ PARTS = {
         "msh-4x4-4h1s": (f"--env-id msh-4x4-4h1s {SELF} --total-timesteps 200000", {}),
         "msh-4h1s": (f"--env-id msh-4h1s {SELF} --total-timesteps 500000", {}),
         "msg": (f"--env-id msg {SELF} --total-timesteps 250000", {}),
-        "msg, search throughout": (
-            f"--env-id msg {SELF} --total-timesteps 250000 --plan-until 1 --num-simulations 8",
+        "msg, search for 40 %": (
+            f"--env-id msg {SELF} --total-timesteps 250000 --plan-until 0.4 --num-simulations 16",
             {},
         ),
     },
