@@ -6,9 +6,9 @@
 
 Decisions a second of Agent.act for all seats that have a choice: with the batched search of hop_mcts.py, with one tree
 and one network call at a time (sequential_search.py, on `--sequential` decisions), with the one-step planner of
-hop_onestep.py, and without planner. The states are of games under way, played by agents trained for `--warm-up` game
-steps, since an untrained policy makes other trees. Methods take turns; medians of `--rounds` rounds after one that is
-not counted. Bookkeeping is what the search spends on neither network, goal inference nor game step.
+hop_onestep.py, and without planner. Games are fresh, so that every seat decides. The agents are trained for `--warm-up`
+game steps, since an untrained policy makes other trees. Methods take turns; medians of `--rounds` rounds after one that
+is not counted. Bookkeeping is what the search spends on neither network, goal inference nor game step.
 
 `--mctx` gives both searches the same model, an MLP whose one call is a simulation, and needs
 `pip install jax mctx` (https://github.com/google-deepmind/mctx; not in requirements.txt).
@@ -95,11 +95,13 @@ class Situation:
         one_at_a_time.plan = functools.partial(sequential_search.plan, one_at_a_time)
 
     def inputs(self, name: str, games: int, decisions: int) -> tuple:
-        """The arguments of Agent.act in the first `games` games, for at most `decisions` seats; how many these are."""
-        agent, state = self.agents[name], self.trainer.state.rows(slice(games))
-        mask = agent.game.action_mask(state)
-        seats = (state.players >= 0) & (mask.sum(2) > 1)
-        seats = seats & (seats.flatten().cumsum(0).view_as(seats) <= decisions)
+        """The arguments of Agent.act in `games` fresh games, where all seats decide; or as many as `decisions`, spread
+        over the games and seats. And how many these are."""
+        agent, generator = self.agents[name], torch.Generator().manual_seed(2)
+        state = agent.game.initial_state(games, generator)
+        mask, seats = agent.game.action_mask(state), torch.zeros_like(state.players, dtype=torch.bool)
+        spread = torch.linspace(0, seats.numel() - 1, min(decisions, seats.numel())).round().long()
+        seats.view(-1)[spread] = True
         memory = script.Memory(*(total[:games] for total in self.trainer.memory))
         return (state, mask, memory, seats, torch.Generator().manual_seed(1), None), int(seats.sum())
 
