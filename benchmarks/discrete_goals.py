@@ -27,10 +27,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import moa_goals
-
 import hop_onestep
 import hop_ppo_gumbel as script
+import moa_goals
 
 RESULTS = Path(__file__).resolve().parent / "results" / "discrete_goals.jsonl"
 MODEL = {  # setting -> game, kinds, matches and updates

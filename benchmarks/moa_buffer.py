@@ -15,9 +15,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from moa_goals import batch_of, play, posterior_mean
-
 import hop_onestep as script
+from moa_goals import batch_of, play, posterior_mean
 
 
 @dataclasses.dataclass

@@ -31,10 +31,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import sequential_search
-
 import hop_mcts as script
 import hop_onestep as onestep
+import sequential_search
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ["sequential search", "batched search", "one step, simulator", "one step, network", "no planner"]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from conftest import SCRIPTS, SMALL, load_script
 
 ENV_ID = "msh-3x3-3p-2h1s"

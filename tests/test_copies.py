@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+
 from conftest import ROOT, SCRIPTS
 from copies import BASE, MARK, definitions, differences, lines_kept, repaired
 

@@ -10,8 +10,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import shake
 from PIL import Image
+
+from conftest import shake
 from test_planner import decisions, joint_actions, situations, some_goals
 
 GAMMA = 0.9

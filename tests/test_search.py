@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from conftest import SCRIPTS, load_script
 from test_planner import situations, some_goals
 

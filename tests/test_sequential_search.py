@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from conftest import ROOT
 from test_planner import decisions, joint_actions, situations
 
