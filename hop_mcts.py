@@ -46,6 +46,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# method: options of the search
 @dataclasses.dataclass
 class Args:
     # common
@@ -1106,6 +1107,7 @@ PLAYED = """plan_update plan_beta policy_target co_player_model num_simulations 
     plan_horizon goal_refresh""".split()  # options that may change when an agent is played
 
 
+# method: tree search
 class Agent(nn.Module):
     """The learned player, for every seat of B games at once: policy, value, MOA, and what chooses with them."""
 
@@ -1465,6 +1467,7 @@ FREE = """total_timesteps checkpoint_every capture_video save_model profile resu
     wandb_entity exp_name evaluate eval_episodes load_moa""".split()  # options that a resumed run may change
 
 
+# method: no transition network
 class Trainer:
     """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 

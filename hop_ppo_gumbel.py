@@ -47,6 +47,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# method: options of goals and beliefs, none of a planner
 @dataclasses.dataclass
 class Args:
     # common
@@ -1079,6 +1080,7 @@ class MatchBatch(NamedTuple):
     oracle: Tensor | None  # float32 [S, L, N, Zo] true goals
 
 
+# method: rebuilds beliefs
 class MOABuffer:
     """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are
     rebuilt. Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive`
@@ -1270,6 +1272,7 @@ FREE = """total_timesteps checkpoint_every capture_video save_model profile resu
     wandb_entity exp_name evaluate eval_episodes load_moa""".split()  # options that a resumed run may change
 
 
+# method: no planner; the MOA is trained every few iterations
 class Trainer:
     """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 

@@ -46,6 +46,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# method: options of the model and of its data
 @dataclasses.dataclass
 class Args:
     # common
@@ -1023,6 +1024,7 @@ PLAYED = """plan_update plan_beta plan_samples plan_depth plan_company
     plan_greedy""".split()  # options that may change when an agent is played
 
 
+# method: plans in a latent model
 class Agent(nn.Module):
     """The learned player, for every seat of B games at once: policy, value, MOA, and what chooses with them."""
 
@@ -1495,6 +1497,7 @@ FREE = """total_timesteps checkpoint_every capture_video save_model profile resu
     dataset""".split()  # options that a resumed run may change
 
 
+# method: trains a latent model, online or from a file
 class Trainer:
     """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
 

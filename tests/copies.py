@@ -4,9 +4,10 @@
     python tests/copies.py --repair hop_onestep                  # copy from hop_onestep.py what differs in the others
     python tests/copies.py --repair hop_onestep --into hop_mcts  # ... in one of them
 
-A definition is a statement at the top level of a script, or in the body of a class, a method or a field.
-Where a definition is a script's own method, a comment line above it says so, `# method: <what differs>`; then it may
-differ. The text of a definition includes its decorators, and the comment lines directly above it.
+A definition is a statement at the top level of a script, or in the body of a class, a method or a field. Where it is a
+script's own method, a comment line above it says so, `# method: <what differs>`; then it may differ. A class with such
+members, or with other members than elsewhere, says so as well. The text of a definition includes its decorators, and
+the comment lines directly above it.
 """
 
 import argparse
@@ -75,9 +76,14 @@ def differences(sources: dict[str, str]) -> list[str]:
         plain = {script: d.text for script, d in having.items() if not d.mark}
         if len(set(plain.values())) > 1:
             problems.append(f"{name} differs: {', '.join(plain)}")
+        inside = {s: {k: bool(d.mark) for k, d in found[s].items() if k.startswith(f"{name}.")} for s in having}
+        alike = [list(inside[script]) for script in plain]  # the members of a class that has no mark
         for script, definition in having.items():
-            if definition.mark and definition.text in plain.values():
+            own = any(inside[script].values()) or list(inside[script]) not in alike
+            if definition.mark and definition.text in plain.values() and not own:
                 problems.append(f"{name} of {script} is marked as its own, and is not")
+            if not definition.mark and (any(inside[script].values()) or alike[0] != list(inside[script])):
+                problems.append(f"{name} of {script} has members of its own, and no mark")
     return problems
 
 

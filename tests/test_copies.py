@@ -93,6 +93,7 @@ def test_what_a_script_calls_its_own_may_differ_and_stays():
         "    def act(self):\n        return 1", f"    {MARK} acts twice\n    def act(self):\n        return 2"
     )
     own = own.replace("@cache", f"{MARK} triples\n@cache").replace("2 * x", "3 * x")
+    own = own.replace("class Player", f"{MARK} acts\nclass Player")
     assert differences({"a": OLD, "b": own}) == []
     assert repaired(OLD, own) == own
     assert repaired(own, OLD) == OLD
@@ -100,9 +101,21 @@ def test_what_a_script_calls_its_own_may_differ_and_stays():
     assert differences({"a": own, "b": other}) == []
 
 
+def test_a_class_with_members_of_its_own_is_marked():
+    marked = OLD.replace(
+        "    def act(self):\n        return 1", f"    {MARK} acts twice\n    def act(self):\n        return 2"
+    )
+    more = OLD + "\n    def rest(self):\n        return 0\n"
+    for own in (marked, more):
+        assert differences({"a": OLD, "b": own}) == ["Player of b has members of its own, and no mark"]
+        assert differences({"a": OLD, "b": own.replace("class Player", f"{MARK} its own\nclass Player")}) == []
+    idle = OLD.replace("class Player", f"{MARK} nothing\nclass Player")
+    assert differences({"a": OLD, "b": idle}) == ["Player of b is marked as its own, and is not"]
+
+
 def test_a_mark_on_the_shared_text_is_found():
-    own = OLD.replace("    def act", f"    {MARK} nothing\n    def act")
-    assert differences({"a": OLD, "b": own}) == ["Player.act of b is marked as its own, and is not"]
+    own = OLD.replace("@cache", f"{MARK} nothing\n@cache")
+    assert differences({"a": OLD, "b": own}) == ["double of b is marked as its own, and is not"]
 
 
 def test_new_and_missing_definitions_are_no_difference():
