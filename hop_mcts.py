@@ -986,7 +986,7 @@ class TreeSearch:
         (trees, actions), self.model, self.most = prior.shape, model, most
         self.simulations, self.constant, self.gamma, size = simulations, constant, gamma, (simulations + 1) * trees
         self.trees, self.timer, self.puct = torch.arange(trees, device=prior.device), Timer(False), puct
-        self.rows = prior.new_zeros(size, 3 * actions + 1)  # one row a node: a selection reads all of it at once
+        self.rows = prior.new_zeros(size, 3 * actions + 1)  # one row a node: a backup reads all of it at once
         self.widths = [actions, actions, actions, 1]
         # [nodes, A] of every action, [nodes]
         self.visits, self.total = self.rows[:, :actions], self.rows[:, actions : 2 * actions]
