@@ -166,17 +166,19 @@ def locally(program: str, jobs: list[dict], at_once: int, deadline: float) -> It
 
 def on_ray(program: str, jobs: list[dict], address: str, deadline: float) -> Iterator[dict]:
     """Results as they come, of jobs started before `deadline` on a Ray cluster, a core each. The cluster's machines
-    need the packages of requirements.txt; the code is sent to them, checkpoints that are kept come back."""
+    need the packages of requirements.txt; code and kept checkpoints are sent to them, new checkpoints come back."""
+    os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")  # or the checkpoints would not be sent
     import ray
 
-    content = {"working_dir": str(ROOT), "excludes": ["/runs/", "/.git/", "/docs/", "/wandb/", "/.venv/"]}
+    content = {"working_dir": str(ROOT), "excludes": ["/runs/", "/.git/", "/docs/", "/wandb/", "/.venv/", ".*_cache"]}
     ray.init(address=None if address == "local" else address, runtime_env=content, log_to_driver=False)
 
     @ray.remote(num_cpus=1)
     def run(job: dict) -> tuple[dict, bytes] | None:
         if time.time() >= deadline:
             return None
-        result = in_process(program, job, os.getcwd())
+        sys.path.insert(0, "benchmarks")  # of the working directory that was sent
+        result = importlib.import_module("runs").in_process(program, job, os.getcwd())
         return result, Path(job["keep"]).read_bytes() if job.get("keep") else b""
 
     left = [run.remote(job) for job in jobs]
