@@ -11,8 +11,8 @@ the standard deviation between seeds, pooled over the three goals of a script in
 and only then a share is given, if its 95 % interval by Student's t lies above 0. `+-` is half such an interval; the
 share's is by the delta method. All of this takes two seeds at least; where true goals are worth nothing, one gap in
 forty still counts as real. The share is given over all episodes of a match, and over its second half, when co-players
-have shown what they are. Then, to tell goals that are not predicted from
-goals that are not used: how well the opponent model predicts actions in training with each of the three.
+have shown what they are. Then, to tell goals that are not predicted from goals that are not used: how well the opponent
+model predicts actions in training with each of the three (`hop_ppo_gumbel.py` trains it for inferred ones only).
 """
 
 import dataclasses
@@ -37,17 +37,12 @@ KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 EPISODES = {"msh-4x4-4h1s": 2000, "msg": 500}  # of the evaluation, in each company
 
 
-@dataclasses.dataclass
-class Options(Running):
-    pass
-
-
 def companies(game: str) -> dict[str, str]:
     """Co-players that a learner is judged among, by a name for them."""
     return {**{f"3 {kind}": kind for kind in KINDS[game].split(",")}, "one of each": KINDS[game]}
 
 
-def all_jobs(options: Options) -> list[dict]:
+def all_jobs(options: Running) -> list[dict]:
     """Seeds outermost: everything has one seed before anything has two."""
     jobs = []
     seeds = options.seeds[: 1 if options.quick else None]
@@ -177,11 +172,11 @@ def report(runs_of: dict[str, list[dict]], picture: bool) -> None:
         plot(runs_of)
 
 
-def main(options: Options) -> None:
+def main(options: Running) -> None:
     file = options.results("goals")
     if benchmark(__file__, options, all_jobs(options), work, file):
         report(by_setting(file), picture=not options.quick)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    main(tyro.cli(Running, description=__doc__))
