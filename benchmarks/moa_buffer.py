@@ -189,7 +189,7 @@ def report(runs_of: dict[str, list[dict]], picture: bool) -> None:
                 within([part_of(r, m, *w) for r in of], d) for (m, d), w in itertools.product(columns, (early, late))
             ]
             print(f"| {name} | {len(of)} | {' | '.join(cells)} |")
-        companies = list(next(iter(runs_of.values()))[0]["returns"])
+        companies = list(next((runs[0]["returns"] for runs in runs_of.values()), []))
         print(f"\n| {part}, judged after training with | {' | '.join(companies)} | CPU seconds |")
         print("|-|" + "-|" * (len(companies) + 1))
         for name, setting in settings.items():
