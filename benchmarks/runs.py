@@ -77,7 +77,7 @@ def work(job: dict) -> dict:
     """Trains and evaluates one setting with one seed, in this process. `job` has script, setting, seed, options (of the
     command line) and episodes (of the evaluation, a kind), and may have `kinds`: co-players to evaluate with, by a name
     for them (default: those of the options); `play`: options of `evaluate` by a name for them, for other ways to play
-    what was trained; `keep`: where the checkpoint is kept."""
+    what was trained; `keep`: where the checkpoint is kept; `curves`: further metrics whose curves the result has."""
     import torch
 
     script = importlib.import_module(job["script"])
@@ -102,18 +102,19 @@ def work(job: dict) -> dict:
         everyone = played["focal_return"] + (n - 1) * played["co_player_return"]
         result["all_seats"][label] = round(everyone / n, 4)
     result["curve"] = curve(metrics["run"])
+    result["curves"] = {name: curve(metrics["run"], name) for name in job.get("curves", [])}
     result["metrics"] = {k: v for k, v in metrics.items() if k != "run" and not k.startswith("time/")}
     return result | about(start)
 
 
 def curve(run: str, name: str = "charts/episodic_return") -> list[list[float]]:
     """About a hundred points [game steps, seconds since the first, value] of a run's metric `name`, by default the
-    mean return of the learner's seats."""
+    mean return of the learner's seats; none if it was not logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(run, size_guidance={"scalars": 0})
     events.Reload()
-    points = events.Scalars(name)
+    points = events.Scalars(name) if name in events.Tags()["scalars"] else []
     points = points[:: max(1, len(points) // 100)]
     return [[p.step, round(p.wall_time - points[0].wall_time, 1), round(p.value, 4)] for p in points]
 
