@@ -61,8 +61,8 @@ NUM_STEPS = 64  # default of all scripts
 SPEED_GAME, SPEED_ENVS = "msh-4h1s", (1, 4, 16, 64, 256, 1024, 4096)
 LEARNING_GAME, LEARNING_ENVS, LEARNING_STEPS = "msh-4x4-4h1s", (1, 4, 16, 64, 256, 1024), 131_072
 LEARNERS = ("plain PPO", "one step")
-CUT = {("plain PPO", 1): 16_384, ("one step", 1): 8_192, ("one step", 4): 32_768}  # game steps of runs that are cut
-MOST_SECONDS = 60.0  # no further turn of a cell of `sps` after so many CPU seconds of all methods
+CUT = {("plain PPO", 1): 12_288, ("one step", 1): 4_096, ("one step", 4): 16_384}  # game steps of runs that are cut
+MOST_SECONDS = 40.0  # no further turn of a cell of `sps` after so many CPU seconds of all methods
 PARTS = ("profile", "sps", "parallel")
 RENAMED = {"MCTS": "planner", "compute_action": "compute action"}  # parts of a profile
 
@@ -104,9 +104,14 @@ def sps_jobs(options: Options) -> list[dict]:
     several = [1, 16] if options.quick else SPEED_ENVS
     return [
         {"part": "sps", "setting": f"{SPEED_GAME} | sps | {n} games | {device}", "seed": options.seeds[0]}
-        | {"num_envs": n, "device": device, "turns": (1, 1) if options.quick else (2, 5)}
+        | {"num_envs": n, "device": device, "turns": turns(n, options.quick)}
         for device, n in itertools.product(devices(options), several)
     ]
+
+
+def turns(num_envs: int, quick: bool) -> tuple[int, int, int]:
+    """Turns of a cell of `sps`: those that are not counted, the least and the most counted."""
+    return (1, 1, 1) if quick else (1, 2, 5) if num_envs < 1024 else (0, 1, 3)
 
 
 def parallel_jobs(options: Options) -> list[dict]:
@@ -243,10 +248,10 @@ def speed(job: dict) -> dict:
         before = run_before(name, SPEED_GAME, "self", job["seed"], cuda)
         trainers[name] = continued(before, name, n, steps)
         spent[name] = count_once(trainers[name])
-    least, most = job["turns"]
+    first, least, most = job["turns"]
     began = time.process_time()
-    for turn in range(most + 1):
-        if turn > least and time.process_time() - began > MOST_SECONDS:
+    for turn in range(first + most):
+        if turn >= first + least and time.process_time() - began > MOST_SECONDS:
             break
         for name in [name for name in METHODS if name not in failed]:
             iterations, once = TURN.get(name, 1), spent[name].copy()
@@ -262,7 +267,7 @@ def speed(job: dict) -> dict:
                 continue
             seconds, once = seconds_now(cuda) - before, spent[name] - once
             stretched = once + (seconds - once) * NUM_STEPS / steps
-            for clock, second in zip(("cpu", "wall"), stretched if turn else (), strict=False):
+            for clock, second in zip(("cpu", "wall"), stretched if turn >= first else (), strict=False):
                 rates[name][clock].append(round(iterations * NUM_STEPS * n / float(second), 1))
     result = {**job, "command": command(job), "num_steps": steps, "rates": rates, "failed": failed} | about(start)
     result["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -323,7 +328,9 @@ def report_sps(results: list[dict], pictures: bool) -> None:
     by_device = {d: [r for r in results if r["device"] == d] for d in sorted({r["device"] for r in results})}
     for device, rows in by_device.items():
         clock = "CPU second" if device == "cpu 1 thread" else "second"
-        print(f"\n| {SPEED_GAME}, {device}: game steps a {clock} | " + " | ".join(f"{r['num_envs']}" for r in rows))
+        print(
+            f"\n| {SPEED_GAME}, {device}: game steps a {clock} | " + " | ".join(f"{r['num_envs']}" for r in rows) + " |"
+        )
         print("|-|" + "-:|" * len(rows))
         for method in METHODS:
             cells = [f"{statistics.median(v):,.0f}" if (v := rates_of(r, method)) else "no memory" for r in rows]
