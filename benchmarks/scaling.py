@@ -211,7 +211,8 @@ def set_up(threads: int, cuda: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=cuda)
     if not cuda:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        words = Path("/proc/meminfo").read_text().split()
+        free = 1024 * int(words[words.index("MemAvailable:") + 1])
         resource.setrlimit(resource.RLIMIT_DATA, (int(0.8 * free), resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
@@ -322,6 +323,14 @@ def rates_of(result: dict, method: str) -> list[float]:
     return result["rates"][method]["cpu" if result["device"] == "cpu 1 thread" else "wall"]
 
 
+def axis_of_games(axis: plt.Axes, several: tuple[int, ...], label: str) -> None:
+    """Makes the x axis one of numbers of parallel games."""
+    axis.set(xlabel=label, xscale="log", xlim=(several[0] / 1.5, several[-1] * 1.5))
+    axis.set_xticks(several, [str(n) for n in several])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
 def report_sps(results: list[dict], pictures: bool) -> None:
     """A table for each device, and docs/scaling_sps.png."""
     results = sorted((r for r in results if r["part"] == "sps"), key=lambda r: r["num_envs"])
@@ -348,8 +357,8 @@ def report_sps(results: list[dict], pictures: bool) -> None:
             ends = np.array([[min(v), max(v)] for _, v in points]).reshape(-1, 2).T
             place = [n for n, _ in points]
             axis.errorbar(place, middle, abs(ends - middle), color=colour, marker="o", ms=3, lw=1.3, label=method)
-        axis.set(title=f"{SPEED_GAME}, {device}", xlabel="parallel games", xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
+        axis.set(title=f"{SPEED_GAME}, {device}", yscale="log")
+        axis_of_games(axis, SPEED_ENVS, "parallel games")
     axes[0].set_ylabel("game steps a second of training")
     axes[0].legend(fontsize=7)
     figure.tight_layout()
@@ -415,11 +424,10 @@ def report_parallel(results: list[dict], pictures: bool) -> None:
         return
     axes[0].set(ylabel="mean return of all seats", title=f"after {LEARNING_STEPS:,} game steps")
     axes[1].set(title=f"after equal CPU seconds ({', '.join(titles)})")
-    axes[1].title.set_fontsize(9)
     for axis in axes:
         axis.axhline(best_return(LEARNING_GAME), color="#888888", lw=0.8, ls="--")
-        axis.set(xlabel=f"parallel games, {LEARNING_GAME} in self-play", xscale="log")
-        axis.grid(alpha=0.3)
+        axis_of_games(axis, LEARNING_ENVS, f"parallel games, {LEARNING_GAME} in self-play")
+        axis.title.set_fontsize(10)
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "scaling_learning.png", dpi=100)
