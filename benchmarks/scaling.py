@@ -11,10 +11,9 @@ Parts:
 - `sps`: game steps a second of training in self-play against the number of parallel games. All methods of one number
   of games take turns in one process, so that their ratios hold on a machine that has other work; medians of turns,
   bars from the slowest to the fastest. On one thread of a CPU the clock is CPU time, else the wall's. Two threads are
-  left out where the process has one core. With many games the rollouts that are timed are shorter
-  than the default 64 steps (4096 game steps an iteration, at least 2 steps): what is done once an iteration whatever
-  the number of steps (training of MOA and latent model, memories computed anew) counts once in 64 steps, the rest is
-  stretched to 64.
+  left out where the process has one core. With many games the rollouts that are timed are shorter than the default 64
+  steps (4096 game steps an iteration, at least 2 steps): what is done once an iteration whatever the number of steps
+  (training of MOA and latent model, memories computed anew) counts once in 64 steps, the rest is stretched to 64.
 - `parallel`: runs of equal game steps in self-play, other options by default, evaluated after training. At equal time:
   the training returns that their curves have reached after the CPU seconds that the fastest setting takes for a whole
   run (its slowest seed). Learning rate, entropy bonus and the planner's share still follow the whole run's length
