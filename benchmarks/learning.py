@@ -26,6 +26,7 @@ from runs import (
     Running,
     benchmark,
     best_return,
+    by_cpu_time,
     by_setting,
     checkpoint_of,
     interquartile_mean,
@@ -94,13 +95,6 @@ def score(result: dict) -> float:
     high, values = best_return(game), returns_of(result)
     lows = {kind: random_return(game, kind) for kind in values}
     return statistics.mean((value - lows[kind]) / (high - lows[kind]) for kind, value in values.items())
-
-
-def by_cpu_time(run: dict) -> list[list[float]]:
-    """The curve of a run with its clock, the wall's, stretched to the CPU seconds of its training: the machine may have
-    had other work."""
-    share = run["train_cpu_seconds"] / run["curve"][-1][1]
-    return [[step, seconds * share, value] for step, seconds, value in run["curve"]]
 
 
 def smooth(values: list[float], width: int = 5) -> np.ndarray:

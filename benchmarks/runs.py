@@ -119,6 +119,15 @@ def curve(run: str, name: str = "charts/episodic_return") -> list[list[float]]:
     return [[p.step, round(p.wall_time - points[0].wall_time, 1), round(p.value, 4)] for p in points]
 
 
+def by_cpu_time(run: dict) -> list[list[float]]:
+    """The curve of a run with its clock, the wall's, stretched to the CPU seconds of its training: the machine may have
+    had other work. The clock starts with the first point; until then time is taken to go with game steps."""
+    (first, *_), (last, seconds, _) = run["curve"][0], run["curve"][-1]
+    before = run["train_cpu_seconds"] * first / last
+    share = (run["train_cpu_seconds"] - before) / seconds if seconds else 0.0
+    return [[step, before + share * second, value] for step, second, value in run["curve"]]
+
+
 def results_in(file: Path) -> list[dict]:
     """The results in `file`, by setting and seed."""
     lines = file.read_text().splitlines() if file.exists() else []

@@ -91,6 +91,45 @@ def test_jobs_of_the_learning_curves(runs):
         json.dumps(job)
 
 
+def test_jobs_and_figures_of_scaling(runs):
+    scaling = importlib.import_module("scaling")
+    options = scaling.Options(devices="cpu")
+    jobs = [*scaling.profile_jobs(options), *scaling.sps_jobs(options), *scaling.parallel_jobs(options)]
+    assert len({(job["setting"], job["seed"]) for job in jobs}) == len(jobs)
+    for job in jobs:
+        assert "," not in job["setting"]  # or `--only` would split it
+        if job["part"] == "parallel":
+            script = importlib.import_module(job["script"])
+            args = script.resolved(script.parse_arguments(job["options"].split()))
+            assert args.total_timesteps % (args.num_envs * args.num_steps) == 0 and args.num_envs == job["num_envs"]
+    run = {"train_cpu_seconds": 40.0, "curve": [[10, 0.0, 1.0], [20, 3.0, 2.0], [30, 6.0, 3.0], [40, 9.0, 4.0]]}
+    assert runs.by_cpu_time(run) == [[10, 10.0, 1.0], [20, 20.0, 2.0], [30, 30.0, 3.0], [40, 40.0, 4.0]]
+    assert scaling.return_after(run, 40.0) == 4.0 and scaling.return_after(run, 26.0) == 2.0
+    assert math.isnan(scaling.return_after(run, 9.0))
+    assert runs.by_cpu_time({"train_cpu_seconds": 5.0, "curve": [[10, 0.0, 1.0]]}) == [[10, 5.0, 1.0]]
+    shares = scaling.shares_of([{"shares": {"a": 0.75, "a/b": 0.5}}, {"shares": {"a": 0.25, "a/MCTS": 0.25}}])
+    assert shares == {("a",): 0.5, ("a", "b"): 0.25, ("a", "planner"): 0.125, ("a", "rest"): 0.125}
+
+
+def test_going_on_with_more_games(runs):
+    """Each game is one of the 16 before, at its stage; networks and stored matches are theirs."""
+    import torch
+
+    scaling = importlib.import_module("scaling")
+    for method in scaling.METHODS:
+        before = scaling.run_before(method, "msh-2x2-2p-1h1s", "self", 1, False)
+        for games in (3, 40):
+            trainer = scaling.continued(before, method, games, 4)
+            assert all(
+                (a == b[torch.arange(games) % 16]).all() for a, b in zip(trainer.state, before.state, strict=True)
+            )
+            assert len(trainer.buffer) == len(before.buffer)
+            spent = scaling.count_once(trainer)
+            for _ in range(scaling.TURN.get(method, 1)):
+                trainer.iterate()
+            assert (spent > 0).all() == trainer.agent.uses_moa and trainer.state.time.shape == (games,)
+
+
 def test_interquartile_mean(runs):
     middle, low, high = runs.interquartile_mean([[0.0, 1.0], [2.0, 3.0]])
     assert middle == pytest.approx(1.5) and 0.0 <= low < middle < high <= 3.0
