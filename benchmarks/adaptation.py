@@ -67,6 +67,7 @@ SCRIPTED = {
 FROZEN = ("tree search", "one step", "discrete goals", "latent model", "prosocial PPO")
 CROSS_PLAY = ("msh-4x4-4h1s", "msg")
 WINDOWS = 8  # parts of a match, of 300 steps each
+LONGEST = 50  # steps of the longest episode; shorter windows may have no end of an episode
 LEAST_RANGE = 0.05  # of the game's best mean return, from score 0 to 1; with less there is no score
 EPISODES = 20  # first episodes of a match, for the curve
 
@@ -74,11 +75,11 @@ EPISODES = 20  # first episodes of a match, for the curve
 @dataclasses.dataclass
 class Options(Running):
     part: Literal["all", "reference", "adaptation", "cross-play"] = "all"  # what to run
-    games: int = 24  # matches with each kind, side by side; on msg, which is slower, two thirds of them
+    games: int = 20  # matches with each kind, side by side; half as many on msg, which is slower
     steps: int = 2400  # steps of a match
     last: int = 600  # steps at its end whose episodes count
     reference_steps: int = 200_000  # game steps of each reference's training
-    episodes: int = 200  # of each pair in cross-play
+    episodes: int = 200  # of each pair in cross-play; half as many on msg
 
 
 def quickly(options: Options) -> Options:
@@ -239,7 +240,7 @@ def all_jobs(options: Options) -> list[dict]:
         jobs.append(job)
         if group == "self-play" and game in CROSS_PLAY:
             job = {"part": "cross-play", "setting": f"cross-play | {game} | {method}", "seed": seed, "game": game}
-            job |= {"method": method, "learner": path, "episodes": options.episodes}
+            job |= {"method": method, "learner": path, "episodes": max(1, options.episodes // (1 + (game == "msg")))}
             found = {name: partner(game, name, seed, quick) for name in methods}
             job["partners"] = {name: entry[0] for name, entry in found.items() if entry}
             jobs.append(job | {"partner_seeds": {name: entry[1] for name, entry in found.items() if entry}})
@@ -254,7 +255,7 @@ def all_jobs(options: Options) -> list[dict]:
         if job["part"] != "reference":
             only = f"--part {job['part']} --only '{job['setting']}' --seeds {job['seed']}"
             job["command"] = f"python benchmarks/adaptation.py {only}{words}"
-        games = max(1, options.games * 2 // 3) if job["game"] == "msg" else options.games
+        games = max(1, options.games // 2) if job["game"] == "msg" else options.games
         job |= {"games": games, "steps": options.steps, "last": options.last} if job["part"] != "cross-play" else {}
     return sorted(jobs, key=lambda job: (order[job["part"]], job["seed"]))
 
@@ -490,6 +491,9 @@ def report(file: Path, pictures: bool) -> None:
 
 def main(options: Options) -> None:
     options, file = quickly(options), options.results("adaptation")
+    if min(options.steps // WINDOWS, options.last, options.steps - options.last) < LONGEST:
+        print(f"adaptation.py: in {LONGEST} steps no episode may end: take more --steps or --last", file=sys.stderr)
+        sys.exit(2)
     jobs = [] if options.worker or options.report else all_jobs(options)
     if benchmark(__file__, options, jobs, work, file):
         report(file, pictures=not options.quick)

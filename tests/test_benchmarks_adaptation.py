@@ -56,7 +56,8 @@ def test_a_long_match_is_played_as_evaluation_plays_it(adaptation):
             torch.nn.init.normal_(module.weight, std=0.3)
     generator = torch.Generator().manual_seed(3)
     players = adaptation.company(agent.game, ["ns"], 1, 2, generator)  # a match of three episodes
-    expected = script.play_matches(agent, players, generator)[0, :, int(players.seat[0, 0])]
+    seat = int(players.seat[0, 0])
+    expected = script.play_matches(agent, players, generator)[0, :, seat]
     generator = torch.Generator().manual_seed(3)
     players = adaptation.company(agent.game, ["ns"], 1, 110, generator)
     rewards, last = adaptation.long_match(agent, [players], 110, generator)
