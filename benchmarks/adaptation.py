@@ -44,6 +44,7 @@ import tyro
 import runs
 from learning import METHODS
 from runs import (
+    CHECKPOINTS,
     ROOT,
     Running,
     about,
@@ -201,8 +202,8 @@ def policy_alone(path: str) -> str:
     """Path from ROOT of the player at `path` without its planner, and without what only training needs."""
     import torch
 
-    kept = checkpoint_of("adaptation", f"policy of {Path(path).stem}", 0).replace("__0.pt", ".pt")
-    if not (ROOT / kept).is_file():
+    kept = str(CHECKPOINTS / "adaptation" / f"policy_of_{Path(path).name}")
+    if not (ROOT / kept).is_file() or (ROOT / kept).stat().st_mtime < (ROOT / path).stat().st_mtime:
         script = importlib.import_module("hop_onestep")
         content = torch.load(ROOT / path, map_location="cpu", weights_only=True)
         (ROOT / kept).parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +263,8 @@ def all_jobs(options: Options) -> list[dict]:
 
 def tell(missing: list[tuple[str, int]], some: bool, options: Options) -> None:
     """One line about trained players that are not there; exits with status 2 if none is there at all."""
+    parts = options.only.split(",")
+    missing = [m for m in missing if not some or any(part in f"adaptation | {m[0]}" for part in parts)]
     if not missing:
         return
     done = {(r["setting"], r["seed"]) for r in results_in(options.results("learning"))}
@@ -398,7 +401,10 @@ def report_adaptation(scores: Scores) -> None:
     parts = {"self-play": [False], "mixture": [False, True]}
     columns = [(group, seen) for group, both in parts.items() for seen in both]
     names = [f"{group}, {'seen' if seen else 'unseen'}" for group, seen in columns]
-    head("all games: interquartile mean", *(f"{n}: {part}" for n in names for part in ("first eighth", "at the end")))
+    head(
+        "all games: interquartile mean",
+        *(f"{n}: {part}" for n in names for part in ("first eighth of the match", "end")),
+    )
     for method in METHODS:
         cells = []
         for group, seen in columns:
@@ -467,7 +473,7 @@ def plot_cross_play(results: list[dict]) -> None:
         middle = 0.0 if np.isnan(values).all() else (np.nanmin(values) + np.nanmax(values)) / 2
         for i, j in zip(*np.nonzero(~np.isnan(values)), strict=True):
             colour = "white" if values[i, j] < middle else "black"
-            axis.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", fontsize=7, color=colour)
+            axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_xticks(places, METHODS, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(places, METHODS, fontsize=8)
         axis.set(title=f"{game}: return of one", xlabel="with three of", ylabel="one of")
@@ -484,7 +490,7 @@ def report(file: Path, pictures: bool) -> None:
     report_references(scores)
     report_adaptation(scores)
     report_cross_play(results)
-    if pictures:
+    if pictures and results:
         plot_adaptation(scores)
         plot_cross_play(results)
 
