@@ -107,12 +107,15 @@ class Args:
     own_goal: bool = False  # the policy chooses a goal of its own, too
     goal_period: int = 10  # game steps for which it keeps that goal, at most to the episode's end
     moa_hidden_size: int = 64  # width of the MOA's networks
-    moa_learning_rate: float = 1e-3  # of the MOA (Adam)
+    # method: larger, since its minibatches are fewer
+    moa_learning_rate: float = 5e-3  # of the MOA (Adam), annealed as well
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_every: int = 4  # iterations from one training of the MOA to the next; then all beliefs are computed anew
-    # method: by default more at a time, since not every iteration trains
-    moa_updates: int = 8  # minibatches for the MOA each time
-    moa_matches: int = 16  # matches in each
+    moa_every: int = 8  # iterations from one training of the MOA to the next; then all beliefs are computed anew
+    # method: more at a time, since not every iteration trains
+    moa_updates: int = 20  # minibatches for the MOA each time
+    # method: fewer, for more minibatches at the same price
+    moa_matches: int = 8  # matches in each
+    moa_share: float = 0.25  # share of their steps that are read, drawn anew each time; the likelihood is that of those
     moa_capacity: int = 1000  # matches that the MOA's buffer holds
     moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
     load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
@@ -126,7 +129,7 @@ FAMILY_DEFAULTS = {"msh": {"gamma": 0.99}, "msg": {"gamma": 0.85}}  # of the opt
 # method: there is no planner, and alpha is the count's
 NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "subgoal_coef", "pretrain_moa_steps"]
 # method: as well
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "inter_om_alpha"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "inter_om_alpha", "moa_share"]
 
 
 def resolved(args: Args) -> Args:
@@ -721,10 +724,10 @@ class GoalHeads(nn.Module):
         return goal @ weight.transpose(-1, -2)
 
     def every(self, own: Tensor, others: Tensor, goals: Tensor) -> Tensor:
-        """[.., G, outputs] for every one of `goals` [G, Z], by one matrix for all of them."""
+        """[.., outputs, G] for every one of `goals` [G, Z], by one matrix for all of them."""
         goals = F.pad(goals, (0, 1), value=1.0)  # [G, Z + 1]
         weight, bias = (x.unflatten(0, (self.outputs, -1)) for x in (self.out.weight, self.out.bias))
-        weight, bias = torch.einsum("gz,azh->gah", goals, weight), goals @ bias.T
+        weight, bias = goals @ weight, bias @ goals.T  # [outputs, G, H], [outputs, G]
         return F.linear(self.body(own, others), weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)
 
 
@@ -776,15 +779,14 @@ class MOA(nn.Module):
     def guess(self, match: Tensor) -> Tensor:
         """Logits [.., G] of the encoder's guess from its sums [.., E + 1] over the match."""
         sums, count = match[..., :-1], match[..., -1:]
-        return self.guesser(
-            torch.cat([sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0], -1)
-        )
+        inputs = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
+        return self.guesser(torch.cat(inputs, -1))
 
     def log_likelihood(self, own: Tensor, others: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """float32 [.., G]: log pi_hat(a | o, t, g) of the `actions` [..] taken, under every goal in one call."""
-        logits = masked(self.decoder.every(own, others, self.table), mask.unsqueeze(-2)).log_softmax(-1)
-        index = actions[..., None, None].expand(*logits.shape[:-1], 1)
-        return logits.gather(-1, index).squeeze(-1)
+        logits = masked(self.decoder.every(own, others, self.table), mask.unsqueeze(-1)).log_softmax(-2)
+        index = actions[..., None, None].expand(*actions.shape, 1, logits.shape[-1])
+        return logits.gather(-2, index).squeeze(-2)
 
     def next_prior(self, prior: Tensor, likelihood: Tensor) -> Tensor:
         """Log prior [.., G] of the episode after one that began with log `prior` and had the log-`likelihood`: HOP's
@@ -835,7 +837,9 @@ def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tu
     two are in nats a step (the KL once for a seat's match), so that they are a bound on the marginal likelihood of
     the whole matches, and equal to it if q is the posterior, as in `--goal-training em`; then the gradient is that of
     expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
-    live, some = batch.active.any(2), batch.active  # [S, L], [S, L, N]
+    read = torch.rand(batch.start.shape, generator=generator, device=batch.start.device) < moa.args.moa_share  # [S, L]
+    some = batch.active & read.unsqueeze(2)  # [S, L, N]
+    live = some.any(2)
     state, actions, active = batch.state.rows(live.flatten()), batch.actions[some], some[live]
     own, others = (x[active] for x in moa.relative(state))  # [R, ..] here and below: steps of seats
     mask, weight, terms = moa.relative.game.action_mask(state)[active], batch.weight[some], {}
@@ -856,7 +860,8 @@ def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tu
     loss, terms["moa/kl"] = kl.sum() / whole, kl.sum() / some.any(1).sum().clamp(min=1)
     loss = loss + terms["moa/nll"] + subgoal_coef * terms["moa/recon"]
     if moa.encodes:  # the guess at every step, from what came before it, is to agree with what was drawn
-        terms["moa/guess"] = -(weight * (drawn.detach()[who] * past.log_softmax(-1)).sum(-1)).sum() / whole
+        past = past[some[batch.active]].log_softmax(-1)  # [R, G]
+        terms["moa/guess"] = -(weight * (drawn.detach()[who] * past).sum(-1)).sum() / whole
         loss = loss + terms["moa/guess"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -969,10 +974,7 @@ class Agent(nn.Module):
             return memory
         clear, over = ended.view(-1, 1, 1), match_ended.view(-1, 1, 1)
         prior = torch.where(clear, self.moa.next_prior(memory.prior, memory.likelihood), memory.prior)
-        prior, likelihood = (
-            prior.masked_fill(over, -math.log(self.args.goals)),
-            memory.likelihood.masked_fill(clear, 0.0),
-        )
+        prior, likelihood = prior.masked_fill(over, -math.log(self.args.goals)), memory.likelihood.masked_fill(clear, 0)
         return memory._replace(prior=prior, likelihood=likelihood, match=memory.match.masked_fill(over, 0.0))
 
     def assign(self, log_belief: Tensor) -> Tensor:
@@ -1206,9 +1208,8 @@ class MOABuffer:
             for k in range(count - 1):
                 ended = (episode > k).view(-1, 1, 1)
                 prior = torch.where(ended, moa.next_prior(prior, total[:, k]), prior)
-            memory = memory._replace(
-                prior=prior, likelihood=total[torch.arange(self.batch, device=now.device), episode]
-            )
+            likelihood = total[torch.arange(self.batch, device=now.device), episode]
+            memory = memory._replace(prior=prior, likelihood=likelihood)
         if moa.encodes:
             steps = moa.features(moa.seen(own, others), actions, active.squeeze(-1))
             memory = memory._replace(match=torch.zeros_like(present.match).index_add(0, game, steps))
@@ -1304,11 +1305,7 @@ class Trainer:
         """Plays `--num-steps` steps of every game, ended ones anew; fields of Decision and more, [T, B, N, ..]."""
         args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
         steps: list[dict[str, Tensor]] = []
-        if (
-            agent.uses_moa
-            and not args.freeze_moa
-            and (self.iteration == 0 or (self.iteration - 1) % args.moa_every == 0)
-        ):
+        if args.goal == "inferred" and not args.freeze_moa and self.iteration % args.moa_every == 0:
             with timer("memory"):
                 self.memory = self.buffer.memory(agent.moa, co_players.episode, self.memory)
         for _ in range(args.num_steps):
@@ -1332,7 +1329,8 @@ class Trainer:
             if agent.uses_moa:
                 with timer("MOA buffer"):
                     self.buffer.add(state, actions, co_players, reward, after)
-                    self.buffer.end(match_ended, self.global_step)
+                    if match_ended.any():
+                        self.buffer.end(match_ended, self.global_step)
             mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
             fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
             fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
@@ -1367,6 +1365,7 @@ class Trainer:
         rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
         ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
         self.optimizers["policy"].param_groups[0]["lr"] = rate
+        self.optimizers["moa"].param_groups[0]["lr"] = args.moa_learning_rate * rate / args.learning_rate
         metrics = {"charts/learning_rate": torch.tensor(rate)}
         with timer("rollout"):
             rows = self.rollout()
@@ -1375,7 +1374,7 @@ class Trainer:
                 metrics |= self.buffer.statistics(self.global_step)
                 metrics |= self.goal_statistics()
                 with timer("MOA"):
-                    trains = not args.freeze_moa and self.iteration % args.moa_every == 0
+                    trains = not args.freeze_moa and (self.iteration + 1) % args.moa_every == 0
                     metrics |= self.update_moa(args.temperature * (1.0 - 0.9 * done * args.anneal)) if trains else {}
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
             with timer("PPO"):

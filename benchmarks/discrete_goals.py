@@ -7,7 +7,7 @@
     python benchmarks/discrete_goals.py --report          # tables from the results so far
 
 Every run uses one thread. A result is a JSON line in `benchmarks/results/discrete_goals.jsonl` with its exact command,
-seed, seconds and machine; what is there is not repeated, so an interrupted part goes on where it stopped.
+seed, seconds, machine and commit; what is there is not repeated, so an interrupted part goes on where it stopped.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -244,6 +245,10 @@ def main(options: Options) -> None:
     done = {(r["part"], r["setting"], r["seed"]) for r in known} if options.keep else set()
     about = {"machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"}
     about |= {"torch": torch.__version__, "benchmark": shlex.join(["python", *sys.argv])}
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent.parent, capture_output=True, text=True
+    )
+    about["commit"] = git.stdout.strip()
     for setting, seed, act in jobs(options):
         only = options.only.partition(" | ")[0] if options.part == "model" else options.only
         if (options.part, setting, seed) in done or only not in setting:
@@ -285,9 +290,9 @@ def report(known: list[dict]) -> None:
     print("\n| gap closed: game, goals by | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
     ways = {k: v for k, v in part["model"].items() if k[1] in WAYS}
     for (env_id, way), runs in ways.items():
-        print(
-            f"| {env_id}, `{way}` | {percent(map(statistics.mean, zip(*(r['closed'] for r in runs), strict=True)))} |"
-        )
+        closed = [r["closed"] for r in runs if "closed" in r]  # needs `none` and `oracle` of the same call
+        if closed:
+            print(f"| {env_id}, `{way}` | {percent(map(statistics.mean, zip(*closed, strict=True)))} |")
     print("\n| kind read off: game, goals by | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|")
     for (env_id, way), runs in ways.items():
         means = map(statistics.mean, zip(*(r["accuracy"] for r in runs), strict=True))
