@@ -837,41 +837,40 @@ def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tu
     two are in nats a step (the KL once for a seat's match), so that they are a bound on the marginal likelihood of
     the whole matches, and equal to it if q is the posterior, as in `--goal-training em`; then the gradient is that of
     expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
-    read = torch.rand(batch.start.shape, generator=generator, device=batch.start.device) < moa.args.moa_share  # [S, L]
-    some = batch.active & read.unsqueeze(2)  # [S, L, N]
-    live = some.any(2)
-    state, actions, active = batch.state.rows(live.flatten()), batch.actions[some], some[live]
-    own, others = (x[active] for x in moa.relative(state))  # [R, ..] here and below: steps of seats
-    mask, weight, terms = moa.relative.game.action_mask(state)[active], batch.weight[some], {}
-    seats = torch.arange(some.shape[0] * some.shape[2], device=some.device).view(-1, 1, some.shape[2])
-    who, whole = seats.expand_as(some)[some], weight.sum().clamp(min=1e-9)  # [R] index of seat and match, of S * N
-    log_probs = moa.log_likelihood(own, others, mask, actions)  # [R, G]
-    logits = log_probs.new_zeros(seats.numel(), moa.args.goals).index_add(0, who, log_probs)  # [S * N, G]
+    live = batch.active.any(2)  # [S, L]; of these, some are read
+    live &= torch.rand(live.shape, generator=generator, device=live.device) < moa.args.moa_share
+    state, steps = batch.state.rows(live.flatten()), (batch.actions, batch.active, batch.weight, batch.subgoal)
+    actions, active, weight, subgoal = (x[live] for x in steps)  # [R, N] here and below: steps of all seats
+    (own, others), match, terms = moa.relative(state), live.nonzero()[:, 0], {}  # [R, N, ..], [R]
+    log_probs = moa.log_likelihood(own, others, moa.relative.game.action_mask(state), actions) * active.unsqueeze(-1)
+    logits = log_probs.new_zeros(len(live), *log_probs.shape[1:]).index_add(0, match, log_probs)  # [S, N, G]
     past, guess = guesses(moa, batch) if moa.encodes else (None, None)
     logits = guess if moa.args.goal_training == "amortised" else logits
-    q = logits.softmax(-1)
+    q, whole = logits.softmax(-1), weight.sum().clamp(min=1e-9)
     drawn = q if moa.args.goal_training == "em" else straight_through(logits, temperature, generator)
-    kl = (q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * some.any(1).flatten()
-    terms["moa/nll"] = -(weight * (drawn[who] * log_probs).sum(-1)).sum() / whole
-    subgoals = state.players[active], state.items[active.nonzero()[:, 0]], own, others, drawn[who] @ moa.table
+    known = (batch.active & live.unsqueeze(2)).any(1)  # [S, N]
+    kl = ((q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * known).sum()
+    terms["moa/nll"] = -(weight * (drawn[match] * log_probs).sum(-1)).sum() / whole
+    items = state.items.unsqueeze(1).expand(-1, active.shape[1], -1)
+    subgoals = state.players, items, own, others, drawn[match] @ moa.table
     subgoals = (x[::4] for x in subgoals)  # every fourth step, for speed: goals are learnt from the actions
-    recon = F.cross_entropy(moa.subgoal_logits(*subgoals), batch.subgoal[some][::4], reduction="none")
+    recon = F.cross_entropy(moa.subgoal_logits(*subgoals).movedim(-1, 1), subgoal[::4], reduction="none")
     terms["moa/recon"] = (weight[::4] * recon).sum() / weight[::4].sum().clamp(min=1e-9)
-    loss, terms["moa/kl"] = kl.sum() / whole, kl.sum() / some.any(1).sum().clamp(min=1)
+    loss, terms["moa/kl"] = kl / whole, kl / known.sum().clamp(min=1)
     loss = loss + terms["moa/nll"] + subgoal_coef * terms["moa/recon"]
     if moa.encodes:  # the guess at every step, from what came before it, is to agree with what was drawn
-        past = past[some[batch.active]].log_softmax(-1)  # [R, G]
-        terms["moa/guess"] = -(weight * (drawn.detach()[who] * past).sum(-1)).sum() / whole
+        past = past[live].log_softmax(-1)
+        terms["moa/guess"] = -(weight * (drawn.detach()[match] * past).sum(-1)).sum() / whole
         loss = loss + terms["moa/guess"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def guesses(moa: MOA, batch) -> tuple[Tensor, Tensor]:
-    """The encoder's logits [R, G] before each step of a MatchBatch, and [S * N, G] at the end of every match."""
+    """The encoder's logits [S, L, N, G] before each step of a MatchBatch, and [S, N, G] at the end of every match."""
     seen, shape = moa.seen(*moa.relative(batch.state)), batch.start.shape
     step = moa.features(seen, batch.actions.flatten(0, 1), batch.active.flatten(0, 1)).unflatten(0, shape)
     after = step.cumsum(1)  # [S, L, N, E + 1]
-    return moa.guess((after - step)[batch.active]), moa.guess(after[:, -1]).flatten(0, 1)
+    return moa.guess(after - step), moa.guess(after[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
