@@ -833,11 +833,12 @@ def straight_through(logits: Tensor, temperature: float, generator: Generator) -
 
 # method: discrete goals, one for a seat and match
 def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + KL(q(g) || uniform) + subgoal_coef * reconstruction over the steps of a MatchBatch. The first
-    two are in nats a step (the KL once for a seat's match), so that they are a bound on the marginal likelihood of
-    the whole matches, and equal to it if q is the posterior, as in `--goal-training em`; then the gradient is that of
-    expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
-    live = batch.active.any(2)  # [S, L]; of these, some are read
+    """Loss -log pi_hat + KL(q(g) || uniform) + subgoal_coef * reconstruction over a random share of the steps of a
+    MatchBatch. The first two are in nats a step (the KL once for a seat's match), so that they are a bound on the
+    marginal likelihood of these steps, and equal to it if q is the posterior, as in `--goal-training em`; then the
+    gradient is that of expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals
+    have collapsed."""
+    live = batch.active.any(2)  # [S, L]
     live &= torch.rand(live.shape, generator=generator, device=live.device) < moa.args.moa_share
     state, steps = batch.state.rows(live.flatten()), (batch.actions, batch.active, batch.weight, batch.subgoal)
     actions, active, weight, subgoal = (x[live] for x in steps)  # [R, N] here and below: steps of all seats

@@ -53,7 +53,7 @@ class Options:
     part: Literal["model", "selfplay", "goals", "speed"] = "model"  # what to run
     only: str = ""  # settings whose name contains this
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds
-    episodes: int = 2000  # evaluation episodes for each kind of co-players
+    episodes: int = 6000  # evaluation episodes for each kind of co-players
     steps: int = 400_000  # game steps of training in `goals`
     ways: str = "em,gumbel,amortised"  # ways of training the goals in `model`
     options: str = ""  # further options of the script
@@ -125,7 +125,8 @@ def accuracy(train, test, game) -> float:
 
 
 def model(setting: str, seed: int, options: Options) -> list[dict]:
-    """One setting with one seed: NLL of none, oracle and the three ways of training; kinds read off the beliefs."""
+    """One setting with one seed: NLL of none, oracle and the three ways of training; kinds read off the beliefs. All
+    learn from the same whole matches, in as many minibatches of as many matches."""
     env_id, kinds, matches, updates = MODEL[setting]
     base = moa_goals.Options(env_id=env_id, matches=matches, updates=updates, seed=seed)
     game, generator = script.GridGame(env_id), torch.Generator().manual_seed(seed)
@@ -148,7 +149,7 @@ def model(setting: str, seed: int, options: Options) -> list[dict]:
             fit(moa, loss, train, relative, base, generator)
             nll[goal] = moa_goals.held_out(moa, goal, test, base)
         else:
-            words = [*shlex.split(options.options), "--goal-training", goal, "--env-id", env_id]
+            words = ["--moa-share", "1", *shlex.split(options.options), "--goal-training", goal, "--env-id", env_id]
             args = script.resolved(script.parse_arguments(words))
             moa = script.MOA(relative, args)
 
@@ -182,7 +183,7 @@ def run(words: str, kinds: list[str], options: Options, seed: int) -> dict:
     for key in ("returns", "by_episode", "all_seats"):
         result[key] = {}
     for kind in kinds:
-        played = script.evaluate(metrics["run"], kind, episodes=options.episodes, seed=1000 + seed)
+        played = script.evaluate(metrics["run"], kind, episodes=options.episodes, num_envs=200, seed=1000 + seed)
         result["returns"][kind] = round(played["focal_return"], 4)
         result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
         result["all_seats"][kind] = round((played["focal_return"] + (n - 1) * played["co_player_return"]) / n, 4)
