@@ -928,6 +928,7 @@ class Agent(nn.Module):
             raise UsageError("--own-goal needs --goal inferred: it is a row of the same table")
         self.plan_mode, self.timer = "none", Timer(False)  # no planner, ever
         self.latest = (None, None)  # a state and its features: `act` and `remember` read the same one
+        self.latest_step = (None, None, None)  # state, actions, likelihoods: a truncated step is remembered twice
         self.to(game.device)
         self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
 
@@ -965,8 +966,10 @@ class Agent(nn.Module):
             keep = ~ended & ((state.time + 1) % self.args.goal_period > 0)
             memory = memory._replace(own=chosen * keep.view(-1, 1, 1), key=memory.key + actions.numel())
         if self.args.belief == "bayes":
-            step = self.moa.log_likelihood(own, others, self.game.action_mask(state), actions) * active.unsqueeze(-1)
-            memory = memory._replace(likelihood=memory.likelihood + step)
+            if self.latest_step[0] is not state or self.latest_step[1] is not actions:
+                step = self.moa.log_likelihood(own, others, self.game.action_mask(state), actions)
+                self.latest_step = state, actions, step * active.unsqueeze(-1)
+            memory = memory._replace(likelihood=memory.likelihood + self.latest_step[2])
         if self.moa.encodes:
             step = self.moa.features(self.moa.seen(own, others), actions, active)
             memory = memory._replace(match=memory.match + step)
@@ -1029,7 +1032,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
         """V [B, N] of every seat."""
-        own, others = self.look(state)
+        own, others = self.relative(state)
         goal, _, _, draws, _ = self.infer_all(memory, own, others, oracle)
         joined, total = self.with_goals(others, goal)
         return self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)

@@ -288,16 +288,17 @@ def report(known: list[dict]) -> None:
     for (env_id, _), runs in part["selfplay"].items():
         seconds = statistics.mean(r["cpu"] for r in runs)
         print(f"| {env_id} | {spread(runs, lambda r: r['all_seats']['self'])} | {seconds:.0f} |")
-    print("\n| gap closed: game, goals by | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
     ways = {k: v for k, v in part["model"].items() if k[1] in WAYS}
+    print("\n| gap closed: game, goals by | seeds | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|-|")
     for (env_id, way), runs in ways.items():
         closed = [r["closed"] for r in runs if "closed" in r]  # needs `none` and `oracle` of the same call
         if closed:
-            print(f"| {env_id}, `{way}` | {percent(map(statistics.mean, zip(*closed, strict=True)))} |")
-    print("\n| kind read off: game, goals by | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|")
+            means = map(statistics.mean, zip(*closed, strict=True))
+            print(f"| {env_id}, `{way}` | {len(closed)} | {percent(means)} |")
+    print("\n| kind read off: game, goals by | seeds | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
     for (env_id, way), runs in ways.items():
         means = map(statistics.mean, zip(*(r["accuracy"] for r in runs), strict=True))
-        print(f"| {env_id}, `{way}` | {' | '.join(f'{v:.3f}' for v in means)} |")
+        print(f"| {env_id}, `{way}` | {len(runs)} | {' | '.join(f'{v:.3f}' for v in means)} |")
     for env_id, kinds in KINDS.items():
         kinds, means = kinds.split(","), {}
         by_goal = {goal: part["goals"].get((f"{env_id} | {goal}", ""), []) for goal in GOALS}
