@@ -107,12 +107,15 @@ class Args:
     own_goal: bool = False  # the policy chooses a goal of its own, too
     goal_period: int = 10  # game steps for which it keeps that goal, at most to the episode's end
     moa_hidden_size: int = 64  # width of the MOA's networks
-    moa_learning_rate: float = 1e-3  # of the MOA (Adam)
+    # method: larger, since its minibatches are fewer
+    moa_learning_rate: float = 5e-3  # of the MOA (Adam), annealed as well
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_every: int = 4  # iterations from one training of the MOA to the next; then all beliefs are computed anew
-    # method: by default more at a time, since not every iteration trains
-    moa_updates: int = 8  # minibatches for the MOA each time
-    moa_matches: int = 16  # matches in each
+    moa_every: int = 8  # iterations from one training of the MOA to the next; then all beliefs are computed anew
+    # method: more at a time, since not every iteration trains
+    moa_updates: int = 20  # minibatches for the MOA each time
+    # method: fewer, for more minibatches at the same price
+    moa_matches: int = 8  # matches in each
+    moa_share: float = 0.25  # share of their steps that are read, drawn anew each time; the likelihood is that of those
     moa_capacity: int = 1000  # matches that the MOA's buffer holds
     moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
     load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
@@ -126,7 +129,7 @@ FAMILY_DEFAULTS = {"msh": {"gamma": 0.99}, "msg": {"gamma": 0.85}}  # of the opt
 # method: there is no planner, and alpha is the count's
 NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "subgoal_coef", "pretrain_moa_steps"]
 # method: as well
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "inter_om_alpha"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "inter_om_alpha", "moa_share"]
 
 
 def resolved(args: Args) -> Args:
@@ -721,10 +724,10 @@ class GoalHeads(nn.Module):
         return goal @ weight.transpose(-1, -2)
 
     def every(self, own: Tensor, others: Tensor, goals: Tensor) -> Tensor:
-        """[.., G, outputs] for every one of `goals` [G, Z], by one matrix for all of them."""
+        """[.., outputs, G] for every one of `goals` [G, Z], by one matrix for all of them."""
         goals = F.pad(goals, (0, 1), value=1.0)  # [G, Z + 1]
         weight, bias = (x.unflatten(0, (self.outputs, -1)) for x in (self.out.weight, self.out.bias))
-        weight, bias = torch.einsum("gz,azh->gah", goals, weight), goals @ bias.T
+        weight, bias = goals @ weight, bias @ goals.T  # [outputs, G, H], [outputs, G]
         return F.linear(self.body(own, others), weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)
 
 
@@ -776,15 +779,14 @@ class MOA(nn.Module):
     def guess(self, match: Tensor) -> Tensor:
         """Logits [.., G] of the encoder's guess from its sums [.., E + 1] over the match."""
         sums, count = match[..., :-1], match[..., -1:]
-        return self.guesser(
-            torch.cat([sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0], -1)
-        )
+        inputs = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
+        return self.guesser(torch.cat(inputs, -1))
 
     def log_likelihood(self, own: Tensor, others: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
         """float32 [.., G]: log pi_hat(a | o, t, g) of the `actions` [..] taken, under every goal in one call."""
-        logits = masked(self.decoder.every(own, others, self.table), mask.unsqueeze(-2)).log_softmax(-1)
-        index = actions[..., None, None].expand(*logits.shape[:-1], 1)
-        return logits.gather(-1, index).squeeze(-1)
+        logits = masked(self.decoder.every(own, others, self.table), mask.unsqueeze(-1)).log_softmax(-2)
+        index = actions[..., None, None].expand(*actions.shape, 1, logits.shape[-1])
+        return logits.gather(-2, index).squeeze(-2)
 
     def next_prior(self, prior: Tensor, likelihood: Tensor) -> Tensor:
         """Log prior [.., G] of the episode after one that began with log `prior` and had the log-`likelihood`: HOP's
@@ -831,42 +833,45 @@ def straight_through(logits: Tensor, temperature: float, generator: Generator) -
 
 # method: discrete goals, one for a seat and match
 def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + KL(q(g) || uniform) + subgoal_coef * reconstruction over the steps of a MatchBatch. The first
-    two are in nats a step (the KL once for a seat's match), so that they are a bound on the marginal likelihood of
-    the whole matches, and equal to it if q is the posterior, as in `--goal-training em`; then the gradient is that of
-    expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
-    live, some = batch.active.any(2), batch.active  # [S, L], [S, L, N]
-    state, actions, active = batch.state.rows(live.flatten()), batch.actions[some], some[live]
-    own, others = (x[active] for x in moa.relative(state))  # [R, ..] here and below: steps of seats
-    mask, weight, terms = moa.relative.game.action_mask(state)[active], batch.weight[some], {}
-    seats = torch.arange(some.shape[0] * some.shape[2], device=some.device).view(-1, 1, some.shape[2])
-    who, whole = seats.expand_as(some)[some], weight.sum().clamp(min=1e-9)  # [R] index of seat and match, of S * N
-    log_probs = moa.log_likelihood(own, others, mask, actions)  # [R, G]
-    logits = log_probs.new_zeros(seats.numel(), moa.args.goals).index_add(0, who, log_probs)  # [S * N, G]
+    """Loss -log pi_hat + KL(q(g) || uniform) + subgoal_coef * reconstruction over a random share of the steps of a
+    MatchBatch. The first two are in nats a step (the KL once for a seat's match), so that they are a bound on the
+    marginal likelihood of these steps, and equal to it if q is the posterior, as in `--goal-training em`; then the
+    gradient is that of expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals
+    have collapsed."""
+    live = batch.active.any(2)  # [S, L]
+    live &= torch.rand(live.shape, generator=generator, device=live.device) < moa.args.moa_share
+    state, steps = batch.state.rows(live.flatten()), (batch.actions, batch.active, batch.weight, batch.subgoal)
+    actions, active, weight, subgoal = (x[live] for x in steps)  # [R, N] here and below: steps of all seats
+    (own, others), match, terms = moa.relative(state), live.nonzero()[:, 0], {}  # [R, N, ..], [R]
+    log_probs = moa.log_likelihood(own, others, moa.relative.game.action_mask(state), actions) * active.unsqueeze(-1)
+    logits = log_probs.new_zeros(len(live), *log_probs.shape[1:]).index_add(0, match, log_probs)  # [S, N, G]
     past, guess = guesses(moa, batch) if moa.encodes else (None, None)
     logits = guess if moa.args.goal_training == "amortised" else logits
-    q = logits.softmax(-1)
+    q, whole = logits.softmax(-1), weight.sum().clamp(min=1e-9)
     drawn = q if moa.args.goal_training == "em" else straight_through(logits, temperature, generator)
-    kl = (q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * some.any(1).flatten()
-    terms["moa/nll"] = -(weight * (drawn[who] * log_probs).sum(-1)).sum() / whole
-    subgoals = state.players[active], state.items[active.nonzero()[:, 0]], own, others, drawn[who] @ moa.table
+    known = (batch.active & live.unsqueeze(2)).any(1)  # [S, N]
+    kl = ((q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * known).sum()
+    terms["moa/nll"] = -(weight * (drawn[match] * log_probs).sum(-1)).sum() / whole
+    items = state.items.unsqueeze(1).expand(-1, active.shape[1], -1)
+    subgoals = state.players, items, own, others, drawn[match] @ moa.table
     subgoals = (x[::4] for x in subgoals)  # every fourth step, for speed: goals are learnt from the actions
-    recon = F.cross_entropy(moa.subgoal_logits(*subgoals), batch.subgoal[some][::4], reduction="none")
+    recon = F.cross_entropy(moa.subgoal_logits(*subgoals).movedim(-1, 1), subgoal[::4], reduction="none")
     terms["moa/recon"] = (weight[::4] * recon).sum() / weight[::4].sum().clamp(min=1e-9)
-    loss, terms["moa/kl"] = kl.sum() / whole, kl.sum() / some.any(1).sum().clamp(min=1)
+    loss, terms["moa/kl"] = kl / whole, kl / known.sum().clamp(min=1)
     loss = loss + terms["moa/nll"] + subgoal_coef * terms["moa/recon"]
     if moa.encodes:  # the guess at every step, from what came before it, is to agree with what was drawn
-        terms["moa/guess"] = -(weight * (drawn.detach()[who] * past.log_softmax(-1)).sum(-1)).sum() / whole
+        past = past[live].log_softmax(-1)
+        terms["moa/guess"] = -(weight * (drawn.detach()[match] * past).sum(-1)).sum() / whole
         loss = loss + terms["moa/guess"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def guesses(moa: MOA, batch) -> tuple[Tensor, Tensor]:
-    """The encoder's logits [R, G] before each step of a MatchBatch, and [S * N, G] at the end of every match."""
+    """The encoder's logits [S, L, N, G] before each step of a MatchBatch, and [S, N, G] at the end of every match."""
     seen, shape = moa.seen(*moa.relative(batch.state)), batch.start.shape
     step = moa.features(seen, batch.actions.flatten(0, 1), batch.active.flatten(0, 1)).unflatten(0, shape)
     after = step.cumsum(1)  # [S, L, N, E + 1]
-    return moa.guess((after - step)[batch.active]), moa.guess(after[:, -1]).flatten(0, 1)
+    return moa.guess(after - step), moa.guess(after[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -923,6 +928,7 @@ class Agent(nn.Module):
             raise UsageError("--own-goal needs --goal inferred: it is a row of the same table")
         self.plan_mode, self.timer = "none", Timer(False)  # no planner, ever
         self.latest = (None, None)  # a state and its features: `act` and `remember` read the same one
+        self.latest_step = (None, None, None)  # state, actions, likelihoods: a truncated step is remembered twice
         self.to(game.device)
         self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
 
@@ -960,8 +966,10 @@ class Agent(nn.Module):
             keep = ~ended & ((state.time + 1) % self.args.goal_period > 0)
             memory = memory._replace(own=chosen * keep.view(-1, 1, 1), key=memory.key + actions.numel())
         if self.args.belief == "bayes":
-            step = self.moa.log_likelihood(own, others, self.game.action_mask(state), actions) * active.unsqueeze(-1)
-            memory = memory._replace(likelihood=memory.likelihood + step)
+            if self.latest_step[0] is not state or self.latest_step[1] is not actions:
+                step = self.moa.log_likelihood(own, others, self.game.action_mask(state), actions)
+                self.latest_step = state, actions, step * active.unsqueeze(-1)
+            memory = memory._replace(likelihood=memory.likelihood + self.latest_step[2])
         if self.moa.encodes:
             step = self.moa.features(self.moa.seen(own, others), actions, active)
             memory = memory._replace(match=memory.match + step)
@@ -969,10 +977,7 @@ class Agent(nn.Module):
             return memory
         clear, over = ended.view(-1, 1, 1), match_ended.view(-1, 1, 1)
         prior = torch.where(clear, self.moa.next_prior(memory.prior, memory.likelihood), memory.prior)
-        prior, likelihood = (
-            prior.masked_fill(over, -math.log(self.args.goals)),
-            memory.likelihood.masked_fill(clear, 0.0),
-        )
+        prior, likelihood = prior.masked_fill(over, -math.log(self.args.goals)), memory.likelihood.masked_fill(clear, 0)
         return memory._replace(prior=prior, likelihood=likelihood, match=memory.match.masked_fill(over, 0.0))
 
     def assign(self, log_belief: Tensor) -> Tensor:
@@ -1027,7 +1032,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
         """V [B, N] of every seat."""
-        own, others = self.look(state)
+        own, others = self.relative(state)
         goal, _, _, draws, _ = self.infer_all(memory, own, others, oracle)
         joined, total = self.with_goals(others, goal)
         return self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)
@@ -1206,9 +1211,8 @@ class MOABuffer:
             for k in range(count - 1):
                 ended = (episode > k).view(-1, 1, 1)
                 prior = torch.where(ended, moa.next_prior(prior, total[:, k]), prior)
-            memory = memory._replace(
-                prior=prior, likelihood=total[torch.arange(self.batch, device=now.device), episode]
-            )
+            likelihood = total[torch.arange(self.batch, device=now.device), episode]
+            memory = memory._replace(prior=prior, likelihood=likelihood)
         if moa.encodes:
             steps = moa.features(moa.seen(own, others), actions, active.squeeze(-1))
             memory = memory._replace(match=torch.zeros_like(present.match).index_add(0, game, steps))
@@ -1304,11 +1308,7 @@ class Trainer:
         """Plays `--num-steps` steps of every game, ended ones anew; fields of Decision and more, [T, B, N, ..]."""
         args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
         steps: list[dict[str, Tensor]] = []
-        if (
-            agent.uses_moa
-            and not args.freeze_moa
-            and (self.iteration == 0 or (self.iteration - 1) % args.moa_every == 0)
-        ):
+        if args.goal == "inferred" and not args.freeze_moa and self.iteration % args.moa_every == 0:
             with timer("memory"):
                 self.memory = self.buffer.memory(agent.moa, co_players.episode, self.memory)
         for _ in range(args.num_steps):
@@ -1332,7 +1332,8 @@ class Trainer:
             if agent.uses_moa:
                 with timer("MOA buffer"):
                     self.buffer.add(state, actions, co_players, reward, after)
-                    self.buffer.end(match_ended, self.global_step)
+                    if match_ended.any():
+                        self.buffer.end(match_ended, self.global_step)
             mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
             fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
             fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
@@ -1367,6 +1368,7 @@ class Trainer:
         rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
         ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
         self.optimizers["policy"].param_groups[0]["lr"] = rate
+        self.optimizers["moa"].param_groups[0]["lr"] = args.moa_learning_rate * rate / args.learning_rate
         metrics = {"charts/learning_rate": torch.tensor(rate)}
         with timer("rollout"):
             rows = self.rollout()
@@ -1375,7 +1377,7 @@ class Trainer:
                 metrics |= self.buffer.statistics(self.global_step)
                 metrics |= self.goal_statistics()
                 with timer("MOA"):
-                    trains = not args.freeze_moa and self.iteration % args.moa_every == 0
+                    trains = not args.freeze_moa and (self.iteration + 1) % args.moa_every == 0
                     metrics |= self.update_moa(args.temperature * (1.0 - 0.9 * done * args.anneal)) if trains else {}
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
             with timer("PPO"):

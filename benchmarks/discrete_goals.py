@@ -7,7 +7,7 @@
     python benchmarks/discrete_goals.py --report          # tables from the results so far
 
 Every run uses one thread. A result is a JSON line in `benchmarks/results/discrete_goals.jsonl` with its exact command,
-seed, seconds and machine; what is there is not repeated, so an interrupted part goes on where it stopped.
+seed, seconds, machine and commit; what is there is not repeated, so an interrupted part goes on where it stopped.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ class Options:
     part: Literal["model", "selfplay", "goals", "speed"] = "model"  # what to run
     only: str = ""  # settings whose name contains this
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds
-    episodes: int = 2000  # evaluation episodes for each kind of co-players
+    episodes: int = 6000  # evaluation episodes for each kind of co-players
     steps: int = 400_000  # game steps of training in `goals`
     ways: str = "em,gumbel,amortised"  # ways of training the goals in `model`
     options: str = ""  # further options of the script
@@ -124,7 +125,8 @@ def accuracy(train, test, game) -> float:
 
 
 def model(setting: str, seed: int, options: Options) -> list[dict]:
-    """One setting with one seed: NLL of none, oracle and the three ways of training; kinds read off the beliefs."""
+    """One setting with one seed: NLL of none, oracle and the three ways of training; kinds read off the beliefs. All
+    learn from the same whole matches, in as many minibatches of as many matches."""
     env_id, kinds, matches, updates = MODEL[setting]
     base = moa_goals.Options(env_id=env_id, matches=matches, updates=updates, seed=seed)
     game, generator = script.GridGame(env_id), torch.Generator().manual_seed(seed)
@@ -147,7 +149,7 @@ def model(setting: str, seed: int, options: Options) -> list[dict]:
             fit(moa, loss, train, relative, base, generator)
             nll[goal] = moa_goals.held_out(moa, goal, test, base)
         else:
-            words = [*shlex.split(options.options), "--goal-training", goal, "--env-id", env_id]
+            words = ["--moa-share", "1", *shlex.split(options.options), "--goal-training", goal, "--env-id", env_id]
             args = script.resolved(script.parse_arguments(words))
             moa = script.MOA(relative, args)
 
@@ -181,7 +183,7 @@ def run(words: str, kinds: list[str], options: Options, seed: int) -> dict:
     for key in ("returns", "by_episode", "all_seats"):
         result[key] = {}
     for kind in kinds:
-        played = script.evaluate(metrics["run"], kind, episodes=options.episodes, seed=1000 + seed)
+        played = script.evaluate(metrics["run"], kind, episodes=options.episodes, num_envs=200, seed=1000 + seed)
         result["returns"][kind] = round(played["focal_return"], 4)
         result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
         result["all_seats"][kind] = round((played["focal_return"] + (n - 1) * played["co_player_return"]) / n, 4)
@@ -244,6 +246,10 @@ def main(options: Options) -> None:
     done = {(r["part"], r["setting"], r["seed"]) for r in known} if options.keep else set()
     about = {"machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"}
     about |= {"torch": torch.__version__, "benchmark": shlex.join(["python", *sys.argv])}
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent.parent, capture_output=True, text=True
+    )
+    about["commit"] = git.stdout.strip()
     for setting, seed, act in jobs(options):
         only = options.only.partition(" | ")[0] if options.part == "model" else options.only
         if (options.part, setting, seed) in done or only not in setting:
@@ -282,16 +288,17 @@ def report(known: list[dict]) -> None:
     for (env_id, _), runs in part["selfplay"].items():
         seconds = statistics.mean(r["cpu"] for r in runs)
         print(f"| {env_id} | {spread(runs, lambda r: r['all_seats']['self'])} | {seconds:.0f} |")
-    print("\n| gap closed: game, goals by | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
     ways = {k: v for k, v in part["model"].items() if k[1] in WAYS}
+    print("\n| gap closed: game, goals by | seeds | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|-|")
     for (env_id, way), runs in ways.items():
-        print(
-            f"| {env_id}, `{way}` | {percent(map(statistics.mean, zip(*(r['closed'] for r in runs), strict=True)))} |"
-        )
-    print("\n| kind read off: game, goals by | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|")
+        closed = [r["closed"] for r in runs if "closed" in r]  # needs `none` and `oracle` of the same call
+        if closed:
+            means = map(statistics.mean, zip(*closed, strict=True))
+            print(f"| {env_id}, `{way}` | {len(closed)} | {percent(means)} |")
+    print("\n| kind read off: game, goals by | seeds | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
     for (env_id, way), runs in ways.items():
         means = map(statistics.mean, zip(*(r["accuracy"] for r in runs), strict=True))
-        print(f"| {env_id}, `{way}` | {' | '.join(f'{v:.3f}' for v in means)} |")
+        print(f"| {env_id}, `{way}` | {len(runs)} | {' | '.join(f'{v:.3f}' for v in means)} |")
     for env_id, kinds in KINDS.items():
         kinds, means = kinds.split(","), {}
         by_goal = {goal: part["goals"].get((f"{env_id} | {goal}", ""), []) for goal in GOALS}

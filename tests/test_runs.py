@@ -213,7 +213,7 @@ CHANGES = {  # another value of each option that learning depends on
     "observation_coef": 0.1, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 50.0, "td_target": "model",
     "replay_size": 10, "replay_surprising": 4, "goals": 3, "goal_training": "amortised", "temperature": 0.3,
     "belief": "none", "inter_om": "count", "inter_om_alpha": 0.5, "assignment": "hard", "own_goal": True,
-    "goal_period": 3, "moa_every": 2, "pg": True,
+    "goal_period": 3, "moa_every": 2, "moa_share": 0.7, "pg": True,
 }  # fmt: skip
 OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity capture_video save_model
     checkpoint_every resume profile evaluate eval_episodes load_moa
@@ -760,7 +760,7 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
 SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
-SHARES += ["dirichlet_fraction", "inter_om_alpha"]
+SHARES += ["dirichlet_fraction", "inter_om_alpha", "moa_share"]
 NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrain_moa_steps goal_refresh""".split()
 NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
 
