@@ -267,11 +267,8 @@ def tell(missing: list[tuple[str, int]], some: bool, options: Options) -> None:
     missing = [m for m in missing if not some or any(part in f"adaptation | {m[0]}" for part in parts)]
     if not missing:
         return
-    done = {(r["setting"], r["seed"]) for r in results_in(options.results("learning"))}
     seeds = " ".join(map(str, sorted({seed for _, seed in missing})))
-    makes = f"python benchmarks/learning.py{' --quick' * options.quick} --seeds {seeds}"
-    if done & set(missing):  # results came without the players: they would not be trained again
-        makes += f", after moving {options.results('learning').relative_to(ROOT)} away"
+    makes = f"python benchmarks/learning.py --again{' --quick' * options.quick} --seeds {seeds}"
     what = f"{len(missing)} trained players are missing" if some else "no trained player is there"
     setting, seed = missing[0]
     print(f"adaptation.py: {what} ({setting}, seed {seed}, ...): {makes} makes them", file=sys.stderr)

@@ -39,6 +39,7 @@ class Running:
     minutes: float = 120.0  # start no further run after so many minutes
     quick: bool = False  # few steps, episodes and seeds, to see that all works; results are kept apart
     ray: str = ""  # address of a Ray cluster to run on (auto, or ray://HOST:10001; local starts one here)
+    again: bool = False  # run again what has a result but not its checkpoint, which other benchmarks play
     report: bool = False  # tables and pictures of the results so far, without running anything
     worker: str = ""  # (used by the benchmark itself)
 
@@ -89,7 +90,8 @@ def work(job: dict) -> dict:
     content = script.load_checkpoint(metrics["run"])
     if job.get("keep"):
         (ROOT / job["keep"]).parent.mkdir(parents=True, exist_ok=True)
-        script.save_atomically(content, ROOT / job["keep"])
+        kept = {name: content[name] for name in ("script", "game", "args", "agent", "plan_mode")}  # as --save-model
+        script.save_atomically(kept, ROOT / job["keep"])
     n = script.GridGame(content["game"]).num_players
     for name in ("returns", "by_episode", "all_seats"):
         result[name] = {}
@@ -129,9 +131,10 @@ def by_cpu_time(run: dict) -> list[list[float]]:
 
 
 def results_in(file: Path) -> list[dict]:
-    """The results in `file`, by setting and seed."""
+    """The results in `file`, by setting and seed; the last one of each."""
     lines = file.read_text().splitlines() if file.exists() else []
-    return sorted(map(json.loads, lines), key=lambda r: (r["setting"], r["seed"]))
+    results = {(r["setting"], r["seed"]): r for r in map(json.loads, lines)}
+    return [results[key] for key in sorted(results)]
 
 
 def by_setting(file: Path) -> dict[str, list[dict]]:
@@ -207,6 +210,8 @@ def run_all(program: str, jobs: list[dict], options: Running, file: Path) -> Non
     """Works off `jobs` (each with setting and seed), as `program --worker JOB`; appends the results to `file` as they
     come. Jobs whose result is in `file` are left out, and those that `options` leave out."""
     done = {(r["setting"], r["seed"]) for r in results_in(file)}
+    if options.again:
+        done -= {(job["setting"], job["seed"]) for job in jobs if "keep" in job and not (ROOT / job["keep"]).exists()}
     jobs = [job for job in jobs if (job["setting"], job["seed"]) not in done]
     jobs = [job for job in jobs if any(part in job["setting"] for part in options.only.split(","))]
     jobs = [{**job, "commit": commit()} for job in jobs]

@@ -54,7 +54,6 @@ METHODS = {  # name: script, options, colour (Okabe and Ito)
     "latent model": ("latent_world_model", {}, "#E69F00"),
     "tree search": ("hop_mcts", {}, "#0072B2"),
 }
-TURN = {"discrete goals": 4}  # iterations of a turn, if not 1: the MOA is trained every fourth
 PROFILED = {"msh-4h1s": 2, "msg": 2}  # game: turns
 NUM_STEPS = 64  # default of all scripts
 SPEED_GAME, SPEED_ENVS = "msh-4h1s", (1, 4, 16, 64, 256, 1024, 4096)
@@ -137,6 +136,11 @@ def seeds(options: Options) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Timing
 # ---------------------------------------------------------------------------------------------------------------------
+def iterations_of_a_turn(method: str) -> int:
+    """As many as it takes until the MOA is trained again, so that every part of the work is in a turn."""
+    return getattr(importlib.import_module(METHODS[method][0]).Args(), "moa_every", 1)
+
+
 def run_before(method: str, game: str, co_players: str | None, seed: int, cuda: bool) -> Any:
     """A Trainer of 16 games after some iterations without planner, until 16 matches have ended."""
     name, settings, _ = METHODS[method]
@@ -220,7 +224,10 @@ def profile(job: dict) -> dict:
     set_up(1, False)
     start, method = time.time(), job["method"]
     before = run_before(method, job["game"], None, job["seed"], False)
-    trainer, iterations = continued(before, method, job["num_envs"], NUM_STEPS), job["turns"] * TURN.get(method, 1)
+    trainer, iterations = (
+        continued(before, method, job["num_envs"], NUM_STEPS),
+        job["turns"] * iterations_of_a_turn(method),
+    )
     trainer.iterate()
     trainer.agent.timer = timer = importlib.import_module(METHODS[method][0]).Timer(True)
     began = time.process_time()
@@ -254,7 +261,7 @@ def speed(job: dict) -> dict:
         if turn >= first + least and time.process_time() - began > MOST_SECONDS:
             break
         for name in [name for name in METHODS if name not in failed]:
-            iterations, once = TURN.get(name, 1), spent[name].copy()
+            iterations, once = iterations_of_a_turn(name), spent[name].copy()
             before = seconds_now(cuda)
             try:
                 for _ in range(iterations):

@@ -56,6 +56,14 @@ def test_what_is_there_is_not_run_again(run, runs):
     assert {k: [r["seed"] for r in v] for k, v in runs.by_setting(file).items()} == {j["setting"]: [1, 2] for j in JOBS}
 
 
+def test_what_has_no_checkpoint_is_run_again_if_asked(run, runs, tmp_path):
+    jobs = [{"setting": "msh", "seed": seed, "keep": str(tmp_path / f"{seed}.pt")} for seed in (1, 2)]
+    (tmp_path / "1.pt").touch()
+    assert len(run(jobs)[1]) == 2 and not run(jobs)[1]
+    file, ran = run(jobs, again=True)
+    assert ran == [("msh", 2)] and len(runs.results_in(file)) == 2 and len(file.read_text().splitlines()) == 3
+
+
 def test_nothing_starts_after_the_deadline(run):
     file, ran = run(minutes=0.0)
     assert not ran and not file.exists()
@@ -125,7 +133,7 @@ def test_going_on_with_more_games(runs):
             )
             assert len(trainer.buffer) == len(before.buffer)
             spent = scaling.count_once(trainer)
-            for _ in range(scaling.TURN.get(method, 1)):
+            for _ in range(scaling.iterations_of_a_turn(method)):
                 trainer.iterate()
             assert (spent > 0).all() == trainer.agent.uses_moa and trainer.state.time.shape == (games,)
 
