@@ -8,7 +8,8 @@ Methods: the four scripts with their defaults; plain PPO (no goals, no planner);
 reward of all players); Direct-OM (one step of planning on co-players predicted without goals). The mixture is the
 default one: `self`, the game's scripted kinds and their noisy forms. Every run is judged after training by `evaluate`:
 self-play by the mean of all seats; the mixture by the learner's mean with three of each kind. Scores are normalised:
-0 is uniformly random play in the same company, 1 the game's best mean return (above it: others did the work).
+0 is uniformly random play in the same company, 1 in self-play the game's best mean return; the mixture is measured in
+the same unit (a random player among three cleaners has 35.6 of 36: there no unit of its own would do).
 Trained players are kept in `benchmarks/checkpoints/learning/`, for `adaptation.py`.
 """
 
@@ -90,11 +91,11 @@ def returns_of(result: dict) -> dict[str, float]:
 
 
 def score(result: dict) -> float:
-    """Mean normalised return over the kinds of co-players that a run is judged with."""
-    game = result["setting"].partition(" | ")[0]
-    high, values = best_return(game), returns_of(result)
-    lows = {kind: random_return(game, kind) for kind in values}
-    return statistics.mean((value - lows[kind]) / (high - lows[kind]) for kind, value in values.items())
+    """How far above uniformly random play in the same company the mean return over the kinds of co-players is, in units
+    of the distance from random play to best play of all."""
+    game, values = result["setting"].partition(" | ")[0], returns_of(result)
+    random = statistics.mean(random_return(game, kind) for kind in values)
+    return (statistics.mean(values.values()) - random) / (best_return(game) - random_return(game, "self"))
 
 
 def smooth(values: list[float], width: int = 5) -> np.ndarray:
@@ -140,7 +141,7 @@ def report(file: Path, pictures: bool) -> None:
             total = ""
             if all(runs):
                 middle, low, high = interquartile_mean([[score(r) for r in of_game] for of_game in runs])
-                total = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+                total = f"{middle:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
             print(f"| {method} | {' | '.join(cells)} | {total} |")
     print(
         "\n| mixture: learner with three | method | "
