@@ -12,24 +12,17 @@ there are not repeated, so an interrupted part goes on where it stopped. `--quic
 
 import dataclasses
 import itertools
-import json
-import os
-import platform
 import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from tqdm import tqdm
 
-from runs import ROOT, curve, spread
+from runs import Running, about, benchmark, by_setting, curve, spread
 
-RESULTS = ROOT / "benchmarks" / "results" / "latent_model.jsonl"
 SELF = "--co-players self --goal none"
 KINDS = "ns,nh,random"
 SETTINGS = {  # part -> setting -> (options, co-players it is evaluated with)
@@ -57,19 +50,13 @@ FIGURES = {  # of latent_world_model.diagnose -> column
 
 
 @dataclasses.dataclass
-class Options:
+class Options(Running):
     part: Literal["selfplay", "offline"] = "selfplay"  # what to run
-    only: str = ""  # run settings whose name contains this
-    seeds: tuple[int, ...] = (1, 2, 3)  # seeds
     episodes: int = 2000  # evaluation episodes for each kind of co-players
-    quick: bool = False  # few steps, one seed; results are not kept
-    report: bool = False  # print tables only
-    worker: str = ""  # (used by the benchmark itself)
 
 
 def work(job: dict) -> dict:
     """Trains and evaluates one setting with one seed, in this process."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import latent_world_model as script
@@ -84,9 +71,7 @@ def work(job: dict) -> dict:
     start, args = time.time(), script.parse_arguments(shlex.split(words.replace("DATA", data)))
     metrics = script.train(args)
     run = metrics.pop("run")
-    result |= {"seconds": round(time.time() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
-    machine = f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"
-    result |= {"machine": machine, "torch": torch.__version__, "returns": {}, "all_seats": {}}
+    result |= {**about(start), "returns": {}, "all_seats": {}}
     agent = script.load_agent(run)
     n, players = agent.game.num_players, {"": run}
     if "--offline" in words:  # the same weights, acting by the best score
@@ -110,10 +95,9 @@ def work(job: dict) -> dict:
     return result | {"metrics": metrics}
 
 
-def report() -> None:
-    """Markdown tables of the results so far."""
-    results = sorted(map(json.loads, RESULTS.read_text().splitlines()), key=lambda r: (r["setting"], r["seed"]))
-    runs = {setting: list(some) for setting, some in itertools.groupby(results, lambda r: r["setting"])}
+def report(file: Path) -> None:
+    """Markdown tables of the results in `file`."""
+    runs = by_setting(file)
     print("| game, all seats learn | mean return (seeds) | CPU seconds |\n|-|-|-|")
     for setting in filter(runs.get, SETTINGS["selfplay"]):
         seconds = statistics.mean(r["cpu_seconds"] for r in runs[setting])
@@ -130,39 +114,17 @@ def report() -> None:
 
 
 def main(options: Options) -> None:
-    if options.worker:
-        print("\n" + json.dumps(work(json.loads(options.worker))))
-        return
-    if options.report:
-        report()
-        return
-    done = set()
-    if RESULTS.exists() and not options.quick:
-        done = {(r["setting"], r["seed"]) for r in map(json.loads, RESULTS.read_text().splitlines())}
-    jobs = []
-    for seed in options.seeds[: 1 if options.quick else None]:
-        for setting, (words, kinds) in SETTINGS[options.part].items():
-            if options.only in setting and (setting, seed) not in done:
-                words = f"{words} --seed {seed}" + (" --total-timesteps 10000" if options.quick else "")
-                sizes = (
-                    {"episodes": 64, "steps": 3000} if options.quick else {"episodes": options.episodes, "steps": 75000}
-                )
-                jobs.append({"setting": setting, "seed": seed, "options": words, "kinds": kinds, **sizes})
-    RESULTS.parent.mkdir(exist_ok=True)
-    for job in (progress := tqdm(jobs, unit="run")):
-        command = [sys.executable, __file__, "--worker", json.dumps(job)]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        if ended.returncode:
-            raise RuntimeError(f"{job['setting']}, seed {job['seed']}:\n{ended.stderr[-2000:]}")
-        result = json.loads(ended.stdout.splitlines()[-1])
-        progress.write(f"{result['setting']} seed {result['seed']}: {result['returns']} in {result['seconds']:.0f} s")
-        if not options.quick:
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    if not options.quick:
-        report()
+    cut, sizes = "", {"episodes": options.episodes, "steps": 75000}
+    if options.quick:
+        cut, sizes = " --total-timesteps 10000", {"episodes": 64, "steps": 3000}
+    jobs = [
+        {"setting": setting, "seed": seed, "options": f"{words} --seed {seed}{cut}", "kinds": kinds, **sizes}
+        for seed in options.seeds[: 1 if options.quick else None]
+        for setting, (words, kinds) in SETTINGS[options.part].items()
+    ]
+    file = options.results("latent_model")
+    if benchmark(__file__, options, jobs, work, file):
+        report(file)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,13 @@ where it stopped. `--quick` cuts steps and seeds to see that all works.
 """
 
 import dataclasses
-import itertools
-import json
 import statistics
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from runs import ROOT, results_in, run_all, spread, work
-
-RESULTS = ROOT / "benchmarks" / "results" / "mcts.jsonl"
-ONESTEP = ROOT / "benchmarks" / "results" / "onestep.jsonl"
+from runs import Running, benchmark, by_setting, spread, work
 
 # part -> setting -> options of hop_mcts.py, and ways to play what was trained; every setting is run with every seed
 SELF = "--co-players self --goal none"
@@ -59,21 +55,14 @@ PARTS = {
 
 
 @dataclasses.dataclass
-class Options:
+class Options(Running):
     part: Literal["selfplay", "untrained", "top"] = "selfplay"  # what to run
-    only: str = ""  # run settings whose name contains this
-    seeds: tuple[int, ...] = (1, 2, 3)  # seeds
-    jobs: int = 2  # runs side by side
     episodes: int = 500  # evaluation episodes for each kind of co-players and way to play
-    quick: bool = False  # a fiftieth of the steps, one seed; results are not kept
-    report: bool = False  # print tables only
-    worker: str = ""  # (used by the benchmark itself)
 
 
-def report() -> None:
-    """Markdown tables of the results so far."""
-    results = {k: list(g) for k, g in itertools.groupby(results_in(RESULTS), lambda r: r["setting"])}
-    others = {k: list(g) for k, g in itertools.groupby(results_in(ONESTEP), lambda r: r["setting"])}
+def report(file: Path) -> None:
+    """Markdown tables of the results in `file`, beside those of onestep.py."""
+    results, others = by_setting(file), by_setting(file.with_name("onestep.jsonl"))
     print("| game, all seats learn | method | mean return (seeds) | CPU seconds |\n|-|-|-|-|")
     for setting in results:
         own = [(f"{setting} | tree search", results[setting])] if setting in PARTS["selfplay"] else []
@@ -91,21 +80,16 @@ def report() -> None:
 
 
 def main(options: Options) -> None:
-    if options.worker:
-        print("\n" + json.dumps(work(json.loads(options.worker))))
-        return
     cut, episodes = (" --total-timesteps 10000", 20) if options.quick else ("", options.episodes)
     jobs = [
         {"script": "hop_mcts", "setting": setting, "seed": seed, "options": f"{words} --seed {seed}{cut}"}
         | {"episodes": episodes, "play": play}
         for seed in options.seeds[: 1 if options.quick else None]
         for setting, (words, play) in PARTS[options.part].items()
-        if options.only in setting
     ]
-    if not options.report:
-        run_all(__file__, jobs, options.jobs, None if options.quick else RESULTS)
-    if not options.quick:
-        report()
+    file = options.results("mcts")
+    if benchmark(__file__, options, jobs, work, file):
+        report(file)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,14 @@ where it stopped. `--quick` cuts steps and seeds to see that all works.
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from runs import ROOT, results_in, run_all, spread, work
-
-RESULTS = ROOT / "benchmarks" / "results" / "onestep.jsonl"
+from runs import ROOT, Running, benchmark, by_setting, spread, work
 
 # setting -> options of hop_onestep.py; every setting of a part is run with every seed
 SELF = "--co-players self --goal none"
@@ -58,31 +56,25 @@ MAIN = {"main job": "--num-envs 16"}
 
 
 @dataclasses.dataclass
-class Options:
+class Options(Running):
     part: Literal["selfplay", "goals", "main"] = "selfplay"  # what to run
-    only: str = ""  # run settings whose name contains this
-    seeds: tuple[int, ...] = (1, 2, 3)  # seeds
-    jobs: int = 2  # runs side by side
     episodes: int = 2000  # evaluation episodes for each kind of co-players
-    quick: bool = False  # a fiftieth of the steps, one seed; results are not kept
-    report: bool = False  # print tables only
-    worker: str = ""  # (used by the benchmark itself)
 
 
-def plot(by_setting: dict[str, list[dict]]) -> None:
+def plot(runs_of: dict[str, list[dict]]) -> None:
     """docs/curves.png: self-play returns in training against game steps, every seed a line."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    games = list(dict.fromkeys(setting.partition(" | ")[0] for setting in SELFPLAY if setting in by_setting))
+    games = list(dict.fromkeys(setting.partition(" | ")[0] for setting in SELFPLAY if setting in runs_of))
     figure, axes = plt.subplots(1, len(games), figsize=(4.2 * len(games), 3.4), squeeze=False)
     for axis, game in zip(axes[0], games, strict=True):
         for colour, method in zip(
             ("#0072B2", "#009E73", "#D55E00"), ("planner, simulator", "planner, network", "plain PPO"), strict=True
         ):
-            for k, result in enumerate(by_setting.get(f"{game} | {method}", [])):
+            for k, result in enumerate(runs_of.get(f"{game} | {method}", [])):
                 steps, _, returns = zip(*result["curve"], strict=True)
                 axis.plot([s / 1000 for s in steps], returns, color=colour, lw=1, label=method if k == 0 else None)
         axis.set(title=game, xlabel="thousand game steps")
@@ -94,28 +86,29 @@ def plot(by_setting: dict[str, list[dict]]) -> None:
     figure.savefig(ROOT / "docs" / "curves.png", dpi=110)
 
 
-def report() -> None:
-    """Markdown tables of the results so far."""
-    by_setting = {k: list(g) for k, g in itertools.groupby(results_in(RESULTS), lambda r: r["setting"])}
-    plot(by_setting)
+def report(file: Path, picture: bool) -> None:
+    """Markdown tables of the results in `file`, and the picture."""
+    runs_of = by_setting(file)
+    if picture:
+        plot(runs_of)
     print("| game, all seats learn | method | mean return (seeds) | CPU seconds |\n|-|-|-|-|")
-    for setting in [s for s in (*SELFPLAY, *MAIN) if s in by_setting]:
-        runs = by_setting[setting]
+    for setting in [s for s in (*SELFPLAY, *MAIN) if s in runs_of]:
+        runs = runs_of[setting]
         env, _, method = setting.partition(" | ")
         returns = spread([r["all_seats"]["self"] for r in runs])
         print(f"| {env} | {method} | {returns} | {statistics.mean(r.get('cpu_seconds', math.nan) for r in runs):.0f} |")
     for env, kinds in KINDS.items():
         kinds = kinds.split(",")
-        if not all(f"{env} | {goal}" in by_setting for goal in ("none", "inferred", "oracle")):
+        if not all(f"{env} | {goal}" in runs_of for goal in ("none", "inferred", "oracle")):
             continue
         print(f"\n| {env}: learner with three | {' | '.join(kinds)} | mean |\n|-|{'-|' * len(kinds)}-|")
         means = {}
         for goal in ("none", "inferred", "oracle"):
-            runs = by_setting[f"{env} | {goal}"]
+            runs = runs_of[f"{env} | {goal}"]
             columns = [[r["returns"][kind] for r in runs] for kind in kinds]
             means[goal] = statistics.mean(itertools.chain(*columns))
             print(f"| {goal} | {' | '.join(spread(c) for c in columns)} | {means[goal]:.3f} |")
-        alone = [by_setting.get(f"{env} | PPO on {kind}") for kind in kinds]
+        alone = [runs_of.get(f"{env} | PPO on {kind}") for kind in kinds]
         if all(alone):
             columns = [[r["returns"][kind] for r in runs] for runs, kind in zip(alone, kinds, strict=True)]
             mean = statistics.mean(itertools.chain(*columns))
@@ -126,25 +119,17 @@ def report() -> None:
 
 
 def main(options: Options) -> None:
-    if options.worker:
-        print("\n" + json.dumps(work(json.loads(options.worker))))
-        return
-    if options.report:
-        report()
-        return
     settings = {"selfplay": SELFPLAY, "goals": {**GOALS, **ALONE}, "main": MAIN}[options.part]
-    cut, sizes = "", {"episodes": options.episodes}
-    if options.quick:
-        cut, sizes = " --total-timesteps 10000", {"episodes": 64}
+    cut, episodes = (" --total-timesteps 10000", 64) if options.quick else ("", options.episodes)
     jobs = [
-        {"script": "hop_onestep", "setting": setting, "seed": seed, "options": f"{words} --seed {seed}{cut}", **sizes}
+        {"script": "hop_onestep", "setting": setting, "seed": seed, "options": f"{words} --seed {seed}{cut}"}
+        | {"episodes": episodes}
         for seed in options.seeds[: 1 if options.quick else None]
         for setting, words in settings.items()
-        if options.only in setting
     ]
-    run_all(__file__, jobs, options.jobs, None if options.quick else RESULTS)
-    if not options.quick:
-        report()
+    file = options.results("onestep")
+    if benchmark(__file__, options, jobs, work, file):
+        report(file, picture=not options.quick)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What the benchmarks of single scripts share: runs in processes of one thread, results as JSON lines, resumable.
+"""What the benchmarks share: runs in processes of one thread (or on a Ray cluster), results as JSON lines, resumable.
 
-Not a benchmark itself; `onestep.py` and `mcts.py` say how they are run.
+Not a benchmark itself; README.md in this folder says how they are run.
 """
 
 import concurrent.futures
+import dataclasses
+import functools
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -13,11 +16,36 @@ import statistics
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+import scipy.stats
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts
+CHECKPOINTS = Path("benchmarks/checkpoints")  # from ROOT; trained players that later benchmarks play
+
+
+@dataclasses.dataclass
+class Running:
+    """Options of every benchmark that is made of runs."""
+
+    only: str = ""  # run settings whose name contains this, or one of these (comma list)
+    seeds: tuple[int, ...] = (1, 2, 3)  # seeds
+    jobs: int = 2  # runs side by side, a thread each
+    minutes: float = 120.0  # start no further run after so many minutes
+    quick: bool = False  # few steps, episodes and seeds, to see that all works; results are kept apart
+    ray: str = ""  # address of a Ray cluster to run on (auto, or ray://HOST:10001; local starts one here)
+    again: bool = False  # run again what has a result but not its checkpoint, which other benchmarks play
+    report: bool = False  # tables and pictures of the results so far, without running anything
+    worker: str = ""  # (used by the benchmark itself)
+
+    def results(self, name: str) -> Path:
+        """The file of a benchmark's results."""
+        return ROOT / "benchmarks" / "results" / ("quick" if self.quick else "") / f"{name}.jsonl"
 
 
 def kinds_of(options: str) -> list[str]:
@@ -28,81 +56,253 @@ def kinds_of(options: str) -> list[str]:
     return ["self", "ns", "nh", "random"]
 
 
+def checkpoint_of(benchmark: str, setting: str, seed: int, quick: bool = False) -> str:
+    """Path from ROOT of a kept checkpoint."""
+    name = "".join(c if c.isalnum() or c in "-." else "_" for c in f"{setting}__{seed}{'__quick' * quick}")
+    return str(CHECKPOINTS / benchmark / f"{name}.pt")
+
+
+def about(start: float) -> dict:
+    """What every result says of the process that made it. `start` is the wall clock at its beginning."""
+    import torch
+
+    return {
+        "seconds": round(time.time() - start, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+        "machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}",
+        "torch": torch.__version__,
+    }
+
+
 def work(job: dict) -> dict:
     """Trains and evaluates one setting with one seed, in this process. `job` has script, setting, seed, options (of the
-    command line) and episodes (of the evaluation, a kind); and, if the trained player is also to be played otherwise,
-    `play`: options of `evaluate` by a name for them."""
-    sys.path.insert(0, str(ROOT))
+    command line) and episodes (of the evaluation, a kind), and may have `kinds`: co-players to evaluate with, by a name
+    for them (default: those of the options); `play`: options of `evaluate` by a name for them, for other ways to play
+    what was trained; `keep`: where the checkpoint is kept; `curves`: further metrics whose curves the result has."""
     import torch
 
     script = importlib.import_module(job["script"])
     torch.set_num_threads(1)
-    start = time.time()
+    start, began = time.time(), time.process_time()
     metrics = script.train(script.parse_arguments(shlex.split(job["options"])))
     result = {**job, "command": f"python {job['script']}.py {job['options']}"}
-    result |= {"seconds": round(time.time() - start, 1), "cpu_seconds": round(time.process_time(), 1)}
-    result["machine"] = f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"
-    result["torch"] = torch.__version__
+    result["train_cpu_seconds"] = round(time.process_time() - began, 1)
+    content = script.load_checkpoint(metrics["run"])
+    if job.get("keep"):
+        (ROOT / job["keep"]).parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: content[name] for name in ("script", "game", "args", "agent", "plan_mode")}  # as --save-model
+        script.save_atomically(kept, ROOT / job["keep"])
+    n = script.GridGame(content["game"]).num_players
     for name in ("returns", "by_episode", "all_seats"):
         result[name] = {}
-    n = script.GridGame(script.load_checkpoint(metrics["run"])["game"]).num_players
-    for name, play in {"": {}, **job.get("play", {})}.items():
-        for kind in kinds_of(job["options"]):
-            label = f"{kind} {name}".strip()
-            played = script.evaluate(metrics["run"], kind, episodes=job["episodes"], seed=1000 + job["seed"], **play)
-            result["returns"][label] = round(played["focal_return"], 4)
-            result["by_episode"][label] = [round(x, 4) for x in played["by_episode"]]
-            everyone = played["focal_return"] + (n - 1) * played["co_player_return"]
-            result["all_seats"][label] = round(everyone / n, 4)
+    kinds = job.get("kinds") or {kind: kind for kind in kinds_of(job["options"])}
+    for (name, play), (kind, entry) in itertools.product({"": {}, **job.get("play", {})}.items(), kinds.items()):
+        label = f"{kind} {name}".strip()
+        played = script.evaluate(metrics["run"], entry, episodes=job["episodes"], seed=1000 + job["seed"], **play)
+        result["returns"][label] = round(played["focal_return"], 4)
+        result["by_episode"][label] = [round(x, 4) for x in played["by_episode"]]
+        everyone = played["focal_return"] + (n - 1) * played["co_player_return"]
+        result["all_seats"][label] = round(everyone / n, 4)
     result["curve"] = curve(metrics["run"])
-    return result | {"metrics": {k: v for k, v in metrics.items() if k != "run"}}
+    result["curves"] = {name: curve(metrics["run"], name) for name in job.get("curves", [])}
+    result["metrics"] = {k: v for k, v in metrics.items() if k != "run" and not k.startswith("time/")}
+    return result | about(start)
 
 
-def curve(run: str) -> list[list[float]]:
-    """About a hundred points [game steps, seconds since the first, mean return of the learner's seats] of a run."""
+def curve(run: str, name: str = "charts/episodic_return") -> list[list[float]]:
+    """About a hundred points [game steps, seconds since the first, value] of a run's metric `name`, by default the
+    mean return of the learner's seats; none if it was not logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(run, size_guidance={"scalars": 0})
     events.Reload()
-    points = events.Scalars("charts/episodic_return")
+    points = events.Scalars(name) if name in events.Tags()["scalars"] else []
     points = points[:: max(1, len(points) // 100)]
     return [[p.step, round(p.wall_time - points[0].wall_time, 1), round(p.value, 4)] for p in points]
 
 
+def by_cpu_time(run: dict) -> list[list[float]]:
+    """The curve of a run with its clock, the wall's, stretched to the CPU seconds of its training: the machine may have
+    had other work. The clock starts with the first point; until then time is taken to go with game steps."""
+    (first, *_), (last, seconds, _) = run["curve"][0], run["curve"][-1]
+    before = run["train_cpu_seconds"] * first / last
+    share = (run["train_cpu_seconds"] - before) / seconds if seconds else 0.0
+    return [[step, before + share * second, value] for step, second, value in run["curve"]]
+
+
+def results_in(file: Path) -> list[dict]:
+    """The results in `file`, by setting and seed; the last one of each."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    results = {(r["setting"], r["seed"]): r for r in map(json.loads, lines)}
+    return [results[key] for key in sorted(results)]
+
+
+def by_setting(file: Path) -> dict[str, list[dict]]:
+    """The results in `file`: the runs of each setting, by seed."""
+    return {k: list(g) for k, g in itertools.groupby(results_in(file), lambda r: r["setting"])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+def commit() -> str:
+    """The commit of the code that runs."""
+    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
+def in_process(program: str, job: dict, root: str) -> dict:
+    """The result of `program --worker JOB`, run in a process of its own in the folder `root`."""
+    command = [sys.executable, f"benchmarks/{program}", "--worker", json.dumps(job)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if ended.returncode:
+        raise RuntimeError(f"{job['setting']}, seed {job['seed']}:\n{ended.stderr[-2000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def locally(program: str, jobs: list[dict], at_once: int, deadline: float) -> Iterator[dict]:
+    """Results as they come, of jobs started before `deadline`."""
+
+    def run(job: dict) -> dict | None:
+        return in_process(program, job, str(ROOT)) if time.time() < deadline else None
+
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        futures = [pool.submit(run, job) for job in jobs]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def on_ray(program: str, jobs: list[dict], address: str, deadline: float) -> Iterator[dict]:
+    """Results as they come, of jobs started before `deadline` on a Ray cluster, a core each. The cluster's machines
+    need the packages of requirements.txt; code and kept checkpoints are sent to them, new checkpoints come back."""
+    os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")  # or the checkpoints would not be sent
+    import ray
+
+    content = {"working_dir": str(ROOT), "excludes": ["/runs/", "/.git/", "/docs/", "/wandb/", "/.venv/", ".*_cache"]}
+    ray.init(address=None if address == "local" else address, runtime_env=content, log_to_driver=False)
+
+    @ray.remote(num_cpus=1)
+    def run(job: dict) -> tuple[dict, bytes] | None:
+        if time.time() >= deadline:
+            return None
+        sys.path.insert(0, "benchmarks")  # of the working directory that was sent
+        result = importlib.import_module("runs").in_process(program, job, os.getcwd())
+        return result, Path(job["keep"]).read_bytes() if job.get("keep") else b""
+
+    left = [run.remote(job) for job in jobs]
+    while left:
+        (ready,), left = ray.wait(left)
+        answer = ray.get(ready)
+        if answer and answer[1]:
+            path = ROOT / answer[0]["keep"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(answer[1])
+        yield answer and answer[0]
+    ray.shutdown()
+
+
+def run_all(program: str, jobs: list[dict], options: Running, file: Path) -> None:
+    """Works off `jobs` (each with setting and seed), as `program --worker JOB`; appends the results to `file` as they
+    come. Jobs whose result is in `file` are left out, and those that `options` leave out."""
+    done = {(r["setting"], r["seed"]) for r in results_in(file)}
+    if options.again:
+        done -= {(job["setting"], job["seed"]) for job in jobs if "keep" in job and not (ROOT / job["keep"]).exists()}
+    jobs = [job for job in jobs if (job["setting"], job["seed"]) not in done]
+    jobs = [job for job in jobs if any(part in job["setting"] for part in options.only.split(","))]
+    jobs = [{**job, "commit": commit()} for job in jobs]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    deadline, program = time.time() + 60 * options.minutes, Path(program).name
+    if options.ray:
+        results = on_ray(program, jobs, options.ray, deadline)
+    else:
+        results = locally(program, jobs, options.jobs, deadline)
+    with tqdm(total=len(jobs), unit="run", desc=program) as progress:
+        for result in filter(None, results):
+            with file.open("a") as out:
+                out.write(json.dumps(result) + "\n")
+            progress.update()
+            figures = f" {result['returns']}" if "returns" in result else ""
+            progress.write(f"{result['setting']} seed {result['seed']}:{figures} in {result['seconds']:.0f} s")
+
+
+def benchmark(program: str, options: Running, jobs: list[dict], work: Callable[[dict], dict], file: Path) -> bool:
+    """What `main` of a benchmark does with its `jobs`: True when it remains to report. A worker prints its result."""
+    if options.worker:
+        print("\n" + json.dumps(work(json.loads(options.worker))))
+        return False
+    if not options.report:
+        run_all(program, jobs, options, file)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
 def spread(values: list[float]) -> str:
     """Mean over seeds, and every seed."""
     return f"{statistics.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
 
 
-def results_in(file: Path) -> list[dict]:
-    """The results in `file`, by setting and seed."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return sorted(map(json.loads, lines), key=lambda r: (r["setting"], r["seed"]))
+def interquartile_mean(scores: list[list[float]]) -> tuple[float, float, float]:
+    """Interquartile mean of the scores of all runs of all tasks (one list a task), and the ends of its 95 % interval by
+    a bootstrap that draws runs anew within each task: Agarwal et al. 2021 (rliable, arXiv 2108.13264), by scipy."""
+
+    def iqm(*tasks: np.ndarray) -> float:
+        return float(scipy.stats.trim_mean(np.concatenate(tasks), 0.25))
+
+    tasks = [np.asarray(task, float) for task in scores]
+    if min(map(len, tasks)) < 2:
+        return iqm(*tasks), float("nan"), float("nan")
+    drawn = scipy.stats.bootstrap(
+        tasks, iqm, n_resamples=2000, vectorized=False, method="percentile", rng=np.random.default_rng(1)
+    )
+    return iqm(*tasks), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
-def run_all(program: str, jobs: list[dict], at_once: int, file: Path | None) -> None:
-    """Works off `jobs`, `at_once` at a time, each as `program --worker JOB`; appends the results to `file`, if there is
-    one, as they come. Jobs whose result is in `file` are left out."""
-    done = {(r["setting"], r["seed"]) for r in results_in(file)} if file else set()
-    jobs = [job for job in jobs if (job["setting"], job["seed"]) not in done]
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean of independent runs, and the ends of its 95 % interval by Student's t; nan with one run."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
+    return mean, float(mean - half), float(mean + half)
 
-    def run(job: dict) -> dict:
-        command = [sys.executable, program, "--worker", json.dumps(job)]
-        place = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-        ended = subprocess.run(command, capture_output=True, text=True, **place)
-        if ended.returncode:
-            raise RuntimeError(f"{job['setting']}, seed {job['seed']}:\n{ended.stderr[-2000:]}")
-        return json.loads(ended.stdout.splitlines()[-1])
 
-    if file:
-        file.parent.mkdir(exist_ok=True)
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), unit="run") as progress:
-        for future in concurrent.futures.as_completed([pool.submit(run, job) for job in jobs]):
-            result = future.result()
-            progress.update()
-            progress.write(
-                f"{result['setting']} seed {result['seed']}: {result['returns']} in {result['seconds']:.0f} s"
-            )
-            if file:
-                with file.open("a") as out:
-                    out.write(json.dumps(result) + "\n")
+@functools.cache
+def random_return(game: str, company: str, matches: int = 200) -> float:
+    """Mean return of a uniformly random player among `company`: a co-player's name for all, or N-1 after commas. With
+    `self` it is random as well. The score 0 of the normalised returns."""
+    import torch
+
+    import hop_onestep as script
+
+    class RandomPlayer:
+        args = types.SimpleNamespace(goal="none")
+        moa = types.SimpleNamespace(initial_memory=lambda batch: None)
+
+        def act(self, state, mask, memory, seats, generator, oracle):
+            flat = torch.multinomial(mask.flatten(0, 1).float(), 1, generator=generator)
+            return types.SimpleNamespace(action=flat.view(mask.shape[:2]))
+
+        def remember(self, memory, state, actions, ended, match_ended):
+            return None
+
+    world, generator = script.GridGame(game), torch.Generator().manual_seed(1)
+    pool = company.split(",")
+    pool = pool * (world.num_players - 1) if len(pool) == 1 else pool
+    players = script.CoPlayers(world, pool, matches, 10, generator, fixed=True)
+    seat = players.seat[:, :1].unsqueeze(1).expand(-1, 10, 1)
+    returns = script.play_matches(RandomPlayer(), players, generator)
+    return float(returns.mean() if company == "self" else returns.gather(2, seat).mean())
+
+
+def best_return(game: str) -> float:
+    """Highest possible mean return of all players. The score 1 of the normalised returns."""
+    import hop_onestep as script
+
+    return script.GridGame(game).best_return

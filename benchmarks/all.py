@@ -1,0 +1,36 @@
+"""All benchmarks, one after the other; what is there already is not repeated.
+
+    python benchmarks/all.py --quick     # few steps, to see that all works: a quarter of an hour
+    python benchmarks/all.py             # everything, about six hours on two cores; stop it and start it at will
+    python benchmarks/all.py --report    # tables and pictures of the results so far
+
+With `--scripts` also the figures of the single scripts. Other options are handed on to every part; README.md in this
+folder has the parts one by one.
+"""
+
+import subprocess
+import sys
+
+from runs import ROOT
+
+COMPARISON = ("learning", "adaptation", "scaling", "goals", "moa_buffer")  # of all scripts; what asks for time
+SCRIPTS = {"onestep": ("selfplay", "goals", "main"), "mcts": ("selfplay", "untrained", "top")}
+SCRIPTS |= {"latent_model": ("selfplay", "offline"), "discrete_goals": ("model", "selfplay", "goals", "speed")}
+
+
+def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    parts = [[name] for name in COMPARISON]
+    parts += [[name, "--part", part] for name, parts in SCRIPTS.items() for part in parts] * ("--scripts" in words)
+    words = [word for word in words if word != "--scripts"]
+    for name, *options in parts:
+        print(f"\n## benchmarks/{name}.py {' '.join(options)}", flush=True)
+        if code := subprocess.run([sys.executable, f"benchmarks/{name}.py", *options, *words], cwd=ROOT).returncode:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

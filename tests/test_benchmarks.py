@@ -1,0 +1,164 @@
+"""What the benchmarks share (benchmarks/runs.py): what is run, what is left out, and the arithmetic of the tables."""
+
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+JOBS = [
+    {"setting": f"{game} | {way}", "seed": seed} for seed in (1, 2) for game in ("msh", "msg") for way in ("a", "b")
+]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("runs")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def run(runs, tmp_path, monkeypatch):
+    """Runs jobs with a stand-in for the processes; returns the results' file and the jobs that were run."""
+    file, ran = tmp_path / "new" / "results.jsonl", []
+
+    def in_process(program, job, root):
+        if job["setting"] == "bad":
+            raise RuntimeError("bad")
+        ran.append((job["setting"], job["seed"]))
+        return {**job, "seconds": 1.0}
+
+    monkeypatch.setattr(runs, "in_process", in_process)
+
+    def go(given=JOBS, **options):
+        ran.clear()
+        runs.run_all("program.py", given, runs.Running(**options), file)
+        return file, ran
+
+    return go
+
+
+def test_what_is_there_is_not_run_again(run, runs):
+    file, ran = run(only="msg | a")
+    assert sorted(ran) == [("msg | a", 1), ("msg | a", 2)]
+    _, ran = run(only="msg | a,msh")
+    assert len(ran) == 4 and all(setting.startswith("msh") for setting, _ in ran)
+    _, ran = run()
+    assert sorted(ran) == [("msg | b", 1), ("msg | b", 2)]
+    results = runs.results_in(file)
+    assert [(r["setting"], r["seed"]) for r in results] == sorted((j["setting"], j["seed"]) for j in JOBS)
+    assert all(r["commit"] for r in results)
+    assert {k: [r["seed"] for r in v] for k, v in runs.by_setting(file).items()} == {j["setting"]: [1, 2] for j in JOBS}
+
+
+def test_what_has_no_checkpoint_is_run_again_if_asked(run, runs, tmp_path):
+    jobs = [{"setting": "msh", "seed": seed, "keep": str(tmp_path / f"{seed}.pt")} for seed in (1, 2)]
+    (tmp_path / "1.pt").touch()
+    assert len(run(jobs)[1]) == 2 and not run(jobs)[1]
+    file, ran = run(jobs, again=True)
+    assert ran == [("msh", 2)] and len(runs.results_in(file)) == 2 and len(file.read_text().splitlines()) == 3
+
+
+def test_nothing_starts_after_the_deadline(run):
+    file, ran = run(minutes=0.0)
+    assert not ran and not file.exists()
+
+
+def test_a_failed_run_loses_no_result(run):
+    with pytest.raises(RuntimeError, match="bad"):
+        run([*JOBS[:2], {"setting": "bad", "seed": 1}, *JOBS[2:]], jobs=1)
+    _, ran = run()
+    assert 0 < len(ran) <= len(JOBS) - 2
+
+
+def test_a_job_in_a_process_of_its_own(runs, tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    program = "import json, os, sys\nprint('noise')\nprint(json.dumps(json.loads(sys.argv[2]) | dict(os.environ)))"
+    (tmp_path / "benchmarks" / "echo.py").write_text(program)
+    result = runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path))
+    assert result["seed"] == 3 and result["OMP_NUM_THREADS"] == "1"
+    (tmp_path / "benchmarks" / "echo.py").write_text("raise SystemExit('broken')")
+    with pytest.raises(RuntimeError, match="a, seed 3:\nbroken"):
+        runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path))
+
+
+def test_jobs_of_the_learning_curves(runs):
+    learning = importlib.import_module("learning")
+    jobs = learning.all_jobs(learning.Options(quick=True))
+    assert len(jobs) == len(learning.METHODS) * len(learning.STEPS) * len(learning.COMPANIES)
+    assert len({job["keep"] for job in jobs}) == len({job["setting"] for job in jobs}) == len(jobs)
+    for job in jobs:  # the command lines are good ones, and a result line can hold them
+        script = importlib.import_module(job["script"])
+        args = script.resolved(script.parse_arguments(job["options"].split()))
+        assert args.seed == 1 and set(job["kinds"]) == set(args.co_players.split(","))
+        json.dumps(job)
+
+
+def test_jobs_and_figures_of_scaling(runs):
+    scaling = importlib.import_module("scaling")
+    options = scaling.Options(devices="cpu")
+    jobs = [*scaling.profile_jobs(options), *scaling.sps_jobs(options), *scaling.parallel_jobs(options)]
+    assert len({(job["setting"], job["seed"]) for job in jobs}) == len(jobs)
+    for job in jobs:
+        assert "," not in job["setting"]  # or `--only` would split it
+        if job["part"] == "parallel":
+            script = importlib.import_module(job["script"])
+            args = script.resolved(script.parse_arguments(job["options"].split()))
+            assert args.total_timesteps % (args.num_envs * args.num_steps) == 0 and args.num_envs == job["num_envs"]
+    run = {"train_cpu_seconds": 40.0, "curve": [[10, 0.0, 1.0], [20, 3.0, 2.0], [30, 6.0, 3.0], [40, 9.0, 4.0]]}
+    assert runs.by_cpu_time(run) == [[10, 10.0, 1.0], [20, 20.0, 2.0], [30, 30.0, 3.0], [40, 40.0, 4.0]]
+    assert scaling.return_after(run, 40.0) == 4.0 and scaling.return_after(run, 26.0) == 2.0
+    assert math.isnan(scaling.return_after(run, 9.0))
+    assert runs.by_cpu_time({"train_cpu_seconds": 5.0, "curve": [[10, 0.0, 1.0]]}) == [[10, 5.0, 1.0]]
+    shares = scaling.shares_of([{"shares": {"a": 0.75, "a/b": 0.5}}, {"shares": {"a": 0.25, "a/MCTS": 0.25}}])
+    assert shares == {("a",): 0.5, ("a", "b"): 0.25, ("a", "planner"): 0.125, ("a", "rest"): 0.125}
+
+
+def test_going_on_with_more_games(runs):
+    """Each game is one of the 16 before, at its stage; networks and stored matches are theirs."""
+    import torch
+
+    scaling = importlib.import_module("scaling")
+    for method in scaling.METHODS:
+        before = scaling.run_before(method, "msh-2x2-2p-1h1s", "self", 1, False)
+        for games in (3, 40):
+            trainer = scaling.continued(before, method, games, 4)
+            assert all(
+                (a == b[torch.arange(games) % 16]).all() for a, b in zip(trainer.state, before.state, strict=True)
+            )
+            assert len(trainer.buffer) == len(before.buffer)
+            spent = scaling.count_once(trainer)
+            for _ in range(scaling.iterations_of_a_turn(method)):
+                trainer.iterate()
+            assert (spent > 0).all() == trainer.agent.uses_moa and trainer.state.time.shape == (games,)
+
+
+def test_interquartile_mean(runs):
+    middle, low, high = runs.interquartile_mean([[0.0, 1.0], [2.0, 3.0]])
+    assert middle == pytest.approx(1.5) and 0.0 <= low < middle < high <= 3.0
+    generator = np.random.default_rng(1)
+    tasks = [generator.normal(k, 1.0, 50).tolist() for k in range(4)]
+    values = np.sort(np.concatenate(tasks))
+    middle, low, high = runs.interquartile_mean(tasks)
+    assert middle == pytest.approx(values[50:150].mean()) and low < middle < high
+    draws = [[generator.choice(task, len(task)) for task in tasks] for _ in range(2000)]
+    wanted = np.percentile([np.sort(np.concatenate(d))[50:150].mean() for d in draws], [2.5, 97.5])
+    assert np.allclose([low, high], wanted, atol=0.05)
+    middle, low, high = runs.interquartile_mean([[1.0], [2.0]])
+    assert middle == 1.5 and math.isnan(low) and math.isnan(high)
+
+
+def test_interval_of_a_mean(runs):
+    mean, low, high = runs.interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - 4.3027 / 3**0.5, 2.0 + 4.3027 / 3**0.5), abs=1e-3)
+    assert runs.interval([4.0])[0] == 4.0 and math.isnan(runs.interval([4.0])[1])
+
+
+def test_score_of_random_play(runs):
+    alone, with_hares, mixed = (runs.random_return("msh-4x4-4h1s", name) for name in ("self", "nh", "nh,nh,random"))
+    assert 0.0 < with_hares < mixed < alone < runs.best_return("msh-4x4-4h1s") == pytest.approx(3.0)
