@@ -853,15 +853,13 @@ def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tu
     kl = ((q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * known).sum()
     terms["moa/nll"] = -(weight * (drawn[match] * log_probs).sum(-1)).sum() / whole
     items = state.items.unsqueeze(1).expand(-1, active.shape[1], -1)
-    subgoals = state.players, items, own, others, drawn[match] @ moa.table
-    subgoals = (x[::4] for x in subgoals)  # every fourth step, for speed: goals are learnt from the actions
+    subgoals = (x[::4] for x in (state.players, items, own, others, drawn[match] @ moa.table))  # [::4]: for speed
     recon = F.cross_entropy(moa.subgoal_logits(*subgoals).movedim(-1, 1), subgoal[::4], reduction="none")
     terms["moa/recon"] = (weight[::4] * recon).sum() / weight[::4].sum().clamp(min=1e-9)
     loss, terms["moa/kl"] = kl / whole, kl / known.sum().clamp(min=1)
     loss = loss + terms["moa/nll"] + subgoal_coef * terms["moa/recon"]
     if moa.encodes:  # the guess at every step, from what came before it, is to agree with what was drawn
-        past = past[live].log_softmax(-1)
-        terms["moa/guess"] = -(weight * (drawn.detach()[match] * past).sum(-1)).sum() / whole
+        terms["moa/guess"] = -(weight * (drawn.detach()[match] * past[live].log_softmax(-1)).sum(-1)).sum() / whole
         loss = loss + terms["moa/guess"]
     return loss, {name: term.detach() for name, term in terms.items()}
 

@@ -318,7 +318,7 @@ def report(known: list[dict]) -> None:
     print("\n| training, game steps a CPU second | plain PPO | inferred goals | ratio |\n|-|-|-|-|")
     for (setting, _), runs in part["speed"].items():
         plain, ours, ratio = (statistics.median(r[k] for r in runs) for k in ("plain", "ours", "ratio"))
-        print(f"| {setting} | {plain:,.0f} | {ours:,.0f} | {ratio:.2f} |")
+        print(f"| {setting.replace(' | ', ', ')} | {plain:,.0f} | {ours:,.0f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
