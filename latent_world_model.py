@@ -1482,7 +1482,7 @@ def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Gen
     for _ in range(epochs):
         order = torch.randperm(len(some), generator=generator, device=some.device)
         for index in filter(len, order.tensor_split(parts)):
-            yield {name: value[index] for name, value in rows.items()}
+            yield {name: value.index_select(0, index) for name, value in rows.items()}
 
 
 # method: the replay of the latent model

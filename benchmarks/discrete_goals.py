@@ -12,12 +12,7 @@ seed, seconds, machine and commit; what is there is not repeated, so an interrup
 
 import dataclasses
 import itertools
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,17 +21,18 @@ from typing import Literal
 import torch
 import tyro
 
+import runs
+from runs import Running, about, benchmark, results_in, spread
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import hop_onestep
 import hop_ppo_gumbel as script
 import moa_goals
 
-RESULTS = Path(__file__).resolve().parent / "results" / "discrete_goals.jsonl"
-MODEL = {  # setting -> game, kinds, matches and updates
-    "msh-4h1s": ("msh-4h1s", "ns,nh,random,ns-noisy,nh-noisy", 4000, 3000),
-    "msh-4x4-4h1s": ("msh-4x4-4h1s", "ns,nh,random", 2000, 2000),
-    "msg": ("msg", "cleaner,exploiter,random", 1000, 1000),
+MODEL = {  # game: kinds, matches and updates
+    "msh-4h1s": ("ns,nh,random,ns-noisy,nh-noisy", 4000, 3000),
+    "msh-4x4-4h1s": ("ns,nh,random", 2000, 2000),
+    "msg": ("cleaner,exploiter,random", 1000, 1000),
 }
 WAYS = ("em", "gumbel", "amortised")
 SELFPLAY = {
@@ -49,16 +45,10 @@ GOALS = ("none", "inferred", "oracle")
 
 
 @dataclasses.dataclass
-class Options:
-    part: Literal["model", "selfplay", "goals", "speed"] = "model"  # what to run
-    only: str = ""  # settings whose name contains this
-    seeds: tuple[int, ...] = (1, 2, 3)  # seeds
+class Options(Running):
+    part: Literal["model", "selfplay", "goals", "speed", "all"] = "all"  # what to run
     episodes: int = 6000  # evaluation episodes for each kind of co-players
     steps: int = 400_000  # game steps of training in `goals`
-    ways: str = "em,gumbel,amortised"  # ways of training the goals in `model`
-    options: str = ""  # further options of the script
-    keep: bool = True  # write the results down
-    report: bool = False  # print tables only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,201 +114,177 @@ def accuracy(train, test, game) -> float:
     return float((votes.argmax(1)[test[:, 0]] == test[:, 1]).float().mean())
 
 
-def model(setting: str, seed: int, options: Options) -> list[dict]:
-    """One setting with one seed: NLL of none, oracle and the three ways of training; kinds read off the beliefs. All
-    learn from the same whole matches, in as many minibatches of as many matches."""
-    env_id, kinds, matches, updates = MODEL[setting]
-    base = moa_goals.Options(env_id=env_id, matches=matches, updates=updates, seed=seed)
-    game, generator = script.GridGame(env_id), torch.Generator().manual_seed(seed)
+def model(job: dict) -> dict:
+    """NLL of none, oracle and the three ways of training; kinds read off the beliefs. All learn from the same whole
+    matches, in as many minibatches of as many matches."""
+    start, seed, kinds = time.time(), job["seed"], job["kinds"]
+    sizes = {"matches": job["matches"], "updates": job["updates"], "seed": seed}
+    base, game = moa_goals.Options(env_id=job["game"], **sizes), script.GridGame(job["game"])
+    numbers = torch.Generator().manual_seed(seed)
     train, test = (
-        moa_goals.play(game, kinds.split(","), n, base.episodes, seed + s) for s, n in enumerate((matches, 600))
+        moa_goals.play(game, kinds.split(","), n, base.episodes, seed + s)
+        for s, n in enumerate((job["matches"], job["held_out"]))
     )
-    relative, results, nll = script.RelativeFeatures(game), [], {}
-    for goal in ("none", "oracle", *options.ways.split(",")):
-        if options.only and options.only not in f"{setting} | {goal}":
-            continue
+    relative, results, nll = script.RelativeFeatures(game), {}, {}
+    for goal in ("none", "oracle", *WAYS):
         torch.manual_seed(seed)
-        start, row = time.process_time(), {"part": "model", "setting": setting, "seed": seed, "goal": goal}
+        began, row = time.process_time(), {}
         if goal in ("none", "oracle"):
             moa = hop_onestep.MOA(relative, base.hidden, 8, goal)
 
             def loss(moa, batch, done, goal=goal):
                 batch = batch if goal == "oracle" else batch._replace(oracle=None)
-                return hop_onestep.moa_loss(moa, batch, 0.01, base.subgoal_coef, False, generator)
+                return hop_onestep.moa_loss(moa, batch, 0.01, base.subgoal_coef, False, numbers)
 
-            fit(moa, loss, train, relative, base, generator)
+            fit(moa, loss, train, relative, base, numbers)
             nll[goal] = moa_goals.held_out(moa, goal, test, base)
         else:
-            words = ["--moa-share", "1", *shlex.split(options.options), "--goal-training", goal, "--env-id", env_id]
+            words = ["--moa-share", "1", "--goal-training", goal, "--env-id", job["game"]]
             args = script.resolved(script.parse_arguments(words))
             moa = script.MOA(relative, args)
 
             def loss(moa, batch, done, args=args):
-                return script.moa_loss(moa, batch, args.subgoal_coef, 1.0 - 0.9 * done, generator)
+                return script.moa_loss(moa, batch, args.subgoal_coef, 1.0 - 0.9 * done, numbers)
 
-            fit(moa, loss, train, relative, base, generator)
+            fit(moa, loss, train, relative, base, numbers)
             nll[goal], held = measure(moa, test, base.episodes, len(test))
             _, seen = measure(moa, train, base.episodes, 1000)
             row["accuracy"] = [round(accuracy(a, b, game), 4) for a, b in zip(seen, held, strict=True)]
             use = torch.bincount(held[-1][:, 0], minlength=args.goals)
             row["use"] = (use / use.sum()).tolist()
-            if {"none", "oracle"} <= set(nll):
-                closed = (nll["none"] - nll[goal]) / (nll["none"] - nll["oracle"])
-                row["closed"] = [round(x, 4) for x in closed.tolist()]
-        results.append({**row, "nll": [round(x, 4) for x in nll[goal].tolist()], "cpu": time.process_time() - start})
-        print({k: v for k, v in results[-1].items() if k != "part"}, flush=True)
-    return results
+            closed = (nll["none"] - nll[goal]) / (nll["none"] - nll["oracle"])
+            row["closed"] = [round(x, 4) for x in closed.tolist()]
+        row["nll"] = [round(x, 4) for x in nll[goal].tolist()]
+        results[goal] = row | {"cpu_seconds": round(time.process_time() - began, 1)}
+    return {**job, "command": command(job), "goals": results} | about(start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-def run(words: str, kinds: list[str], options: Options, seed: int) -> dict:
-    """Trains with the options `words`, and evaluates among three of each kind."""
-    command = f"{words} --seed {seed} {options.options}".strip()
-    start = time.process_time()
-    metrics = script.train(script.parse_arguments(shlex.split(command)))
-    result = {"command": f"python hop_ppo_gumbel.py {command}", "cpu": round(time.process_time() - start, 1)}
-    n = script.GridGame(script.load_checkpoint(metrics["run"])["game"]).num_players
-    for key in ("returns", "by_episode", "all_seats"):
-        result[key] = {}
-    for kind in kinds:
-        played = script.evaluate(metrics["run"], kind, episodes=options.episodes, num_envs=200, seed=1000 + seed)
-        result["returns"][kind] = round(played["focal_return"], 4)
-        result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
-        result["all_seats"][kind] = round((played["focal_return"] + (n - 1) * played["co_player_return"]) / n, 4)
-    return result | {"metrics": {k: v for k, v in metrics.items() if k != "run" and k.startswith(("moa", "charts"))}}
-
-
-def speed(env_id: str, co_players: str, rounds: int = 5, warm_up: int = 16384) -> dict:
+def speed(job: dict) -> dict:
     """Median game steps a CPU second of training: plain PPO by hop_onestep.py, and this script with inferred goals.
     A round is `moa_every` iterations, so that every part of the work is in it; the scripts take turns."""
-    plain = hop_onestep.Args(env_id=env_id, co_players=co_players, goal="none", plan_update="none")
+    start, company = time.time(), {"env_id": job["game"], "co_players": job["co_players"]}
+    plain = hop_onestep.Args(**company, goal="none", plan_update="none")
     trainers = [
         hop_onestep.Trainer(hop_onestep.resolved(plain)),
-        script.Trainer(script.resolved(script.Args(env_id=env_id, co_players=co_players))),
+        script.Trainer(script.resolved(script.Args(**company))),
     ]
     for trainer in trainers:
-        while trainer.global_step < warm_up:
+        while trainer.global_step < job["warm_up"]:
             trainer.iterate()
     every, rates = trainers[1].args.moa_every, ([], [])
-    for _ in range(rounds):
+    for _ in range(job["rounds"]):
         for trainer, rate in zip(trainers, rates, strict=True):
-            start = time.process_time()
+            began = time.process_time()
             for _ in range(every):
                 trainer.iterate()
-            rate.append(every * trainer.args.num_envs * trainer.args.num_steps / (time.process_time() - start))
+            rate.append(every * trainer.args.num_envs * trainer.args.num_steps / (time.process_time() - began))
     plain, ours = map(statistics.median, rates)
-    return {
-        "plain": round(plain),
-        "ours": round(ours),
-        "ratio": round(statistics.median(b / a for a, b in zip(*rates, strict=True)), 3),
-    }
+    figures = {"plain": round(plain), "ours": round(ours)}
+    figures["ratio"] = round(statistics.median(b / a for a, b in zip(*rates, strict=True)), 3)
+    return {**job, "command": command(job), **figures} | about(start)
 
 
-def jobs(options: Options):
-    """(setting, seed, what it does -> rows) of a part."""
-    for seed in options.seeds:
-        if options.part == "model":
-            for setting in MODEL:
-                yield setting, seed, lambda setting=setting, seed=seed: model(setting, seed, options)
-        elif options.part == "selfplay":
-            for env_id, words in SELFPLAY.items():
-                words = f"--env-id {env_id} --co-players self {words}"
-                yield env_id, seed, lambda words=words, seed=seed: [run(words, ["self"], options, seed)]
-        elif options.part == "goals":
-            for (env_id, kinds), goal in itertools.product(KINDS.items(), GOALS):
-                words = f"--env-id {env_id} --co-players {kinds} --total-timesteps {options.steps} --goal {goal}"
-                act = lambda words=words, kinds=kinds, seed=seed: [run(words, kinds.split(","), options, seed)]  # noqa: E731
-                yield f"{env_id} | {goal}", seed, act
-        else:
-            for env_id, company in itertools.product(KINDS, ("self", "scripted")):
-                kinds = company if company == "self" else KINDS[env_id]
-                yield f"{env_id} | {company}", seed, lambda env_id=env_id, kinds=kinds: [speed(env_id, kinds)]
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+# ---------------------------------------------------------------------------------------------------------------------
+def command(job: dict) -> str:
+    """The command that repeats a job that is no run of the script."""
+    return f"python benchmarks/discrete_goals.py --part {job['part']} --only '{job['setting']}' --seeds {job['seed']}"
 
 
-def main(options: Options) -> None:
+def work(job: dict) -> dict:
+    """The result of one job, in this process."""
     torch.set_num_threads(1)
-    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    if options.report:
-        report(known)
-        return
-    done = {(r["part"], r["setting"], r["seed"]) for r in known} if options.keep else set()
-    about = {"machine": f"{platform.processor() or platform.machine()}, 1 thread of {os.cpu_count()}"}
-    about |= {"torch": torch.__version__, "benchmark": shlex.join(["python", *sys.argv])}
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=RESULTS.parent.parent, capture_output=True, text=True
-    )
-    about["commit"] = git.stdout.strip()
-    for setting, seed, act in jobs(options):
-        only = options.only.partition(" | ")[0] if options.part == "model" else options.only
-        if (options.part, setting, seed) in done or only not in setting:
-            continue
-        start = time.time()
-        for row in act():
-            row = {"part": options.part, "setting": setting, "seed": seed, **row, "seconds": time.time() - start}
-            print(
-                {k: v for k, v in row.items() if k in ("setting", "seed", "returns", "plain", "ours", "ratio", "cpu")}
-            )
-            if options.keep:
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps({**row, **about}) + "\n")
+    return {"model": model, "speed": speed}.get(job["part"], runs.work)(job)
 
 
-def spread(rows: list[dict], key) -> str:
-    """Mean over seeds, and every seed."""
-    values = [key(row) for row in rows]
-    return f"{statistics.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+def all_jobs(options: Options) -> list[dict]:
+    """Seeds outermost: everything has one seed before anything has two."""
+    quick, jobs = options.quick, []
+    episodes = 20 if quick else options.episodes
+
+    def job(part: str, setting: str, seed: int, **more) -> None:
+        if options.part in (part, "all"):
+            jobs.append({"part": part, "setting": f"{part} | {setting}", "seed": seed, **more})
+
+    def training(part: str, setting: str, seed: int, words: str, kinds: str) -> None:
+        words = f"{words}{' --total-timesteps 8192' * quick} --seed {seed}"
+        kinds = {kind: kind for kind in kinds.split(",")}
+        job(part, setting, seed, script="hop_ppo_gumbel", options=words, kinds=kinds, episodes=episodes)
+
+    for seed in options.seeds[: 1 if quick else None]:
+        for game, (kinds, matches, updates) in MODEL.items():
+            sizes = (200, 200, 20) if quick else (matches, 600, updates)
+            sizes = dict(zip(("matches", "held_out", "updates"), sizes, strict=True))
+            job("model", game, seed, game=game, kinds=kinds, **sizes)
+        for game, words in SELFPLAY.items():
+            training("selfplay", game, seed, f"--env-id {game} --co-players self {words}", "self")
+        for (game, kinds), goal in itertools.product(KINDS.items(), GOALS):
+            words = f"--env-id {game} --co-players {kinds} --total-timesteps {options.steps} --goal {goal}"
+            training("goals", f"{game} | {goal}", seed, words, kinds)
+        for game, company in itertools.product(KINDS, ("self", "scripted")):
+            sizes = {"rounds": 1 if quick else 5, "warm_up": 4096 if quick else 16384}
+            kinds = "self" if company == "self" else KINDS[game]
+            job("speed", f"{game} | {company}", seed, game=game, co_players=kinds, **sizes)
+    return jobs
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
 def percent(values) -> str:
     return " | ".join(f"{value:.0%}" for value in values)
 
 
-def report(known: list[dict]) -> None:
-    """Markdown tables of the results so far."""
-    rows = {}
-    for row in sorted(known, key=lambda row: row["seed"]):
-        rows.setdefault((row["part"], row["setting"], row.get("goal", "")), []).append(row)
-    part = {
-        name: {k[1:]: v for k, v in rows.items() if k[0] == name} for name in ("selfplay", "model", "goals", "speed")
-    }
-    print("| game, all seats learn | mean return (seeds) | CPU seconds |\n|-|-|-|")
-    for (env_id, _), runs in part["selfplay"].items():
-        seconds = statistics.mean(r["cpu"] for r in runs)
-        print(f"| {env_id} | {spread(runs, lambda r: r['all_seats']['self'])} | {seconds:.0f} |")
-    ways = {k: v for k, v in part["model"].items() if k[1] in WAYS}
+def report(results: list[dict]) -> None:
+    """Markdown tables of the results."""
+    part = {name: {} for name in ("selfplay", "model", "goals", "speed")}
+    for result in results:
+        part[result["part"]].setdefault(result["setting"].partition(" | ")[2], []).append(result)
+    print("\n| game, all seats learn | mean return (seeds) | CPU seconds |\n|-|-|-|")
+    for game, some in part["selfplay"].items():
+        seconds = statistics.mean(r["train_cpu_seconds"] for r in some)
+        print(f"| {game} | {spread([r['all_seats']['self'] for r in some])} | {seconds:.0f} |")
+    ways = list(itertools.product(part["model"], WAYS))
     print("\n| gap closed: game, goals by | seeds | all | episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|-|")
-    for (env_id, way), runs in ways.items():
-        closed = [r["closed"] for r in runs if "closed" in r]  # needs `none` and `oracle` of the same call
-        if closed:
-            means = map(statistics.mean, zip(*closed, strict=True))
-            print(f"| {env_id}, `{way}` | {len(closed)} | {percent(means)} |")
+    for game, way in ways:
+        closed = [r["goals"][way]["closed"] for r in part["model"][game]]
+        print(f"| {game}, `{way}` | {len(closed)} | {percent(map(statistics.mean, zip(*closed, strict=True)))} |")
     print("\n| kind read off: game, goals by | seeds | at the start of episode 1 | 2 | 3 | 4 | 5 |\n|-|-|-|-|-|-|-|")
-    for (env_id, way), runs in ways.items():
-        means = map(statistics.mean, zip(*(r["accuracy"] for r in runs), strict=True))
-        print(f"| {env_id}, `{way}` | {len(runs)} | {' | '.join(f'{v:.3f}' for v in means)} |")
-    for env_id, kinds in KINDS.items():
+    for game, way in ways:
+        shares = [r["goals"][way]["accuracy"] for r in part["model"][game]]
+        means = map(statistics.mean, zip(*shares, strict=True))
+        print(f"| {game}, `{way}` | {len(shares)} | {' | '.join(f'{v:.3f}' for v in means)} |")
+    for game, kinds in KINDS.items():
         kinds, means = kinds.split(","), {}
-        by_goal = {goal: part["goals"].get((f"{env_id} | {goal}", ""), []) for goal in GOALS}
+        by_goal = {goal: part["goals"].get(f"{game} | {goal}", []) for goal in GOALS}
         if not all(by_goal.values()):
             continue
-        print(f"\n| {env_id}: learner with three | {' | '.join(kinds)} | mean |\n|-|{'-|' * len(kinds)}-|")
-        for goal, runs in by_goal.items():
-            columns = " | ".join(spread(runs, lambda r, kind=kind: r["returns"][kind]) for kind in kinds)
-            means[goal] = statistics.mean(r["returns"][kind] for r in runs for kind in kinds)
+        print(f"\n| {game}: learner with three | {' | '.join(kinds)} | mean |\n|-|{'-|' * len(kinds)}-|")
+        for goal, some in by_goal.items():
+            columns = " | ".join(spread([r["returns"][kind] for r in some]) for kind in kinds)
+            means[goal] = statistics.mean(r["returns"][kind] for r in some for kind in kinds)
             print(f"| {goal} | {columns} | {means[goal]:.3f} |")
-        share = (means["inferred"] - means["none"]) / (means["oracle"] - means["none"])
+        gap = means["oracle"] - means["none"]
+        share = (means["inferred"] - means["none"]) / gap if gap else float("nan")
         print(f"\n`inferred` goes {share:.0%} of the way from `none` to `oracle`.")
         print("\n| return at the k-th episode of a match | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 | 9 | 10 |\n|-|" + "-|" * 10)
         for kind, goal in itertools.product(kinds, GOALS):
             curve = map(statistics.mean, zip(*(r["by_episode"][kind] for r in by_goal[goal]), strict=True))
             print(f"| three {kind}, {goal} | {' | '.join(f'{v:.2f}' for v in curve)} |")
     print("\n| training, game steps a CPU second | plain PPO | inferred goals | ratio |\n|-|-|-|-|")
-    for (setting, _), runs in part["speed"].items():
-        plain, ours, ratio = (statistics.median(r[k] for r in runs) for k in ("plain", "ours", "ratio"))
+    for setting, some in part["speed"].items():
+        plain, ours, ratio = (statistics.median(r[k] for r in some) for k in ("plain", "ours", "ratio"))
         print(f"| {setting.replace(' | ', ', ')} | {plain:,.0f} | {ours:,.0f} | {ratio:.2f} |")
+
+
+def main(options: Options) -> None:
+    file = options.results("discrete_goals")
+    if benchmark(__file__, options, [] if options.worker else all_jobs(options), work, file):
+        report(results_in(file))
 
 
 if __name__ == "__main__":
