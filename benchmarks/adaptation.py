@@ -413,9 +413,12 @@ def report_adaptation(scores: Scores) -> None:
 
 def plot_adaptation(scores: Scores) -> None:
     """docs/adaptation.png: score by episode of the match, mean over unseen kinds and seeds; games by groups."""
-    size = (4.0 * len(GAMES), 3.0 * len(GROUPS))
-    figure, axes = plt.subplots(len(GROUPS), len(GAMES), figsize=size, squeeze=False)
-    for (i, group), (j, game) in itertools.product(enumerate(GROUPS), enumerate(GAMES)):
+    games = [game for game in GAMES if any(scores.chosen(m, g, (game,)) for m in METHODS for g in GROUPS)]
+    if not games:
+        return
+    size = (1.5 + 4.0 * len(games), 3.0 * len(GROUPS))
+    figure, axes = plt.subplots(len(GROUPS), len(games), figsize=size, squeeze=False)
+    for (i, group), (j, game) in itertools.product(enumerate(GROUPS), enumerate(games)):
         for method, (_, _, colour) in METHODS.items():
             tasks = scores.tasks(scores.chosen(method, group, (game,)), seen=False, name="by_episode")
             curves = list(itertools.chain(*tasks))
@@ -428,8 +431,8 @@ def plot_adaptation(scores: Scores) -> None:
         axes[i, 0].set_ylabel("score, unseen co-players")
         axes[-1, j].set_xlabel("episode of the match")
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="lower center", ncol=len(METHODS))
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="center right")
+    figure.tight_layout(rect=(0, 0, 1 - 1.5 / size[0], 1))
     figure.savefig(ROOT / "docs" / "adaptation.png", dpi=80)
     plt.close(figure)
 
@@ -462,12 +465,14 @@ def report_cross_play(results: list[dict]) -> None:
 
 def plot_cross_play(results: list[dict]) -> None:
     """docs/cross_play.png: a heatmap for each game."""
-    figure, axes = plt.subplots(1, len(CROSS_PLAY), figsize=(5.2 * len(CROSS_PLAY), 4.4), squeeze=False)
+    found = {game: values for game in CROSS_PLAY if not np.isnan(values := cross_play(results, game)[0]).all()}
+    if not found:
+        return
+    figure, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.4), squeeze=False)
     places = range(len(METHODS))
-    for axis, game in zip(axes[0], CROSS_PLAY, strict=True):
-        values, _ = cross_play(results, game)
+    for axis, (game, values) in zip(axes[0], found.items(), strict=True):
         image = axis.imshow(values, cmap="viridis")
-        middle = 0.0 if np.isnan(values).all() else (np.nanmin(values) + np.nanmax(values)) / 2
+        middle = (np.nanmin(values) + np.nanmax(values)) / 2
         for i, j in zip(*np.nonzero(~np.isnan(values)), strict=True):
             colour = "white" if values[i, j] < middle else "black"
             axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", fontsize=7, color=colour)
