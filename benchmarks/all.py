@@ -1,7 +1,7 @@
 """All benchmarks, one after the other; what is there already is not repeated.
 
     python benchmarks/all.py --quick     # few steps, to see that all works: a quarter of an hour
-    python benchmarks/all.py             # everything, about six hours on two cores; stop it and start it at will
+    python benchmarks/all.py             # everything, about five hours on two cores; stop it and start it at will
     python benchmarks/all.py --report    # tables and pictures of the results so far
 
 With `--scripts` also the figures of the single scripts. Other options are handed on to every part; README.md in this
