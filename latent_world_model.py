@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -2081,7 +2082,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UsageError(f"no checkpoint at {path}")
-    with refused(f"cannot read checkpoint {path}"):
+    with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location=device, weights_only=True)
     script = content.get("script", "another program") if isinstance(content, dict) else "another program"
     if not re.fullmatch(r"\w+", script) or not Path(__file__).with_name(f"{script}.py").is_file():

@@ -824,13 +824,14 @@ def refused(script, monkeypatch, capsys, *words):
 
 
 @pytest.mark.parametrize("option", ["--resume", "--load-moa", "--evaluate", "--co-players"])
-def test_wrong_checkpoints(script, files, tmp_path, monkeypatch, capsys, option):
+def test_wrong_checkpoints(script, files, tmp_path, monkeypatch, capsys, recwarn, option):
     monkeypatch.chdir(tmp_path)
     for path in files:
         if option == "--load-moa" and path.name == "newer.pt":
             continue  # the MOA alone is read, and it fits
         line = refused(script, monkeypatch, capsys, *arguments({"env_id": ENV_ID}), option, str(path))
         assert path.name in line, (path, line)
+    assert not recwarn.list  # on standard error a warning would be a second line
 
 
 def test_checkpoints_of_other_runs(script, done, tmp_path, monkeypatch, capsys):
