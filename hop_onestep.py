@@ -91,11 +91,11 @@ class Args:
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
     goal_size: int = 8  # dimensions of z
     moa_hidden_size: int = 64  # width of the MOA's networks
-    moa_learning_rate: float = 1e-3  # of the MOA (Adam)
+    moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_updates: int = 4  # minibatches for the MOA an iteration
-    moa_matches: int = 16  # matches in each
+    moa_updates: int = 8  # minibatches for the MOA an iteration
+    moa_matches: int = 8  # matches in each
     moa_capacity: int = 1000  # matches that the MOA's buffer holds
     moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
     load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
@@ -1137,12 +1137,15 @@ class MOABuffer:
 
     def memory(self, moa: MOA, episode: Tensor) -> Memory:
         """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
-        batch = self.batch_of(torch.arange(self.batch, device=self.game.device), moa.relative)
-        own, others = moa.relative(batch.state)
-        step = moa.features(moa.seen(own, others), batch.actions.flatten(0, 1), batch.active.flatten(0, 1))
-        step = step.unflatten(0, batch.start.shape)  # [B, L, N, E + 1]
-        running = self.data["episode"][: self.batch, : step.shape[1]] == episode.unsqueeze(1)
-        return Memory(step.sum(1), (step * running[..., None, None]).sum(1))
+        parts = []
+        for rows in torch.arange(self.batch, device=self.game.device).split(64):  # all at once can take gigabytes
+            batch = self.batch_of(rows, moa.relative)
+            own, others = moa.relative(batch.state)
+            step = moa.features(moa.seen(own, others), batch.actions.flatten(0, 1), batch.active.flatten(0, 1))
+            step = step.unflatten(0, batch.start.shape)  # [rows, L, N, E + 1]
+            running = self.data["episode"][rows, : step.shape[1]] == episode[rows].unsqueeze(1)
+            parts.append((step.sum(1), (step * running[..., None, None]).sum(1)))
+        return Memory(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

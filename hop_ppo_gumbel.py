@@ -1197,25 +1197,28 @@ class MOABuffer:
     @torch.no_grad()
     def memory(self, moa: MOA, episode: Tensor, present: Memory) -> Memory:
         """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
-        batch, memory = self.batch_of(torch.arange(self.batch, device=self.game.device), moa.relative), present
-        live, now = batch.active.any(2), self.data["episode"][: self.batch, : batch.active.shape[1]].long()
-        state, active = batch.state.rows(live.flatten()), batch.active[live].unsqueeze(-1)
-        (own, others), actions = moa.relative(state), batch.actions[live]  # [R, N, ..]
-        game, count = torch.arange(self.batch, device=now.device).unsqueeze(1).expand_as(now)[live], self.episodes
-        if moa.args.belief == "bayes":
-            steps = moa.log_likelihood(own, others, self.game.action_mask(state), actions) * active
-            total = steps.new_zeros(self.batch * count, *steps.shape[1:]).index_add(0, game * count + now[live], steps)
-            total = total.unflatten(0, (self.batch, count))  # [B, episodes, N, G]
-            prior = torch.full_like(present.prior, -math.log(moa.args.goals))
-            for k in range(count - 1):
-                ended = (episode > k).view(-1, 1, 1)
-                prior = torch.where(ended, moa.next_prior(prior, total[:, k]), prior)
-            likelihood = total[torch.arange(self.batch, device=now.device), episode]
-            memory = memory._replace(prior=prior, likelihood=likelihood)
-        if moa.encodes:
-            steps = moa.features(moa.seen(own, others), actions, active.squeeze(-1))
-            memory = memory._replace(match=torch.zeros_like(present.match).index_add(0, game, steps))
-        return memory
+        parts = []
+        for rows in torch.arange(self.batch, device=self.game.device).split(64):  # all at once can take gigabytes
+            batch, memory = self.batch_of(rows, moa.relative), Memory(*(field[rows] for field in present))
+            live, now = batch.active.any(2), self.data["episode"][rows, : batch.active.shape[1]].long()
+            state, active = batch.state.rows(live.flatten()), batch.active[live].unsqueeze(-1)
+            (own, others), actions = moa.relative(state), batch.actions[live]  # [R, N, ..]
+            games, count = torch.arange(len(rows), device=now.device), self.episodes
+            game = games.unsqueeze(1).expand_as(now)[live]
+            if moa.args.belief == "bayes":
+                steps = moa.log_likelihood(own, others, self.game.action_mask(state), actions) * active
+                total = steps.new_zeros(len(rows) * count, *steps.shape[1:])
+                total = total.index_add(0, game * count + now[live], steps).unflatten(0, (len(rows), count))
+                prior = torch.full_like(memory.prior, -math.log(moa.args.goals))
+                for k in range(count - 1):
+                    ended = (episode[rows] > k).view(-1, 1, 1)
+                    prior = torch.where(ended, moa.next_prior(prior, total[:, k]), prior)
+                memory = memory._replace(prior=prior, likelihood=total[games, episode[rows]])
+            if moa.encodes:
+                steps = moa.features(moa.seen(own, others), actions, active.squeeze(-1))
+                memory = memory._replace(match=torch.zeros_like(memory.match).index_add(0, game, steps))
+            parts.append(memory)
+        return Memory(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from conftest import shake
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
 
@@ -401,6 +402,19 @@ def test_memory_is_the_same_by_steps_and_from_the_buffer(vae, small):
             now = [total + feature for total in now]
             episodes.add(episode)
     assert len(episodes) == 3 and len(matches) >= 5
+
+
+def test_memory_of_many_games(script, small):
+    """Rebuilt from the buffer, whose games are read in several parts, the memory is that of `remember` step by step."""
+    options = {"env_id": SMALL_HUNT, "co_players": "ns,nh", "num_envs": 150, "num_steps": 60, "match_episodes": 3}
+    trainer = script.Trainer(small(**options, total_timesteps=9000))
+    shake(trainer.agent, seed=0)
+    trainer.rollout()
+    present = (trainer.memory,) if script.__name__ == "hop_ppo_gumbel" else ()
+    rebuilt = trainer.buffer.memory(trainer.agent.moa, trainer.co_players.episode, *present)
+    for whole, other in zip(trainer.memory, rebuilt, strict=True):
+        torch.testing.assert_close(whole, other, rtol=1e-4, atol=1e-4)
+    assert len(trainer.co_players.episode.unique()) == 3
 
 
 def captured_loss(script, trainer, batch, pretraining=False, seed=0):
