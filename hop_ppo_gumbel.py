@@ -114,7 +114,6 @@ class Args:
     moa_every: int = 8  # iterations from one training of the MOA to the next; then all beliefs are computed anew
     # method: more at a time, since not every iteration trains
     moa_updates: int = 20  # minibatches for the MOA each time
-    # method: fewer, for more minibatches at the same price
     moa_matches: int = 8  # matches in each
     moa_share: float = 0.25  # share of their steps that are read, drawn anew each time; the likelihood is that of those
     moa_capacity: int = 1000  # matches that the MOA's buffer holds

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+
 from conftest import shake
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
