@@ -21,9 +21,9 @@ from typing import Literal
 
 import tyro
 
-from runs import Running, about, benchmark, by_setting, curve, spread
+from runs import Running, about, benchmark, by_setting, curve, earlier_moa, spread
 
-SELF = "--co-players self --goal none"
+SELF = f"--co-players self --goal none {earlier_moa()}"
 KINDS = "ns,nh,random"
 SETTINGS = {  # part -> setting -> (options, co-players it is evaluated with)
     "selfplay": {
@@ -32,8 +32,8 @@ SETTINGS = {  # part -> setting -> (options, co-players it is evaluated with)
         "msg": (f"--env-id msg {SELF} --total-timesteps 250000 --plan-samples 8", "self"),
     },
     "offline": {
-        "online": (f"--co-players {KINDS} --total-timesteps 200000", KINDS),
-        "offline": ("--offline DATA --total-timesteps 400000", KINDS),
+        "online": (f"--co-players {KINDS} {earlier_moa()} --total-timesteps 200000", KINDS),
+        "offline": (f"--offline DATA {earlier_moa()} --total-timesteps 400000", KINDS),
     },
 }
 FIGURES = {  # of latent_world_model.diagnose -> column

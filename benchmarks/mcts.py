@@ -17,10 +17,10 @@ from typing import Literal
 
 import tyro
 
-from runs import Running, benchmark, by_setting, spread, work
+from runs import Running, benchmark, by_setting, earlier_moa, spread, work
 
 # part -> setting -> options of hop_mcts.py, and ways to play what was trained; every setting is run with every seed
-SELF = "--co-players self --goal none"
+SELF = f"--co-players self --goal none {earlier_moa()}"
 SEARCH = {"plan_update": "offset", "num_simulations": 50, "num_goal_samples": 5}
 PARTS = {
     "selfplay": {
@@ -35,7 +35,7 @@ PARTS = {
     "untrained": {  # a learning rate of nearly nothing: only the MOA learns, told the co-players' kinds and targets
         "msh-4x4-4h1s, untrained": (
             "--env-id msh-4x4-4h1s --co-players ns --goal oracle --learning-rate 1e-12 --total-timesteps 100000 "
-            "--plan-until 1 --num-simulations 7 --moa-updates 16",
+            f"--plan-until 1 --num-simulations 7 {earlier_moa(16)}",
             {
                 f"{n} simulations": {"plan_beta": 30.0, "num_simulations": n, "num_goal_samples": 5, "puct_c": 10.0}
                 for n in (7, 50, 200)

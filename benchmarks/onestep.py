@@ -19,10 +19,10 @@ from typing import Literal
 
 import tyro
 
-from runs import ROOT, Running, benchmark, by_setting, spread, work
+from runs import ROOT, Running, benchmark, by_setting, earlier_moa, spread, work
 
 # setting -> options of hop_onestep.py; every setting of a part is run with every seed
-SELF = "--co-players self --goal none"
+SELF = f"--co-players self --goal none {earlier_moa()}"
 SELFPLAY = {
     f"{env} | {name}": f"--env-id {env} {SELF} {options} {planner}"
     for env, options in {
@@ -42,7 +42,7 @@ KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 MOA_UPDATES = {"msh-4x4-4h1s": 8, "msg": 4}
 GOALS = {
     f"{env} | {goal}": f"--env-id {env} --co-players {kinds} --plan-update none --total-timesteps 800000 "
-    f"--moa-updates {MOA_UPDATES[env]} --goal {goal}"
+    f"{earlier_moa(MOA_UPDATES[env])} --goal {goal}"
     for env, kinds in KINDS.items()
     for goal in ("none", "inferred", "oracle")
 }
