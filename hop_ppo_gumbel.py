@@ -111,7 +111,7 @@ class Args:
     # method: larger, since its minibatches are fewer
     moa_learning_rate: float = 5e-3  # of the MOA (Adam), annealed as well
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_every: int = 8  # iterations from one training of the MOA to the next; then all beliefs are computed anew
+    moa_every: int = 4  # iterations from one training of the MOA to the next; then all beliefs are computed anew
     # method: more at a time, since not every iteration trains
     moa_updates: int = 20  # minibatches for the MOA each time
     moa_matches: int = 8  # matches in each
