@@ -4,12 +4,13 @@
     python benchmarks/moa_buffer.py --only rules        # one part: rules, or pretrained (which needs rules)
     python benchmarks/moa_buffer.py --report            # tables and docs/moa_buffer.png of the results so far
 
-`hop_onestep.py` learns with its defaults among a mixture of scripted co-players. `rules`: `--moa-buffer` all, positive
-or balanced. How full is the buffer, how old is it, how well is the opponent model predicting, what is the return?
-`pretrained`: a fresh model, which is rule `all` above, against one that `--pretrain-moa-steps` trained first, and
-against the model of a finished run of another seed (`--load-moa`), learning on or with `--freeze-moa`. Seed s takes the
-model of rule `all`, seed s + 1, so that rule has one seed more than the others. The game steps of pretraining, a fifth
-of the run's, come on top and are not in the curves.
+`hop_onestep.py` learns among a mixture of scripted co-players; its opponent model at a third of the default learning
+rate (`runs.earlier_moa`). `rules`: `--moa-buffer` all, positive or balanced. How full is the buffer, how old is it, how
+well is the opponent model predicting, what is the return? `pretrained`: a fresh model, which is rule `all` above,
+against one that `--pretrain-moa-steps` trained first, and against the model of a finished run of another seed
+(`--load-moa`), learning on or with `--freeze-moa`. Seed s takes the model of rule `all`, seed s + 1, so that rule has
+one seed more than the others. The game steps of pretraining, a fifth of the run's, come on top and are not in the
+curves.
 
 Opponent models are compared during the run on matches of scripted players that no run has seen: negative log-likelihood
 of the actions, in all episodes, and in those in which the player takes something. `+-` is half a 95 % interval over
@@ -28,7 +29,7 @@ import torch
 import tyro
 
 import runs  # before the scripts, whose folder it knows
-from runs import CHECKPOINTS, ROOT, Running, benchmark, by_setting, checkpoint_of, interval, results_in
+from runs import CHECKPOINTS, ROOT, Running, benchmark, by_setting, checkpoint_of, earlier_moa, interval, results_in
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,7 +71,7 @@ def all_jobs(options: Options) -> dict[str, list[dict]]:
     jobs: dict[str, list[dict]] = {"rules": [], "pretrained": []}
 
     def job(setting: str, seed: int, words: str) -> dict:
-        words = f"--env-id {GAME} --co-players {KINDS} {words} --total-timesteps {steps} --seed {seed}"
+        words = f"--env-id {GAME} --co-players {KINDS} {earlier_moa()} {words} --total-timesteps {steps} --seed {seed}"
         job = {"script": "hop_onestep", "setting": setting, "seed": seed, "options": " ".join(words.split())}
         job |= {"episodes": 20 if options.quick else options.episodes, "kinds": companies, "held_out": held_out}
         return {**job, "curves": list(PANELS)}
