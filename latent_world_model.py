@@ -608,7 +608,8 @@ class RelativeFeatures:
         self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] where the other cell lies
         self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] where the own cell lies
         steps = torch.arange(game.horizon + 1, device=dev).float()
-        done, left = steps[:, None].expand(-1, len(steps)), steps.expand(len(steps), -1)
+        # no step begins with 0 left, so V is never trained there; at the time limit it is read as with 1 left
+        done, left = steps[:, None].expand(-1, len(steps)), steps.clamp(min=1.0).expand(len(steps), -1)
         clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8), left <= 5]
         clock += [left == 1, left == 2, left == 3, done + left < game.horizon, done >= 0]
         self.clock_table = torch.stack([c.float() for c in clock], 2)  # [T + 1, T + 1, 10]

@@ -405,6 +405,19 @@ def test_memory_is_the_same_by_steps_and_from_the_buffer(vae, small):
     assert len(episodes) == 3 and len(matches) >= 5
 
 
+@pytest.mark.parametrize("env_id", [SMALL_HUNT, SMALL_DRIFTS])
+def test_value_at_the_time_limit_is_one_that_is_trained(lively, env_id):
+    """No row of a rollout has 0 steps left, so V there, by which truncation bootstraps, is V with 1 step left."""
+    agent = lively(env_id=env_id)
+    relative, horizon = agent.relative, agent.game.horizon
+    cells, limit = torch.zeros(1, dtype=torch.int64), torch.tensor([[horizon, 0]])
+    at_limit = relative.clock_and_walls(cells, limit)
+    assert torch.equal(at_limit, relative.clock_and_walls(cells, torch.tensor([[horizon, 1]])))
+    before = relative.clock_and_walls(cells, torch.tensor([[horizon - 1, 1]]))
+    assert (at_limit != before).sum() <= 2  # the steps done, and that the end is the horizon's
+    assert (at_limit != relative.clock_and_walls(cells, torch.tensor([[horizon, 2]]))).any()
+
+
 def test_memory_of_many_games(script, small):
     """Rebuilt from the buffer, whose games are read in several parts, the memory is that of `remember` step by step."""
     options = {"env_id": SMALL_HUNT, "co_players": "ns,nh", "num_envs": 150, "num_steps": 60, "match_episodes": 3}
