@@ -221,7 +221,7 @@ def all_jobs(options: Options) -> list[dict]:
             sizes = dict(zip(("matches", "held_out", "updates"), sizes, strict=True))
             job("model", game, seed, game=game, kinds=kinds, **sizes)
         for game, words in SELFPLAY.items():
-            training("selfplay", game, seed, f"--env-id {game} --co-players self {words}", "self")
+            training("selfplay", game, seed, f"--env-id {game} --co-players self --moa-every 8 {words}", "self")
         for (game, kinds), goal in itertools.product(KINDS.items(), GOALS):
             words = f"--env-id {game} --co-players {kinds} --total-timesteps {options.steps} --goal {goal}"
             training("goals", f"{game} | {goal}", seed, words, kinds)
