@@ -81,20 +81,24 @@ def test_the_planner_can_be_switched_off_and_on(script, runs):
 
 
 def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs):
-    """Scores are divided by the root mean square that they have in play, where the policy has a choice."""
+    """Scores are divided by the root mean square that they have where the policy plays alone and has a choice."""
     if not planning(script):
         pytest.skip("no planner")
     agent = script.load_agent(runs[script.__name__], options={"plan_update": "offset"})
-    generator, squares, count = torch.Generator().manual_seed(5), 0.0, 0
-    state, memory = agent.game.initial_state(200, generator), agent.moa.initial_memory(200)
-    for _ in range(12):
+    generator, squares, count, measured = torch.Generator().manual_seed(5), 0.0, 0, float(agent.plan_rms)
+    agent.plan_rms.fill_(1e9)  # the scores do not count in play
+    state, memory = agent.game.initial_state(64, generator), agent.moa.initial_memory(64)
+    for _ in range(agent.game.horizon):  # whole episodes: scores differ from the start of one to its end
         mask = agent.game.action_mask(state)
         decision = agent.act(state, mask, memory, torch.ones_like(state.players, dtype=torch.bool), generator, None)
         for q, legal in zip(decision.q_plan.flatten(0, 1), mask.flatten(0, 1), strict=True):
             if legal.sum() > 1:
                 squares, count = squares + float((q[legal] - q[legal].mean()).square().sum()), count + int(legal.sum())
-        state = agent.game.step(state, decision.action)[0]
-    assert float(agent.plan_rms) == pytest.approx((squares / count) ** 0.5, rel=0.25)
+        after, _, terminated, truncated = agent.game.step(state, decision.action)
+        ended = terminated | truncated
+        memory = agent.remember(memory, state, decision.action, ended, ended)
+        state = after.replaced(ended, agent.game.initial_state(64, generator))
+    assert measured == pytest.approx((squares / count) ** 0.5, rel=0.25)
 
 
 def test_played_options_on_the_command_line(script, runs, monkeypatch, capsys):
