@@ -11,7 +11,7 @@ figure is the learner's mean return over all episodes that end in the last 600 s
 begin counts as a whole, one under way at the end does not), pooled over all matches. HOP's own learner goes on
 learning meanwhile. Here no weight changes: nothing but what is inferred of the co-players adapts, so inference is
 measured, not learning; methods without goals cannot adapt at all. Matches are far longer than the ten episodes of
-training, so the first 300 steps are reported beside the last 600.
+training; the mean of its first ten episodes is reported beside that of the last 600 steps.
 
 Learners: the seven methods of `learning.py`, trained in self-play (HOP's protocol: every kind here is unseen), or among
 its mixture (scripted and noisy kinds are seen then; the report marks what the checkpoint says it was trained with).
@@ -23,12 +23,14 @@ learners would take hours.
 Scores: 0 is a uniformly random learner in the same company; 1 is plain PPO trained on exactly these co-players, and
 measured in the same way; it is trained by few steps, so above 1 is possible. There is no score where both are nearly
 the same: beside three `cleaner`s on `msg` a random learner gets nearly the most there is, and only helping costs.
+Kinds are averaged first, so that none is trimmed; interquartile means are over games and seeds, as in `learning.py`.
 
 Cross-play: one player of each method with three of each method, all trained in self-play, of different seeds where
 there are several, all with their planners: mean return of the one, in matches of ten episodes.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import statistics
@@ -66,7 +68,9 @@ SCRIPTED = {
     "msg": ("cleaner", "exploiter", "random", "cleaner-noisy", "exploiter-noisy"),
 }
 FROZEN = ("tree search", "one step", "discrete goals", "latent model", "prosocial PPO")
+SHOWN = {"msh": "nh", "msg": "exploiter"}  # in the picture
 CROSS_PLAY = ("msh-4x4-4h1s", "msg")
+FIRST = 10  # episodes at the start of a match, as many as training has
 WINDOWS = 8  # parts of a match, of 300 steps each
 LONGEST = 50  # steps of the longest episode; shorter windows may have no end of an episode
 LEAST_RANGE = 0.05  # of the game's best mean return, from score 0 to 1; with less there is no score
@@ -212,6 +216,14 @@ def policy_alone(path: str) -> str:
     return kept
 
 
+def players_of(job: dict) -> dict[str, str]:
+    """A hash of each trained player's file in a job, so that results are known to be of other players than those that
+    are there now."""
+    entries = [*job.get("kinds", {}).values(), *job.get("partners", {}).values(), job.get("learner", "")]
+    paths = [entry for entry in entries if entry.endswith(".pt")]
+    return {path: hashlib.sha256((ROOT / path).read_bytes()).hexdigest()[:12] for path in paths}
+
+
 def all_jobs(options: Options) -> list[dict]:
     """Seeds outermost within a part: everything has one seed before anything has two."""
     quick, jobs, references, missing = options.quick, [], {}, []
@@ -256,6 +268,7 @@ def all_jobs(options: Options) -> list[dict]:
         if job["part"] != "reference":
             only = f"--part {job['part']} --only '{job['setting']}' --seeds {job['seed']}"
             job["command"] = f"python benchmarks/adaptation.py {only}{words}"
+        job["players"] = players_of(job)
         games = max(1, options.games // 2) if job["game"] == "msg" else options.games
         job |= {"games": games, "steps": options.steps, "last": options.last} if job["part"] != "cross-play" else {}
     return sorted(jobs, key=lambda job: (order[job["part"]], job["seed"]))
@@ -325,29 +338,26 @@ class Scores:
         return (low, high) if high - low >= LEAST_RANGE * best_return(result["game"]) else None
 
     def of(self, result: dict, kind: str, name: str = "late") -> np.ndarray | None:
-        """Scores of the figure `name` of a result, of its shape."""
+        """Score of the figure `name` of a result; of the mean of its FIRST episodes with the name `first`."""
         scale = self.scale(result, kind)
-        return None if scale is None else (np.array(result[name][kind]) - scale[0]) / (scale[1] - scale[0])
+        value = np.mean(result["by_episode"][kind][:FIRST]) if name == "first" else result[name][kind]
+        return None if scale is None else (value - scale[0]) / (scale[1] - scale[0])
 
     def chosen(self, method: str, group: str, games: tuple = GAMES) -> list[dict]:
         return [r for r in self.learners if (r["method"], r["group"]) == (method, group) and r["game"] in games]
 
-    def tasks(self, results: list[dict], seen: bool, name: str = "late") -> list[list]:
-        """Scores by task (game and kind), each a list over seeds; of the kinds that were or were not in training."""
-        tasks = {}
+    def middle(self, results: list[dict], seen: bool, name: str = "late") -> str:
+        """Interquartile mean over games and seeds of the mean score over the kinds that were, or were not, in training,
+        with its interval where there are two seeds of each game."""
+        tasks: dict[str, list[float]] = {}
         for result in results:
-            for kind in result["kinds"]:
-                value = self.of(result, kind, name)
-                if value is not None and is_seen(kind, result["trained_with"]) == seen:
-                    tasks.setdefault((result["game"], kind), []).append(value)
-        return list(tasks.values())
-
-    def middle(self, results: list[dict], seen: bool, name: str = "late", index=()) -> str:
-        """Interquartile mean of `tasks`, with its interval where there are two seeds of each."""
-        tasks = [[float(value[index]) for value in task] for task in self.tasks(results, seen, name)]
+            kinds = [kind for kind in result["kinds"] if is_seen(kind, result["trained_with"]) == seen]
+            values = [value for kind in kinds if (value := self.of(result, kind, name)) is not None]
+            if values:
+                tasks.setdefault(result["game"], []).append(statistics.mean(values))
         if not tasks:
             return ""
-        middle, low, high = interquartile_mean(tasks)
+        middle, low, high = interquartile_mean(list(tasks.values()))
         return f"{middle:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
 
 
@@ -380,59 +390,62 @@ def report_references(scores: Scores) -> None:
 
 
 def report_adaptation(scores: Scores) -> None:
+    """Scores by kind, mean over seeds, of a match's first episodes and of its end; and over all kinds and games."""
     for game, group in itertools.product(GAMES, GROUPS):
         of_method = {method: scores.chosen(method, group, (game,)) for method in METHODS}
         found = list(itertools.chain(*of_method.values()))
         if not found:
             continue
         kinds = list(dict.fromkeys(kind for r in found for kind in r["kinds"]))
+        kinds = [kind for kind in kinds if any(scores.scale(r, kind) for r in found if kind in r["kinds"])]
         seen = {kind for r in found for kind in r["kinds"] if is_seen(kind, r["trained_with"])}
         titles = [f"{kind} (seen)" if kind in seen else kind for kind in kinds]
-        head(f"{game}, {group}: score", *titles, "unseen kinds, interquartile mean [95 %]")
+        head(f"{game}, {group}: score, first {FIRST} episodes → end", *titles)
         for method, results in of_method.items():
+            cells = []
+            for kind in kinds if results else ():
+                pair = [[scores.of(r, kind, name) for r in results if kind in r["kinds"]] for name in ("first", "late")]
+                pair = [[float(v) for v in values if v is not None] for values in pair]
+                cells.append(" → ".join(f"{statistics.mean(values):.2f}" for values in pair if values))
             if results:
-                values = [[scores.of(r, kind) for r in results if kind in r["kinds"]] for kind in kinds]
-                values = [[v for v in of_kind if v is not None] for of_kind in values]
-                cells = [f"{statistics.mean(map(float, v)):.2f}" if v else "" for v in values]
-                row(f"{method} ({len(results)})", *cells, scores.middle(results, seen=False))
-    parts = {"self-play": [False], "mixture": [False, True]}
-    columns = [(group, seen) for group, both in parts.items() for seen in both]
-    names = [f"{group}, {'seen' if seen else 'unseen'}" for group, seen in columns]
-    head(
-        "all games: interquartile mean",
-        *(f"{n}: {part}" for n in names for part in ("first eighth of the match", "end")),
-    )
+                row(f"{method} ({len(results)})", *cells)
+    columns = [(group, seen) for group in GROUPS for seen in (False, True)[: 1 + (group == "mixture")]]
+    names = [f"learners from {group}, {'seen' if seen else 'unseen'} kinds" for group, seen in columns]
+    head("all games: score, interquartile mean [95 %]", *(f"{n}: {p}" for n in names for p in ("first", "end")))
     for method in METHODS:
         cells = []
         for group, seen in columns:
             results = scores.chosen(method, group)
-            cells += [scores.middle(results, seen, "by_time", 0), scores.middle(results, seen)]
+            cells += [scores.middle(results, seen, name) for name in ("first", "late")]
         if any(cells):
             row(method, *cells)
 
 
 def plot_adaptation(scores: Scores) -> None:
-    """docs/adaptation.png: score by episode of the match, mean over unseen kinds and seeds; games by groups."""
+    """docs/adaptation.png: return by episode of the match with the three co-players in whose company it pays most to
+    know them, mean over seeds; games by groups. Lines: a random learner, and PPO trained on exactly these."""
     games = [game for game in GAMES if any(scores.chosen(m, g, (game,)) for m in METHODS for g in GROUPS)]
     if not games:
         return
     size = (1.5 + 4.0 * len(games), 3.0 * len(GROUPS))
     figure, axes = plt.subplots(len(GROUPS), len(games), figsize=size, squeeze=False)
     for (i, group), (j, game) in itertools.product(enumerate(GROUPS), enumerate(games)):
+        kind, axis = SHOWN[game[:3]], axes[i, j]
         for method, (_, _, colour) in METHODS.items():
-            tasks = scores.tasks(scores.chosen(method, group, (game,)), seen=False, name="by_episode")
-            curves = list(itertools.chain(*tasks))
+            curves = [r["by_episode"][kind] for r in scores.chosen(method, group, (game,))]
             if curves:
-                count = min(map(len, curves))
-                mean = np.mean([curve[:count] for curve in curves], 0)
-                axes[i, j].plot(range(1, count + 1), mean, color=colour, lw=1.3, label=method)
-        axes[i, j].set(title=f"{game}, learners from {group}")
-        axes[i, j].grid(alpha=0.3)
-        axes[i, 0].set_ylabel("score, unseen co-players")
+                mean = np.mean([curve[: min(map(len, curves))] for curve in curves], 0)
+                axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.3, label=f"{method} ({len(curves)})")
+        if reference := scores.references.get((game, kind, 1)):
+            for name, style, label in (("late", "--", "PPO trained on these"), ("random", ":", "random")):
+                axis.axhline(reference[name][kind], color="#888888", lw=1.0, ls=style, label=label)
+        axis.set(title=f"{game}, learners from {group}")
+        axis.grid(alpha=0.3)
+        axis.set_ylabel(f"return with three {kind}")
         axes[-1, j].set_xlabel("episode of the match")
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="center right")
-    figure.tight_layout(rect=(0, 0, 1 - 1.5 / size[0], 1))
+    figure.tight_layout(rect=(0, 0, 1 - 1.7 / size[0], 1))
     figure.savefig(ROOT / "docs" / "adaptation.png", dpi=80)
     plt.close(figure)
 

@@ -8,6 +8,7 @@ With `--scripts` also the figures of the single scripts. Other options are hande
 folder has the parts one by one.
 """
 
+import signal
 import subprocess
 import sys
 
@@ -25,11 +26,18 @@ def main(words: list[str]) -> int:
     parts = [[name] for name in COMPARISON]
     parts += [[name, "--part", part] for name, parts in SCRIPTS.items() for part in parts] * ("--scripts" in words)
     words = [word for word in words if word != "--scripts"]
+    codes: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name, *options in parts:
         print(f"\n## benchmarks/{name}.py {' '.join(options)}", flush=True)
-        if code := subprocess.run([sys.executable, f"benchmarks/{name}.py", *options, *words], cwd=ROOT).returncode:
-            return code
-    return 0
+        with subprocess.Popen([sys.executable, f"benchmarks/{name}.py", *options, *words], cwd=ROOT) as process:
+            try:
+                codes.append(process.wait())
+            finally:  # also when this program is killed
+                process.terminate()
+        if codes == [2]:  # options that are not understood
+            break
+    return max(codes, key=abs)
 
 
 if __name__ == "__main__":

@@ -207,10 +207,11 @@ def main(options: Options) -> None:
         return
     options = dataclasses.replace(options, minutes=options.minutes - (time.time() - began) / 60)
     done = {(r["setting"], r["seed"]) for r in results_in(file)}
-    left = [job for job in jobs["pretrained"] if (job["setting"], job["seed"]) not in done]
-    ready = [job for job in left if (ROOT / job.get("donor", "")).exists()]
-    if len(ready) < len(left) and not options.report:
-        print(f"{len(left) - len(ready)} runs left out: {CHECKPOINTS}/moa_buffer lacks the opponent model to load")
+    lacking = [job for job in jobs["pretrained"] if not (ROOT / job.get("donor", "")).exists()]
+    ready = [job for job in jobs["pretrained"] if job not in lacking or (job["setting"], job["seed"]) in done]
+    if len(ready) < len(jobs["pretrained"]) and not options.report:
+        count = len(jobs["pretrained"]) - len(ready)
+        print(f"{count} runs left out: {CHECKPOINTS}/moa_buffer lacks the opponent model to load (--again makes it)")
     if benchmark(__file__, options, ready, work, file):
         report(by_setting(file), picture=not options.quick)
 

@@ -4,6 +4,7 @@ Not a benchmark itself; README.md in this folder says how they are run.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -12,6 +13,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,7 +46,7 @@ class Running:
     minutes: float = 120.0  # start no further run after so many minutes
     quick: bool = False  # few steps, episodes and seeds, to see that all works; results are kept apart
     ray: str = ""  # address of a Ray cluster to run on (auto, or ray://HOST:10001; local starts one here)
-    again: bool = False  # run again what has a result but not its checkpoint, which other benchmarks play
+    again: bool = False  # run again what has a result of other options, or whose checkpoint is not there
     report: bool = False  # tables and pictures of the results so far, without running anything
     worker: str = ""  # (used by the benchmark itself)
 
@@ -137,8 +139,14 @@ def by_cpu_time(run: dict) -> list[list[float]]:
 
 def results_in(file: Path) -> list[dict]:
     """The results in `file`, by setting and seed; the last one of each."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    results = {(r["setting"], r["seed"]): r for r in map(json.loads, lines)}
+    results = {}
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError:  # a benchmark was killed while it wrote
+            print(f"{file.name}: line {number} is no whole result and is left out", file=sys.stderr)
+        else:
+            results[result["setting"], result["seed"]] = result
     return [results[key] for key in sorted(results)]
 
 
@@ -156,22 +164,28 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def in_process(program: str, job: dict, root: str) -> dict:
-    """The result of `program --worker JOB`, run in a process of its own in the folder `root`."""
+def in_process(program: str, job: dict, root: str, running: set[subprocess.Popen]) -> dict | str:
+    """The result of `program --worker JOB`, run in a process of its own in the folder `root`, or what went wrong.
+    While it runs the process is in `running`."""
     command = [sys.executable, f"benchmarks/{program}", "--worker", json.dumps(job)]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if ended.returncode:
-        raise RuntimeError(f"{job['setting']}, seed {job['seed']}:\n{ended.stderr[-2000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, cwd=root, env=environment) as process:
+        running.add(process)
+        output, errors = process.communicate()
+        running.remove(process)
+    if process.returncode:
+        return f"{job['setting']}, seed {job['seed']}, failed:\n{errors[-2000:]}"
+    return json.loads(output.splitlines()[-1])
 
 
-def locally(program: str, jobs: list[dict], at_once: int, deadline: float) -> Iterator[dict]:
-    """Results as they come, of jobs started before `deadline`."""
+def locally(program: str, jobs: list[dict], at_once: int, deadline: float) -> Iterator[dict | str | None]:
+    """As they come: the result of each job, or what went wrong, or None if it was not started before `deadline`. The
+    processes end with the one that asks."""
+    running: set[subprocess.Popen] = set()
 
-    def run(job: dict) -> dict | None:
-        return in_process(program, job, str(ROOT)) if time.time() < deadline else None
+    def run(job: dict) -> dict | str | None:
+        return in_process(program, job, str(ROOT), running) if time.time() < deadline else None
 
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(run, job) for job in jobs]
@@ -179,12 +193,14 @@ def locally(program: str, jobs: list[dict], at_once: int, deadline: float) -> It
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(running):
+                process.terminate()
 
 
-def on_ray(program: str, jobs: list[dict], address: str, deadline: float) -> Iterator[dict]:
-    """Results as they come, of jobs started before `deadline` on a Ray cluster, a core each. The cluster's machines
-    need the packages of requirements.txt; code and kept checkpoints are sent to them, new checkpoints come back."""
+def on_ray(program: str, jobs: list[dict], address: str, deadline: float) -> Iterator[dict | str | None]:
+    """The same as `locally` on a Ray cluster, a core each. The cluster's machines need the packages of
+    requirements.txt; code and kept checkpoints are sent to them, new checkpoints come back."""
     os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")  # or the checkpoints would not be sent
     import ray
 
@@ -192,56 +208,103 @@ def on_ray(program: str, jobs: list[dict], address: str, deadline: float) -> Ite
     ray.init(address=None if address == "local" else address, runtime_env=content, log_to_driver=False)
 
     @ray.remote(num_cpus=1)
-    def run(job: dict) -> tuple[dict, bytes] | None:
+    def run(job: dict) -> tuple[dict | str | None, bytes]:
         if time.time() >= deadline:
-            return None
+            return None, b""
         sys.path.insert(0, "benchmarks")  # of the working directory that was sent
-        result = importlib.import_module("runs").in_process(program, job, os.getcwd())
-        return result, Path(job["keep"]).read_bytes() if job.get("keep") else b""
+        result = importlib.import_module("runs").in_process(program, job, os.getcwd(), set())
+        kept = not isinstance(result, str) and job.get("keep")
+        return result, Path(kept).read_bytes() if kept else b""
 
     left = [run.remote(job) for job in jobs]
     while left:
         (ready,), left = ray.wait(left)
-        answer = ray.get(ready)
-        if answer and answer[1]:
-            path = ROOT / answer[0]["keep"]
+        try:
+            result, checkpoint = ray.get(ready)
+        except ray.exceptions.RayError as error:  # of the cluster
+            result, checkpoint = str(error), b""
+        if checkpoint:
+            path = ROOT / result["keep"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(answer[1])
-        yield answer and answer[0]
+            path.write_bytes(checkpoint)
+        yield result
     ray.shutdown()
 
 
-def run_all(program: str, jobs: list[dict], options: Running, file: Path) -> None:
-    """Works off `jobs` (each with setting and seed), as `program --worker JOB`; appends the results to `file` as they
-    come. Jobs whose result is in `file` are left out, and those that `options` leave out."""
-    done = {(r["setting"], r["seed"]) for r in results_in(file)}
-    if options.again:
-        done -= {(job["setting"], job["seed"]) for job in jobs if "keep" in job and not (ROOT / job["keep"]).exists()}
-    jobs = [job for job in jobs if (job["setting"], job["seed"]) not in done]
+def other_options(job: dict, result: dict) -> list[str]:
+    """Names of what `result` was made with that is not as in `job`. Where its checkpoint is kept does not count, nor do
+    `curves`: the job has their names, the result the curves."""
+    asked = json.loads(json.dumps(job)).items()
+    return [name for name, value in asked if name not in ("commit", "keep", "curves") and result.get(name) != value]
+
+
+def jobs_left(program: str, jobs: list[dict], options: Running, file: Path) -> list[dict]:
+    """Those of `jobs` that `options` do not leave out, and that have no result in `file`. Results of other options
+    are told; they and what lacks its checkpoint are run `--again`. In `--quick` there is nothing to go on from."""
     jobs = [job for job in jobs if any(part in job["setting"] for part in options.only.split(","))]
-    jobs = [{**job, "commit": commit()} for job in jobs]
+    if options.quick:
+        return jobs
+    results = {(r["setting"], r["seed"]): r for r in results_in(file)}
+    changed, left = [], []
+    for job in jobs:
+        result = results.get((job["setting"], job["seed"]))
+        differs = other_options(job, result) if result else []
+        missing = "keep" in job and not (ROOT / job["keep"]).exists()
+        if not result or (options.again and (differs or missing)):
+            left.append(job)
+        elif differs:
+            changed.append(f"{job['setting']}, seed {job['seed']}: other {', '.join(differs)}")
+    if changed:
+        what = f"{len(changed)} results were made with other options ({changed[0]}; ...)"
+        print(f"{program}: {what} and stay; --again runs them again", file=sys.stderr)
+    return left
+
+
+def run_all(program: str, jobs: list[dict], options: Running, file: Path) -> int:
+    """Works off `jobs` (each with setting and seed) that are left, as `program --worker JOB`; appends the results to
+    `file` as they come. Returns how many failed, which is told; they cost no other job its result."""
+    program, failed = Path(program).name, 0
+    jobs = [{**job, "commit": commit()} for job in jobs_left(program, jobs, options, file)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    deadline, program = time.time() + 60 * options.minutes, Path(program).name
+    deadline = time.time() + 60 * options.minutes
     if options.ray:
         results = on_ray(program, jobs, options.ray, deadline)
     else:
         results = locally(program, jobs, options.jobs, deadline)
-    with tqdm(total=len(jobs), unit="run", desc=program) as progress:
-        for result in filter(None, results):
-            with file.open("a") as out:
-                out.write(json.dumps(result) + "\n")
-            progress.update()
-            figures = f" {result['returns']}" if "returns" in result else ""
-            progress.write(f"{result['setting']} seed {result['seed']}:{figures} in {result['seconds']:.0f} s")
+    with tqdm(total=len(jobs), unit="run", desc=program) as progress, contextlib.closing(results):
+        for result in results:
+            if isinstance(result, str):
+                failed += 1
+                progress.write(result, file=sys.stderr)
+            elif result is not None:
+                append(result, file)
+                progress.update()
+                figures = f" {result['returns']}" if "returns" in result else ""
+                progress.write(f"{result['setting']} seed {result['seed']}:{figures} in {result['seconds']:.0f} s")
+    return failed
+
+
+def append(result: dict, file: Path) -> None:
+    """Adds a line to `file`; behind a line that a killed benchmark left unfinished, if there is one."""
+    with file.open("ab+") as out:
+        if out.tell():
+            out.seek(-1, os.SEEK_END)
+            whole = out.read() == b"\n"
+        else:
+            whole = True
+        out.write((b"" if whole else b"\n") + json.dumps(result).encode() + b"\n")
 
 
 def benchmark(program: str, options: Running, jobs: list[dict], work: Callable[[dict], dict], file: Path) -> bool:
-    """What `main` of a benchmark does with its `jobs`: True when it remains to report. A worker prints its result."""
+    """What `main` of a benchmark does with its `jobs`: True when it remains to report. A worker prints its result.
+    Exits with status 1 after the runs if one failed."""
     if options.worker:
         print("\n" + json.dumps(work(json.loads(options.worker))))
         return False
     if not options.report:
-        run_all(program, jobs, options, file)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as after Ctrl-C: no run outlives the benchmark
+        if failed := run_all(program, jobs, options, file):
+            sys.exit(f"{Path(program).name}: {failed} of the runs failed; started again, it runs what is left")
     return True
 
 

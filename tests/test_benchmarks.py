@@ -3,7 +3,11 @@
 import importlib
 import json
 import math
+import os
+import subprocess
 import sys
+import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -27,9 +31,9 @@ def run(runs, tmp_path, monkeypatch):
     """Runs jobs with a stand-in for the processes; returns the results' file and the jobs that were run."""
     file, ran = tmp_path / "new" / "results.jsonl", []
 
-    def in_process(program, job, root):
+    def in_process(program, job, root, running):
         if job["setting"] == "bad":
-            raise RuntimeError("bad")
+            return "bad, seed 1, failed"
         ran.append((job["setting"], job["seed"]))
         return {**job, "seconds": 1.0}
 
@@ -37,7 +41,7 @@ def run(runs, tmp_path, monkeypatch):
 
     def go(given=JOBS, **options):
         ran.clear()
-        runs.run_all("program.py", given, runs.Running(**options), file)
+        go.failed = runs.run_all("program.py", given, runs.Running(**options), file)
         return file, ran
 
     return go
@@ -69,22 +73,73 @@ def test_nothing_starts_after_the_deadline(run):
     assert not ran and not file.exists()
 
 
-def test_a_failed_run_loses_no_result(run):
-    with pytest.raises(RuntimeError, match="bad"):
-        run([*JOBS[:2], {"setting": "bad", "seed": 1}, *JOBS[2:]], jobs=1)
-    _, ran = run()
-    assert 0 < len(ran) <= len(JOBS) - 2
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_failed_run_costs_no_other_its_result(run, runs, at_once, capsys):
+    file, ran = run([*JOBS[:2], {"setting": "bad", "seed": 1}, *JOBS[2:]], jobs=at_once)
+    assert len(ran) == len(JOBS) == len(runs.results_in(file)) and run.failed == 1
+    assert "bad, seed 1, failed" in capsys.readouterr().err
+    assert not run()[1] and run.failed == 0
+
+
+def test_results_of_other_options_are_told_and_run_again_if_asked(run, runs, capsys):
+    jobs = [{"setting": "msh", "seed": seed, "episodes": 20, "turns": (1, 2)} for seed in (1, 2)]
+    run(jobs)
+    assert not run(jobs)[1] and not capsys.readouterr().err.count("other options")
+    changed = [jobs[0], {**jobs[1], "episodes": 500}]
+    assert not run(changed)[1]
+    assert "1 results were made with other options (msh, seed 2: other episodes" in capsys.readouterr().err
+    file, ran = run(changed, again=True)
+    assert ran == [("msh", 2)] and [r["episodes"] for r in runs.results_in(file)] == [20, 500]
+    assert len(run(jobs, quick=True)[1]) == 2  # always anew
+
+
+def test_an_unfinished_line_is_left_out_and_not_written_to(run, runs, capsys):
+    file, _ = run(only="msg")
+    file.write_bytes(file.read_bytes()[:-5])  # as if killed while it wrote
+    assert len(runs.results_in(file)) == 3 and "line 4 is no whole result" in capsys.readouterr().err
+    assert len(run()[1]) == len(JOBS) - 3 and len(runs.results_in(file)) == len(JOBS)
+
+
+def test_workers_end_with_the_benchmark(runs, tmp_path):
+    """A killed benchmark leaves no process behind, and starts no further one."""
+    program = """
+        import json, os, sys, time, tyro, runs
+        def work(job):
+            open(job["setting"], "w").write(str(os.getpid()))
+            time.sleep(600)
+        options = tyro.cli(runs.Running)
+        jobs = [{"setting": f"FOLDER/{k}", "seed": 1} for k in range(4)]
+        runs.benchmark("FOLDER/program.py", options, jobs, work, runs.Path("FOLDER/results.jsonl"))"""
+    (tmp_path / "benchmarks").mkdir()
+    for path in (tmp_path / "benchmarks" / "program.py", tmp_path / "program.py"):
+        path.write_text(textwrap.dedent(program).replace("FOLDER", str(tmp_path)))
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import runs; runs.ROOT = runs.Path('.')"
+    start += f"; sys.argv[0] = 'program.py'; exec(open({str(tmp_path / 'program.py')!r}).read())"
+    path = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    benchmark = subprocess.Popen([sys.executable, "-c", start, "--jobs", "2"], cwd=tmp_path, env=path)
+    started = [tmp_path / name for name in ("0", "1")]
+    until = time.time() + 60
+    while not all(file.exists() and file.read_text() for file in started) and time.time() < until:
+        time.sleep(0.1)
+    workers = [int(file.read_text()) for file in started]
+    benchmark.terminate()
+    assert benchmark.wait(30) == 143
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+    assert not (tmp_path / "2").exists()
 
 
 def test_a_job_in_a_process_of_its_own(runs, tmp_path):
     (tmp_path / "benchmarks").mkdir()
     program = "import json, os, sys\nprint('noise')\nprint(json.dumps(json.loads(sys.argv[2]) | dict(os.environ)))"
     (tmp_path / "benchmarks" / "echo.py").write_text(program)
-    result = runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path))
+    result = runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path), set())
     assert result["seed"] == 3 and result["OMP_NUM_THREADS"] == "1"
     (tmp_path / "benchmarks" / "echo.py").write_text("raise SystemExit('broken')")
-    with pytest.raises(RuntimeError, match="a, seed 3:\nbroken"):
-        runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path))
+    assert runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path), set()).startswith(
+        "a, seed 3, failed:\nbroken"
+    )
 
 
 def test_jobs_of_the_learning_curves(runs):
