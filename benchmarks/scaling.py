@@ -21,7 +21,8 @@ Parts:
   time alone.
 
 In `profile` and `sps` the planner acts, and everything goes on from a short run without it, so that the MOA's buffer
-holds matches and games are at all stages.
+holds matches and games are at all stages. The policy's learning rate is next to nothing there: players who learn sooner
+to hunt leave sooner as well, and have less to compute.
 """
 
 import collections
@@ -56,6 +57,8 @@ METHODS = {  # name: script, options, colour (Okabe and Ito)
 }
 PROFILED = {"msh-4h1s": 2, "msg": 2}  # game: turns
 NUM_STEPS = 64  # default of all scripts
+BEFORE = 8  # iterations before anything is timed: a match of the longest episodes
+STILL = 1e-9  # learning rate of policy and value while timing
 SPEED_GAME, SPEED_ENVS = "msh-4h1s", (1, 4, 16, 64, 256, 1024, 4096)
 LEARNING_GAME, LEARNING_ENVS, LEARNING_STEPS = "msh-4x4-4h1s", (1, 4, 16, 64, 256, 1024), 131_072
 LEARNERS = ("plain PPO", "one step")
@@ -142,15 +145,16 @@ def iterations_of_a_turn(method: str) -> int:
 
 
 def run_before(method: str, game: str, co_players: str | None, seed: int, cuda: bool) -> Any:
-    """A Trainer of 16 games after some iterations without planner, until 16 matches have ended."""
+    """A Trainer of 16 games after BEFORE iterations without planner, or more, until 16 matches have ended."""
     name, settings, _ = METHODS[method]
     script = importlib.import_module(name)
     settings = {**settings, "env_id": game, "co_players": co_players, "seed": seed, "cuda": cuda}
-    args = script.resolved(script.Args(**settings, num_envs=16, num_steps=NUM_STEPS, total_timesteps=10**9))
+    sizes = {"num_envs": 16, "num_steps": NUM_STEPS, "total_timesteps": 10**9, "learning_rate": STILL}
+    args = script.resolved(script.Args(**settings, **sizes))
     trainer = script.Trainer(args)
     if hasattr(args, "plan_until"):
         args.plan_until = 0.0
-    while trainer.iteration < 2 or (trainer.agent.uses_moa and len(trainer.buffer) < 16):
+    while trainer.iteration < BEFORE or (trainer.agent.uses_moa and len(trainer.buffer) < 16):
         trainer.iterate()
     return trainer
 

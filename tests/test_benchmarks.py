@@ -174,11 +174,12 @@ def test_jobs_and_figures_of_scaling(runs):
     assert shares == {("a",): 0.5, ("a", "b"): 0.25, ("a", "planner"): 0.125, ("a", "rest"): 0.125}
 
 
-def test_going_on_with_more_games(runs):
+def test_going_on_with_more_games(runs, monkeypatch):
     """Each game is one of the 16 before, at its stage; networks and stored matches are theirs."""
     import torch
 
     scaling = importlib.import_module("scaling")
+    monkeypatch.setattr(scaling, "BEFORE", 2)
     for method in scaling.METHODS:
         before = scaling.run_before(method, "msh-2x2-2p-1h1s", "self", 1, False)
         for games in (3, 40):
