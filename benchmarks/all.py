@@ -1,11 +1,12 @@
 """All benchmarks, one after the other; what is there already is not repeated.
 
     python benchmarks/all.py --quick     # few steps, to see that all works: a quarter of an hour
-    python benchmarks/all.py             # everything, about five hours on two cores; stop it and start it at will
+    python benchmarks/all.py             # about five hours on two cores; stop it and start it at will
     python benchmarks/all.py --report    # tables and pictures of the results so far
 
-With `--scripts` also the figures of the single scripts. Other options are handed on to every part; README.md in this
-folder has the parts one by one.
+Every benchmark starts no further run after two hours: what is left then, the next start runs. With `--scripts` also the
+figures of the single scripts. Other options are handed on to every part; README.md in this folder has the parts one by
+one.
 """
 
 import signal
@@ -24,7 +25,9 @@ def main(words: list[str]) -> int:
         print(__doc__)
         return 0
     parts = [[name] for name in COMPARISON]
-    parts += [[name, "--part", part] for name, parts in SCRIPTS.items() for part in parts] * ("--scripts" in words)
+    if "--scripts" in words:  # a report is of all parts
+        cut = 1 if "--report" in words else None
+        parts += [[name, "--part", part] for name, several in SCRIPTS.items() for part in several[:cut]]
     words = [word for word in words if word != "--scripts"]
     codes: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -4,13 +4,12 @@
     python benchmarks/moa_buffer.py --only rules        # one part: rules, or pretrained (which needs rules)
     python benchmarks/moa_buffer.py --report            # tables and docs/moa_buffer.png of the results so far
 
-`hop_onestep.py` learns among a mixture of scripted co-players; its opponent model at a third of the default learning
-rate (`runs.earlier_moa`). `rules`: `--moa-buffer` all, positive or balanced. How full is the buffer, how old is it, how
-well is the opponent model predicting, what is the return? `pretrained`: a fresh model, which is rule `all` above,
-against one that `--pretrain-moa-steps` trained first, and against the model of a finished run of another seed
-(`--load-moa`), learning on or with `--freeze-moa`. Seed s takes the model of rule `all`, seed s + 1, so that rule has
-one seed more than the others. The game steps of pretraining, a fifth of the run's, come on top and are not in the
-curves.
+`hop_onestep.py` learns among a mixture of scripted co-players. `rules`: `--moa-buffer` all, positive or balanced. How
+full is the buffer, how old is it, how well is the opponent model predicting, what is the return? `pretrained`: a fresh
+model, which is rule `all` above, against one that `--pretrain-moa-steps` trained first, and against the model of a
+finished run of another seed (`--load-moa`), learning on or with `--freeze-moa`. Seed s takes the model of rule `all`,
+seed s + 1, so that rule has one seed more than the others, which tables and pictures leave out. The game steps of
+pretraining, a fifth of the run's, come on top and are not in the curves.
 
 Opponent models are compared during the run on matches of scripted players that no run has seen: negative log-likelihood
 of the actions, in all episodes, and in those in which the player takes something. `+-` is half a 95 % interval over
@@ -29,7 +28,7 @@ import torch
 import tyro
 
 import runs  # before the scripts, whose folder it knows
-from runs import CHECKPOINTS, ROOT, Running, benchmark, by_setting, checkpoint_of, earlier_moa, interval, results_in
+from runs import CHECKPOINTS, ROOT, Running, benchmark, by_setting, checkpoint_of, interval, results_in
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -71,7 +70,7 @@ def all_jobs(options: Options) -> dict[str, list[dict]]:
     jobs: dict[str, list[dict]] = {"rules": [], "pretrained": []}
 
     def job(setting: str, seed: int, words: str) -> dict:
-        words = f"--env-id {GAME} --co-players {KINDS} {earlier_moa()} {words} --total-timesteps {steps} --seed {seed}"
+        words = f"--env-id {GAME} --co-players {KINDS} {words} --total-timesteps {steps} --seed {seed}"
         job = {"script": "hop_onestep", "setting": setting, "seed": seed, "options": " ".join(words.split())}
         job |= {"episodes": 20 if options.quick else options.episodes, "kinds": companies, "held_out": held_out}
         return {**job, "curves": list(PANELS)}
@@ -146,11 +145,11 @@ def within(values: list[float], digits: int = 2) -> str:
 def plot(runs_of: dict[str, list[dict]]) -> None:
     """docs/moa_buffer.png: a row a part, a column a metric; mean over seeds, and the range of the seeds."""
     figure, axes = plt.subplots(2, len(PANELS) - 1, figsize=(2.5 * (len(PANELS) - 1), 5.0), squeeze=False)
-    for row, (part, settings) in enumerate(SETTINGS.items()):
+    for row, part in enumerate(SETTINGS):
         left_out = {"rules": "moa/nll", "pretrained": "moa/buffer_kept"}[part]
         for axis, metric in zip(axes[row], [m for m in PANELS if m != left_out], strict=True):
-            for colour, (name, setting) in zip(COLOURS, settings.items(), strict=False):
-                curves = [c for run in runs_of.get(setting, []) if (c := run["curves"][metric])]
+            for colour, (name, of) in zip(COLOURS, of_common_seeds(runs_of, part).items(), strict=False):
+                curves = [c for run in of if (c := run["curves"][metric])]
                 if not curves:
                     continue
                 grid = np.linspace(max(c[0][0] for c in curves), min(c[-1][0] for c in curves), 60)
@@ -168,24 +167,29 @@ def plot(runs_of: dict[str, list[dict]]) -> None:
     plt.close(figure)
 
 
+def of_common_seeds(runs_of: dict[str, list[dict]], part: str) -> dict[str, list[dict]]:
+    """The runs of a part's settings, by their names in it, of the seeds that all of them have that have any."""
+    found = {name: runs_of[setting] for name, setting in SETTINGS[part].items() if setting in runs_of}
+    common = set.intersection(*({run["seed"] for run in some} for some in found.values())) if found else set()
+    return {name: [run for run in some if run["seed"] in common] for name, some in found.items()}
+
+
 def report(runs_of: dict[str, list[dict]], picture: bool) -> None:
     """Markdown tables of the results, and the picture. Early is the first fifth of a run, late the last."""
-    some = {part: {k: s for k, s in settings.items() if s in runs_of} for part, settings in SETTINGS.items()}
+    some = {part: of for part in SETTINGS if any((of := of_common_seeds(runs_of, part)).values())}
     early, late = (0.0, 0.2), (0.8, 1.0)
     print("\n| rule | seeds | share kept | fill early | fill | age, game steps |\n|-|-|-|-|-|-|")
-    for name, setting in some["rules"].items():
-        of = runs_of[setting]
+    for name, of in some.get("rules", {}).items():
         cells = [
             within([part_of(run, f"moa/buffer_{metric}", *when) for run in of], digits)
             for metric, when, digits in (("kept", late, 3), ("fill", early, 3), ("fill", late, 3), ("age", late, 0))
         ]
         print(f"| {name} | {len(of)} | {' | '.join(cells)} |")
     columns = [("held_out/nll", 3), ("held_out/nll_taken", 3), ("charts/episodic_return", 2)]
-    for part, settings in some.items():
+    for part, found in some.items():
         print(f"\n| {part} | seeds | " + " | ".join(f"{PANELS[m]}: early | late" for m, _ in columns) + " |")
         print("|-|-|" + "-|" * 2 * len(columns))
-        for name, setting in settings.items():
-            of = runs_of[setting]
+        for name, of in found.items():
             cells = [
                 within([part_of(r, m, *w) for r in of], d) for (m, d), w in itertools.product(columns, (early, late))
             ]
@@ -193,9 +197,9 @@ def report(runs_of: dict[str, list[dict]], picture: bool) -> None:
         companies = list(next((runs[0]["returns"] for runs in runs_of.values()), []))
         print(f"\n| {part}, judged after training with | {' | '.join(companies)} | CPU seconds |")
         print("|-|" + "-|" * (len(companies) + 1))
-        for name, setting in settings.items():
-            cells = [within([run["returns"][company] for run in runs_of[setting]]) for company in companies]
-            seconds = statistics.mean(run["train_cpu_seconds"] for run in runs_of[setting])
+        for name, of in found.items():
+            cells = [within([run["returns"][company] for run in of]) for company in companies]
+            seconds = statistics.mean(run["train_cpu_seconds"] for run in of)
             print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
     if picture and runs_of:
         plot(runs_of)

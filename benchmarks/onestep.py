@@ -69,6 +69,8 @@ def plot(runs_of: dict[str, list[dict]]) -> None:
     import matplotlib.pyplot as plt
 
     games = list(dict.fromkeys(setting.partition(" | ")[0] for setting in SELFPLAY if setting in runs_of))
+    if not games:
+        return
     figure, axes = plt.subplots(1, len(games), figsize=(4.2 * len(games), 3.4), squeeze=False)
     for axis, game in zip(axes[0], games, strict=True):
         for colour, method in zip(

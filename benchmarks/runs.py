@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -40,7 +41,7 @@ def earlier_moa(updates: int = 4) -> str:
 class Running:
     """Options of every benchmark that is made of runs."""
 
-    only: str = ""  # run settings whose name contains this, or one of these (comma list)
+    only: str = ""  # run settings whose name contains this, or one of these (commas, without a space behind them)
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds
     jobs: int = 2  # runs side by side, a thread each
     minutes: float = 120.0  # start no further run after so many minutes
@@ -241,7 +242,8 @@ def other_options(job: dict, result: dict) -> list[str]:
 def jobs_left(program: str, jobs: list[dict], options: Running, file: Path) -> list[dict]:
     """Those of `jobs` that `options` do not leave out, and that have no result in `file`. Results of other options
     are told; they and what lacks its checkpoint are run `--again`. In `--quick` there is nothing to go on from."""
-    jobs = [job for job in jobs if any(part in job["setting"] for part in options.only.split(","))]
+    parts = re.split(",(?! )", options.only)
+    jobs = [job for job in jobs if any(part in job["setting"] for part in parts)]
     if options.quick:
         return jobs
     results = {(r["setting"], r["seed"]): r for r in results_in(file)}

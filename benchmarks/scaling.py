@@ -456,7 +456,9 @@ def main(options: Options) -> None:
     jobs_of = {"profile": profile_jobs, "sps": sps_jobs, "parallel": parallel_jobs}
     work_of = {"profile": profile, "sps": speed, "parallel": work}
     for part in PARTS if options.part == "all" else (options.part,):
-        alone = options if part == "parallel" else dataclasses.replace(options, jobs=1)  # what is timed runs alone
+        alone = (
+            options if part == "parallel" else dataclasses.replace(options, jobs=1, ray="")
+        )  # what is timed runs alone, here
         jobs = [] if options.worker else jobs_of[part](options)
         if not benchmark(__file__, alone, jobs, lambda job: work_of[job["part"]](job), file):
             return
