@@ -126,23 +126,45 @@ def plot(runs_of: dict[str, list[dict]], company: str, against: str) -> None:
     plt.close(figure)
 
 
+def total_score(runs: list[list[dict]]) -> str:
+    """Interquartile mean of the scores of `runs`, by game, with its interval; nothing where a game has no run."""
+    if not all(runs):
+        return ""
+    middle, low, high = interquartile_mean([[score(r) for r in of_game] for of_game in runs])
+    return f"{middle:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
+
+
 def report(file: Path, pictures: bool) -> None:
-    """Markdown tables of the results in `file`, and the pictures."""
+    """Markdown tables of the results in `file`, and the pictures. In short; by game; by kind of co-player; time."""
     runs_of = by_setting(file)
+    runs_by = {
+        (company, method): [runs_of.get(f"{game} | {company} | {method}", []) for game in STEPS]
+        for company, method in itertools.product(COMPANIES, METHODS)
+    }
+    seconds = {
+        key: [statistics.mean(r["train_cpu_seconds"] for r in of_game) if of_game else 0.0 for of_game in runs]
+        for key, runs in runs_by.items()
+    }
+    print(f"\n| method | {' | '.join(f'{c}: score [95 %]' for c in COMPANIES)} | time, plain PPO = 1 |\n|-|-|-|-|")
+    for method in METHODS:
+        ratios = [
+            time / unit
+            for company in COMPANIES
+            for time, unit in zip(seconds[company, method], seconds[company, "plain PPO"], strict=True)
+            if time and unit
+        ]
+        pace = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
+        print(f"| {method} | {' | '.join(total_score(runs_by[c, method]) for c in COMPANIES)} | {pace} |")
     for company in COMPANIES:
-        print(f"\n| {company}: mean return (seeds) | {' | '.join(STEPS)} | score, interquartile mean [95 %] |")
-        print("|-|" + "-|" * (len(STEPS) + 1))
+        titles = [f"{game} (best {best_return(game):.4g})" for game in STEPS] if company == "self-play" else STEPS
+        print(f"\n| {company}: mean return (seeds) | {' | '.join(titles)} |")
+        print("|-|" + "-|" * len(STEPS))
         for method in METHODS:
-            runs = [runs_of.get(f"{game} | {company} | {method}", []) for game in STEPS]
             cells = [
                 spread([statistics.mean(returns_of(r).values()) for r in of_game]) if of_game else ""
-                for of_game in runs
+                for of_game in runs_by[company, method]
             ]
-            total = ""
-            if all(runs):
-                middle, low, high = interquartile_mean([[score(r) for r in of_game] for of_game in runs])
-                total = f"{middle:.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
-            print(f"| {method} | {' | '.join(cells)} | {total} |")
+            print(f"| {method} | {' | '.join(cells)} |")
     print(
         "\n| mixture: learner with three | method | "
         + " | ".join(f"kind {k}" for k in range(1, 7))
@@ -163,8 +185,7 @@ def report(file: Path, pictures: bool) -> None:
         + "-|" * 8
     )
     for method in METHODS:
-        runs = [runs_of.get(f"{game} | {company} | {method}", []) for company in COMPANIES for game in STEPS]
-        cells = [f"{statistics.mean(r['train_cpu_seconds'] for r in of):.0f}" if of else "" for of in runs]
+        cells = [f"{time:.0f}" if time else "" for company in COMPANIES for time in seconds[company, method]]
         print(f"| {method} | {' | '.join(cells)} |")
     for company in COMPANIES if pictures else ():
         for against in ("steps", "time"):

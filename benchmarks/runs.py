@@ -160,9 +160,13 @@ def by_setting(file: Path) -> dict[str, list[dict]]:
 # Running
 # ---------------------------------------------------------------------------------------------------------------------
 def commit() -> str:
-    """The commit of the code that runs."""
-    asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
+    """The commit of the code that runs; `-dirty` if anything else than results and pictures was changed since."""
+    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs"]
+    asked = [
+        subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (["git", "rev-parse", "--short", "HEAD"], changed)
+    ]
+    return (asked[0] or "unknown") + "-dirty" * bool(asked[1])
 
 
 def in_process(program: str, job: dict, root: str, running: set[subprocess.Popen]) -> dict | str:

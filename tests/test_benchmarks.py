@@ -130,6 +130,21 @@ def test_workers_end_with_the_benchmark(runs, tmp_path):
     assert not (tmp_path / "2").exists()
 
 
+def test_results_do_not_make_the_code_another(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    assert runs.commit() == "unknown"
+    for name in ("code.py", "benchmarks/results/a.jsonl", "docs/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    first = runs.commit()
+    assert first.isalnum() and first != "unknown"
+    for name, wanted in (("benchmarks/results/a.jsonl", first), ("docs/a.png", first), ("code.py", f"{first}-dirty")):
+        (tmp_path / name).write_text("2")
+        assert runs.commit() == wanted
+
+
 def test_a_job_in_a_process_of_its_own(runs, tmp_path):
     (tmp_path / "benchmarks").mkdir()
     program = "import json, os, sys\nprint('noise')\nprint(json.dumps(json.loads(sys.argv[2]) | dict(os.environ)))"
