@@ -72,7 +72,7 @@ class Args:
     env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
     co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
-    prosocial: float = 0.0  # share of all players' mean reward in the learner's reward; the rest is its own
+    prosocial: float = 0.0  # share of all players' mean reward, until it leaves, in the learner's; the rest is its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
@@ -136,6 +136,8 @@ def resolved(args: Args) -> Args:
     """`args` with the game's defaults in place of None, checked. Raises UsageError."""
     game = GridGame(args.env_id)
     scripted = SCRIPTED_OF[game.family]
+    if game.best_return <= 0:
+        raise UsageError(f"nothing can be earned in {game.id}")
     defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
     defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -563,8 +565,7 @@ def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Calla
         if stem in SCRIPTED:
             raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(scripted)} do")
         if entry.endswith(".pt") or (entry and Path(entry).exists()):
-            player = load_agent(entry, game.device)
-            player.on_game(game.id)
+            player = load_agent(entry, game.device, env_id=game.id)
         elif ":" in entry:
             with refused(f"cannot import co-player {name!r}"):
                 module, attribute = entry.split(":")
@@ -937,6 +938,7 @@ class Agent(nn.Module):
         """Whether anything reads the MOA."""
         return self.args.goal == "inferred"
 
+    # method: more players may be too many to share out the goals
     def on_game(self, env_id: str) -> GridGame:
         """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
         game = GridGame(env_id, self.game.device)
@@ -944,6 +946,7 @@ class Agent(nn.Module):
             raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
         self.game, self.relative = game, RelativeFeatures(game)
         self.moa.relative = self.relative
+        self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
         return game
 
     def look(self, state: GameState) -> tuple[Tensor, Tensor]:
@@ -1548,9 +1551,8 @@ def evaluate(
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device, play)
-    game = agent.on_game(env_id or agent.game.id)
-    entries = co_players.split(",") if isinstance(co_players, str) else co_players
+    agent = load_agent(checkpoint, device, play, env_id)
+    game, entries = agent.game, co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
     entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
     matches, generator = math.ceil(episodes / match_episodes), Generator(device).manual_seed(seed)
@@ -1629,10 +1631,9 @@ def refused(what: str):
     """Turns whatever is raised inside (a damaged file and an import can raise anything) into a UsageError, one line."""
     try:
         yield
-    except UsageError:
-        raise
     except Exception as error:
-        raise UsageError(f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})") from None
+        text = f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})"
+        raise UsageError(str(error) if type(error).__name__ == "UsageError" else text) from None  # of any script
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -1650,19 +1651,19 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location=device, weights_only=True)
     script = content.get("script", "another program") if isinstance(content, dict) else "another program"
-    if not re.fullmatch(r"\w+", script) or not Path(__file__).with_name(f"{script}.py").is_file():
+    if not re.fullmatch(r"\w+", str(script)) or not Path(__file__).with_name(f"{script}.py").is_file():
         raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT} or of a script beside it")
     return content
 
 
 # method: no planner turns
-def load_agent(path: str | Path, device: str | torch.device = "cpu", options: dict | None = None) -> Agent:
-    """The agent of a checkpoint, ready to play, with `options` (of PLAYED, by name) in place of the checkpoint's; that
-    of another script plays by that script. Raises UsageError."""
+def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_id: str | None = None) -> Agent:
+    """The agent of a checkpoint, ready to play `env_id` (default: the game trained on), with `options` (of PLAYED, by
+    name) in place of the checkpoint's; that of another script plays by that script. Raises UsageError."""
     content, options = load_checkpoint(path, device), options or {}
     if content["script"] != SCRIPT:
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device, options)
+            return importlib.import_module(content["script"]).load_agent(path, device, options, env_id)
     if set(options) - set(PLAYED):
         raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     with refused(f"checkpoint {path} does not fit this version"):
@@ -1670,6 +1671,7 @@ def load_agent(path: str | Path, device: str | torch.device = "cpu", options: di
         agent = Agent(GridGame(content["game"], device), args)
         agent.load_state_dict(content["agent"])
         agent.plan_mode = content["plan_mode"]
+    agent.on_game(env_id or agent.game.id)
     agent.eval()
     return agent
 
