@@ -1358,6 +1358,7 @@ class MOABuffer:
             goals = goals.unflatten(0, (-1, most))
         return MatchBatch(state, part["actions"], active, start, part["subgoal"], weight, goals)
 
+    @torch.no_grad()
     def memory(self, moa: MOA, episode: Tensor) -> Memory:
         """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
         parts = []
