@@ -388,8 +388,9 @@ def test_a_callable_sees_and_plays_its_own_seat(script, fixed):
                 assert observation.shape == (players.batch, *game.obs_shape) and drawn_from is generator
                 assert torch.equal(observation, game.observe(state)[games, seat])
                 assert torch.equal(action_mask, mask[games, seat]) and torch.equal(clock, game.clock(state))
-                cells = state.players[games, seat]
-                assert torch.equal(actions[games, seat][mine], (cells % 5)[mine])
+                asked = state.players[games, seat] % 5
+                legal = action_mask[games, asked]
+                assert torch.equal(actions[games, seat][mine], torch.where(legal, asked, STAY)[mine])
                 total += int(mine.sum())
         assert total == 2 * players.batch if fixed else 0 < total < 2 * players.batch
         players.observe(state, actions, torch.rand(players.batch, generator=generator) < 0.6)
@@ -415,7 +416,7 @@ def test_one_object_for_each_co_player(script):
 
     calls = []
     game, generator, players = callables(script, [stag])
-    state = game.initial_state(players.batch, generator)
+    state = scene(script, game, PREY[0], PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state))
     assert calls == [players.batch] * 2 and (actions[~players.learner] == STAG).all()
 
@@ -510,7 +511,7 @@ def test_a_name_in_a_module(script, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     game, generator, players = callables(script, ["friends_of_tests:Left", "friends_of_tests:right"], fixed=True)
-    state = game.initial_state(players.batch, generator)
+    state = scene(script, game, (0, 2), PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state)).gather(1, players.seat)
     assert (actions[:, 1] == LEFT).all() and (actions[:, 2] == RIGHT).all()
     names = ["friends_of_tests:nobody", "friends_of_tests:number", "no_such_module:x", "friends_of_tests:", ":right"]
