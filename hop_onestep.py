@@ -1769,7 +1769,8 @@ def parse_arguments(arguments: list[str]) -> Args:
         default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
     args = parse(default)
     given = [name for name, value in vars(args).items() if value != getattr(default, name)]
-    idle = [f"--{name.replace('_', '-')}" for name in given if args.evaluate and name not in (*EVALUATED, *PLAYED)]
+    read = *EVALUATED, *(PLAYED if vars(args).get("plan_update") != "none" else ["plan_update"])
+    idle = [f"--{name.replace('_', '-')}" for name in given if args.evaluate and name not in read]
     if idle:
         raise UsageError(f"--evaluate has no use for {', '.join(idle)}")
     return args

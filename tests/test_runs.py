@@ -945,6 +945,9 @@ def test_options_that_an_evaluation_does_not_read(script, done, tmp_path, monkey
     line = refused(script, monkeypatch, capsys, *words, *arguments(idle))
     assert set(re.findall(r"--([a-z-]+)", line)) == {"evaluate", *(name.replace("_", "-") for name in idle)}
     assert len(idle) > 40 and "capture-video" in refused(script, monkeypatch, capsys, *words, "--capture-video")
+    if "plan_update" in fields_of(script):  # a planner that is off reads nothing
+        line = refused(script, monkeypatch, capsys, *words, "--plan-update", "none", "--plan-beta", "7")
+        assert "--plan-beta" in line and "--plan-update" not in line
 
 
 BAD_PLAYERS = """
