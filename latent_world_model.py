@@ -14,7 +14,8 @@ trained online from a replay, or from a file alone; PPO learns around it. Papers
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
 a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
 [B, A], clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each).
-If it has a method `start_match(which [B] bool)`, that is called when matches start.
+If it has a method `start_match(which [B] bool)`, that is called when matches start. Before training, another object (or
+copy) of each plays one step of a game that nothing is learnt from.
 Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, .."""
 
 import collections
@@ -70,7 +71,7 @@ class Args:
     env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
     co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
-    prosocial: float = 0.0  # share of all players' mean reward in the learner's reward; the rest is its own
+    prosocial: float = 0.0  # share of all players' mean reward, until it leaves, in the learner's; the rest is its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
@@ -145,6 +146,8 @@ def resolved(args: Args) -> Args:
     """`args` with the game's defaults in place of None, checked. Raises UsageError."""
     game = GridGame(args.env_id)
     scripted = SCRIPTED_OF[game.family]
+    if game.best_return <= 0:
+        raise UsageError(f"nothing can be earned in {game.id}")
     defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
     defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
     args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
@@ -543,7 +546,9 @@ class CoPlayers:
                 wanted = f"an integer tensor [{self.batch}] of actions in 0..{game.num_actions - 1}"
                 raise UsageError(f"co-player {self.names[k]!r} must return {wanted}")
             here = (self.kind == k) & (torch.arange(game.num_players, device=game.device) == seat.unsqueeze(1))
-            actions = torch.where(here, chosen.to(actions).unsqueeze(1), actions)
+            chosen = chosen.to(actions)
+            chosen = chosen.where(mask[games, seat, chosen], STAY)  # as the game takes it: the MOA learns from these
+            actions = torch.where(here, chosen.unsqueeze(1), actions)
         return actions
 
     def oracle(self, agent: "Agent", state: GameState) -> Tensor | None:
@@ -572,8 +577,7 @@ def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Calla
         if stem in SCRIPTED:
             raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(scripted)} do")
         if entry.endswith(".pt") or (entry and Path(entry).exists()):
-            player = load_agent(entry, game.device)
-            player.on_game(game.id)
+            player = load_agent(entry, game.device, env_id=game.id)
         elif ":" in entry:
             with refused(f"cannot import co-player {name!r}"):
                 module, attribute = entry.split(":")
@@ -1249,10 +1253,10 @@ class MatchBatch(NamedTuple):
 class MOABuffer:
     """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are
     rebuilt. Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive`
-    those with reward > 0, as the original does; `balanced` keeps every one, and weighs them so that each class of
-    outcome (nothing taken, an item of the first kind, of the second; for drifts: none, one, more) counts alike, by
-    at most a factor `most`. Those that are not kept still serve as history of the others. A match in which none is
-    kept is not stored."""
+    those with reward > 0, as the original does; `balanced` keeps every one, and weighs its steps by how rare its class
+    of outcome is (nothing taken, an item of the first kind, of the second; for drifts: none, one, more), by at most a
+    factor `most`: each class has the same weight in episodes, and a longer episode has more steps of that weight. Those
+    that are not kept still serve as history of the others. A match in which none is kept is not stored."""
 
     def __init__(self, game: GridGame, batch: int, capacity: int, match_episodes: int, rule: str, most: float = 4.0):
         self.game, self.batch, self.capacity, self.episodes = game, batch, capacity, match_episodes
@@ -1354,6 +1358,7 @@ class MOABuffer:
             goals = goals.unflatten(0, (-1, most))
         return MatchBatch(state, part["actions"], active, start, part["subgoal"], weight, goals)
 
+    @torch.no_grad()
     def memory(self, moa: MOA, episode: Tensor) -> Memory:
         """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
         parts = []
@@ -1498,8 +1503,7 @@ KEPT = {  # attributes in a checkpoint besides weights, games and matches
 }
 # method: collecting data
 FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name
-    wandb_entity exp_name evaluate eval_episodes load_moa collect
-    dataset""".split()  # options that a resumed run may change
+    wandb_entity exp_name evaluate eval_episodes collect dataset""".split()  # options that a resumed run may change
 
 
 # method: trains a latent model, online or from a file
@@ -1559,13 +1563,14 @@ class Trainer:
             if truncated.any():
                 with timer("compute_action"):
                     memory = agent.remember(self.memory, state, actions, *[torch.zeros_like(ended)] * 2)
+                    oracle = co_players.oracle(agent, after)
                     final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & stays)
             with timer("memory"):
                 self.memory = agent.remember(self.memory, state, actions, ended, match_ended)
             if agent.uses_moa:
                 with timer("MOA buffer"):
                     self.buffer.add(state, actions, co_players, reward, after)
-                    self.buffer.end(match_ended, self.global_step)
+                    self.buffer.end(match_ended, self.global_step + self.pretrained)
             mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
             fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
             fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
@@ -1600,7 +1605,7 @@ class Trainer:
         self.optimizers["model"].param_groups[0]["lr"] = args.model_learning_rate * (1.0 - done if args.anneal else 1.0)
         if args.offline:
             return self.iterate_offline()
-        agent.plan_mode = args.plan_update if done < args.plan_until else "none"
+        agent.plan_mode = agent.plan_mode if done < args.plan_until else "none"  # and stays off if a run is made longer
         rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
         ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
         self.optimizers["policy"].param_groups[0]["lr"] = rate
@@ -1609,7 +1614,7 @@ class Trainer:
             rows = self.rollout()
         with timer("update"):
             if agent.uses_moa:
-                metrics |= self.buffer.statistics(self.global_step)
+                metrics |= self.buffer.statistics(self.global_step + self.pretrained)
                 with timer("MOA"):
                     metrics |= {} if args.freeze_moa else self.update_moa(pretraining=False)
             rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
@@ -1763,13 +1768,18 @@ class Trainer:
         while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps and not stop:
             self.rollout()
             self.update_moa(pretraining=True)
+            if self.args.goal == "inferred":
+                self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode)
             self.pretrained += self.args.num_envs * self.args.num_steps
             self.global_step = 0
         self.log.clear()
 
     def load_moa(self, path: str) -> None:
         """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
-        weights = load_checkpoint(path, self.device)["agent"].items()
+        content = load_checkpoint(path, self.device)
+        weights, args, goal = content["agent"].items(), content["args"], self.args.goal
+        if args["goal"] != goal or (goal != "inferred" and args.get("plan_update", "none") == "none"):
+            raise UsageError(f"--load-moa: {path} has no MOA that was trained with --goal {goal}")
         try:
             self.agent.moa.load_state_dict({k[len("moa.") :]: v for k, v in weights if k.startswith("moa.")})
         except RuntimeError:
@@ -1781,7 +1791,8 @@ class Trainer:
         return {**head, "plan_mode": self.agent.plan_mode, "agent": self.agent.state_dict()}
 
     def content(self) -> dict:
-        """All that the run needs to go on as if it had not stopped: tensors and plain Python values."""
+        """All that the run needs to go on as if it had not stopped: tensors and plain Python values. What callable
+        co-players remember by themselves is not in it."""
         held, parts = self.args.num_envs + len(self.buffer), {part: getattr(self, part, self) for part in KEPT}
         return self.model() | {
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
@@ -1853,9 +1864,8 @@ def evaluate(
         raise UsageError("episodes, num_envs and match_episodes must be at least 1")
     if str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device, play)
-    game = agent.on_game(env_id or agent.game.id)
-    entries = co_players.split(",") if isinstance(co_players, str) else co_players
+    agent = load_agent(checkpoint, device, play, env_id)
+    game, entries = agent.game, co_players.split(",") if isinstance(co_players, str) else co_players
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
     entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
     matches, generator = math.ceil(episodes / match_episodes), Generator(device).manual_seed(seed)
@@ -2068,10 +2078,9 @@ def refused(what: str):
     """Turns whatever is raised inside (a damaged file and an import can raise anything) into a UsageError, one line."""
     try:
         yield
-    except UsageError:
-        raise
     except Exception as error:
-        raise UsageError(f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})") from None
+        text = f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})"
+        raise UsageError(str(error) if type(error).__name__ == "UsageError" else text) from None  # of any script
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -2089,18 +2098,18 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location=device, weights_only=True)
     script = content.get("script", "another program") if isinstance(content, dict) else "another program"
-    if not re.fullmatch(r"\w+", script) or not Path(__file__).with_name(f"{script}.py").is_file():
+    if not re.fullmatch(r"\w+", str(script)) or not Path(__file__).with_name(f"{script}.py").is_file():
         raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT} or of a script beside it")
     return content
 
 
-def load_agent(path: str | Path, device: str | torch.device = "cpu", options: dict | None = None) -> Agent:
-    """The agent of a checkpoint, ready to play, with `options` (of PLAYED, by name) in place of the checkpoint's; that
-    of another script plays by that script. Raises UsageError."""
+def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_id: str | None = None) -> Agent:
+    """The agent of a checkpoint, ready to play `env_id` (default: the game trained on), with `options` (of PLAYED, by
+    name) in place of the checkpoint's; that of another script plays by that script. Raises UsageError."""
     content, options = load_checkpoint(path, device), options or {}
     if content["script"] != SCRIPT:
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device, options)
+            return importlib.import_module(content["script"]).load_agent(path, device, options, env_id)
     if set(options) - set(PLAYED):
         raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     with refused(f"checkpoint {path} does not fit this version"):
@@ -2108,6 +2117,7 @@ def load_agent(path: str | Path, device: str | torch.device = "cpu", options: di
         agent = Agent(GridGame(content["game"], device), args)
         agent.load_state_dict(content["agent"])
         agent.plan_mode = content["plan_mode"]
+    agent.on_game(env_id or agent.game.id)
     agent.eval()
     agent.turn_planner(options.get("plan_update", agent.plan_mode))
     return agent
@@ -2119,9 +2129,16 @@ def played(content: dict) -> dict:
     return {name: values[name] for name in PLAYED if name in values}
 
 
+# method: data, too
+EVALUATED = """evaluate eval_episodes env_id co_players match_episodes num_envs seed cuda dataset
+    capture_video""".split()  # options that `--evaluate` reads, besides PLAYED
+
+
 # method: the latent model is judged, too
 def print_evaluation(args: Args) -> None:
     """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
+    if args.capture_video and not args.dataset:
+        raise UsageError("--evaluate has no use for --capture-video without --dataset")
     sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
     co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
     before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
@@ -2173,7 +2190,17 @@ def train(args: Args) -> dict[str, float]:
     args = resolved(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.cuda)  # CUDA lacks some of them
+    if ":" in args.co_players:  # callables: others of their kind try one step, before anything is written
+        game, pool = GridGame(args.env_id, "cuda" if args.cuda else "cpu"), args.co_players.split(",")
+        with refused(f"co-players {args.co_players} cannot play"):
+            state, generator = game.initial_state(args.num_envs), Generator(game.device)
+            players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
+            players.act(state, game.action_mask(state))
     trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
+    if args.pretrain_moa_steps and args.goal != "inferred":
+        raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
+    if args.freeze_moa and not trainer.agent.uses_moa:
+        raise UsageError("--freeze-moa: nothing in this run reads the MOA")
     with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
         if args.resume:
             trainer.load(load_checkpoint(args.resume, trainer.device))
@@ -2249,7 +2276,13 @@ def parse_arguments(arguments: list[str]) -> Args:
     content = load_checkpoint(path)
     with refused(f"checkpoint {path} does not fit this version"):
         default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
-    return parse(default)
+    args = parse(default)
+    given = [name for name, value in vars(args).items() if value != getattr(default, name)]
+    read = *EVALUATED, *(PLAYED if vars(args).get("plan_update") != "none" else ["plan_update"])
+    idle = [f"--{name.replace('_', '-')}" for name in given if args.evaluate and name not in read]
+    if idle:
+        raise UsageError(f"--evaluate has no use for {', '.join(idle)}")
+    return args
 
 
 # method: collects data, too, and plays what was learnt offline

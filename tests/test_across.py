@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import SCRIPTS, SMALL, load_script
+from test_runs import refused
 
 ENV_ID = "msh-3x3-3p-2h1s"
 SIZES = {"episodes": 6, "match_episodes": 2, "num_envs": 3}
@@ -57,6 +58,22 @@ def test_a_checkpoint_of_a_missing_script_is_refused(script, runs, tmp_path):
             script.evaluate(tmp_path, "nh", **SIZES)
 
 
+@pytest.mark.parametrize("other", SCRIPTS)
+def test_what_another_script_refuses_is_one_line(script, runs, other, tmp_path, monkeypatch, capsys):
+    """A game of the other family; more players than can share out the goals."""
+    monkeypatch.chdir(tmp_path)
+    path, game = str(runs[other]), ["--env-id", "msg-3x3-3p-2d"]
+    for words in ([*game, "--co-players", path], ["--evaluate", path, *game, "--co-players", "cleaner"]):
+        line = refused(script, monkeypatch, capsys, *words)
+        assert "it cannot play msg-3x3-3p-2d" in line and "import" not in line
+    if other == "hop_ppo_gumbel":
+        content = torch.load(runs[other] / "checkpoint.pt", weights_only=True)
+        content["args"]["assignment"] = "exclusive"
+        torch.save(content, tmp_path / "few.pt")
+        with pytest.raises(script.UsageError, match="cannot share out"):
+            script.evaluate(runs[script.__name__], str(tmp_path / "few.pt"), env_id="msh-3x3-5p-2h1s", **SIZES)
+
+
 def test_only_a_run_of_the_same_script_is_resumed(script, runs):
     for other in set(SCRIPTS) - {script.__name__}:
         with pytest.raises(script.UsageError):
@@ -101,9 +118,25 @@ def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs)
     assert measured == pytest.approx((squares / count) ** 0.5, rel=0.25)
 
 
+def test_the_scale_is_measured_on_the_game_that_is_played(script, runs, monkeypatch):
+    if not planning(script):
+        pytest.skip("no planner")
+    path, env_id, play, seen = runs[script.__name__], "msh-6x6-2p-4h3s", script.play_matches, []
+    monkeypatch.setattr(script, "play_matches", lambda agent, *rest: seen.append(agent) or play(agent, *rest))
+    for game in (None, env_id):
+        script.evaluate(path, "nh", env_id=game, **SIZES, plan_update="offset")
+    turned = script.load_agent(path)
+    turned.on_game(env_id)
+    turned.turn_planner("offset")
+    assert seen[1].game.id == turned.game.id and torch.equal(seen[1].plan_rms, turned.plan_rms)
+    assert not torch.equal(seen[0].plan_rms, turned.plan_rms)
+
+
 def test_played_options_on_the_command_line(script, runs, monkeypatch, capsys):
     path, seen, load = str(runs[script.__name__]), [], script.load_agent
-    monkeypatch.setattr(script, "load_agent", lambda p, d, options: (seen.append(options), load(p, d, options))[1])
+    monkeypatch.setattr(
+        script, "load_agent", lambda p, d, options, game: (seen.append(options), load(p, d, options, game))[1]
+    )
     words = ["--evaluate", path, "--co-players", "nh", "--eval-episodes", "4", "--match-episodes", "2"]
     value = {"plan_update": "offset", "belief": "none"}
     name = next(name for name in value if name in script.PLAYED)

@@ -5,6 +5,8 @@ Cells are (row, column) in this file, and None for a player that has left or an 
 
 import itertools
 import math
+import sys
+import types
 from collections import Counter
 
 import pytest
@@ -386,8 +388,9 @@ def test_a_callable_sees_and_plays_its_own_seat(script, fixed):
                 assert observation.shape == (players.batch, *game.obs_shape) and drawn_from is generator
                 assert torch.equal(observation, game.observe(state)[games, seat])
                 assert torch.equal(action_mask, mask[games, seat]) and torch.equal(clock, game.clock(state))
-                cells = state.players[games, seat]
-                assert torch.equal(actions[games, seat][mine], (cells % 5)[mine])
+                asked = state.players[games, seat] % 5
+                legal = action_mask[games, asked]
+                assert torch.equal(actions[games, seat][mine], torch.where(legal, asked, STAY)[mine])
                 total += int(mine.sum())
         assert total == 2 * players.batch if fixed else 0 < total < 2 * players.batch
         players.observe(state, actions, torch.rand(players.batch, generator=generator) < 0.6)
@@ -413,7 +416,7 @@ def test_one_object_for_each_co_player(script):
 
     calls = []
     game, generator, players = callables(script, [stag])
-    state = game.initial_state(players.batch, generator)
+    state = scene(script, game, PREY[0], PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state))
     assert calls == [players.batch] * 2 and (actions[~players.learner] == STAG).all()
 
@@ -474,13 +477,26 @@ def test_what_is_no_action_raises_a_usage_error(script, value):
         game.step(state, players.act(state, game.action_mask(state)))
 
 
-def test_an_illegal_action_of_a_callable_is_stay(script):
+def test_an_illegal_action_of_a_callable_is_stay(script, small, monkeypatch):
     up = actions_of(lambda b: torch.zeros(b, dtype=torch.int64))
     game, _, players = callables(script, [up] * 2, fixed=True)
     state = scene(script, game, (0, 2), PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state))
     after, *_ = game.step(state, actions)
     assert torch.equal(after.players[~players.learner], state.players[~players.learner])
+    assert (actions[~players.learner] == STAY).all()
+    byte = actions_of(lambda b: torch.zeros(b, dtype=torch.uint8))  # an index of this type would be a mask
+    for one, place, action in ((byte, (0, 2), STAY), (byte, (1, 2), UP), (up, None, STAY)):
+        game, _, players = callables(script, [one] * 2, fixed=True)
+        state = scene(script, game, place, PREY[:4], players.batch)
+        assert (players.act(state, game.action_mask(state))[~players.learner] == action).all()
+    # the MOA learns what was done in the game, not what was asked for
+    monkeypatch.setitem(sys.modules, "climbers", types.SimpleNamespace(up=up))
+    trainer = script.Trainer(
+        small(env_id="msh-2x2-3p-1h1s", co_players="climbers:up", num_steps=80, total_timesteps=9**9)
+    )
+    metrics = [trainer.iterate() for _ in range(4)]
+    assert 0 < max(float(one["moa/nll"]) for one in metrics if "moa/nll" in one) < 10
 
 
 def test_a_name_in_a_module(script, tmp_path, monkeypatch):
@@ -495,7 +511,7 @@ def test_a_name_in_a_module(script, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     game, generator, players = callables(script, ["friends_of_tests:Left", "friends_of_tests:right"], fixed=True)
-    state = game.initial_state(players.batch, generator)
+    state = scene(script, game, (0, 2), PREY[:4], players.batch)
     actions = players.act(state, game.action_mask(state)).gather(1, players.seat)
     assert (actions[:, 1] == LEFT).all() and (actions[:, 2] == RIGHT).all()
     names = ["friends_of_tests:nobody", "friends_of_tests:number", "no_such_module:x", "friends_of_tests:", ":right"]

@@ -573,11 +573,11 @@ def test_command_line_of_offline_training(latent, dataset, tmp_path, monkeypatch
     third = picture.shape[1] // 3
     frames = picture[:, :third], picture[:, third : 2 * third], picture[:, 2 * third :]
     assert (frames[0] != frames[1]).any() and (frames[1] != frames[2]).any()
-    monkeypatch.setattr(
-        "sys.argv", ["latent_world_model.py", "--evaluate", str(run), "--dataset", str(dataset), "--co-players", "nh"]
-    )
+    (run / "prediction.png").unlink()
+    words = ["--evaluate", str(run), "--dataset", str(dataset), "--co-players", "nh", "--capture-video"]
+    monkeypatch.setattr("sys.argv", ["latent_world_model.py", *words])
     latent.main()
-    assert "held_out/cells" in capsys.readouterr().out
+    assert "held_out/cells" in capsys.readouterr().out and (run / "prediction.png").is_file()
 
 
 @torch.no_grad()

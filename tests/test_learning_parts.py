@@ -119,9 +119,16 @@ def test_rollout_step_by_step(script, small, options):
     args, game, agent = trainer.args, trainer.game, trainer.agent
     late = game.horizon - 1 - torch.arange(6) // 2  # some games are truncated soon
     trainer.state = trainer.state._replace(time=late)
-    shown, kinds, initial = watched(trainer), [], trainer.state
+    shown, kinds, targets, initial = watched(trainer), [], [], trainer.state
     co_act = trainer.co_players.act
-    trainer.co_players.act = lambda *inputs: kinds.append(trainer.co_players.kind.clone()) or co_act(*inputs)
+
+    def acting(*inputs):  # kinds and targets, as they are in this step
+        kinds.append(trainer.co_players.kind.clone())
+        actions = co_act(*inputs)
+        targets.append(trainer.co_players.target.clone())
+        return actions
+
+    trainer.co_players.act = acting
     rows = trainer.rollout()
     steps, games, n = args.num_steps, args.num_envs, game.num_players
     assert all(torch.equal(a, b) for a, b in zip(shown[0][0], initial, strict=True)) and len(shown) == steps
@@ -135,6 +142,8 @@ def test_rollout_step_by_step(script, small, options):
         torch.testing.assert_close(rows["value"][t], agent.value(state, memory, oracle), rtol=1e-5, atol=1e-5)
         none = torch.zeros(games, dtype=torch.bool)
         after, *_ = game.step(state, rows["action"][t])
+        told = [field[kinds[t]] for field in (trainer.co_players.script, trainer.co_players.noisy)]
+        oracle = None if oracle is None else script.true_goals(agent.relative, after, *told, targets[t])
         final = agent.value(after, agent.remember(memory, state, rows["action"][t], none, none), oracle)
         for b in range(games):
             one, reward, over, cut = game.step(state.rows(torch.tensor([b])), rows["action"][t, b].unsqueeze(0))

@@ -164,6 +164,22 @@ def loop_over_network(agent, state, goal, joint, games, seats):
     return scores
 
 
+def test_logged_error_is_that_of_the_rollout_alone(one_step, small):
+    """Surprising transitions of earlier rollouts are learnt from, and are not in the figure."""
+    trainer = one_step.Trainer(
+        small(plan_update="offset", num_steps=40, total_timesteps=999, transition_learning_rate=1e-12)
+    )
+    trainer.iterate()
+    network, rows = trainer.agent.transition, trainer.rollout()
+    rows["others"], rows["goal"] = trainer.agent.with_goals(rows["others"], rows["goal"])
+    trainer.surprising["reward"] += 5.0
+    with torch.no_grad():
+        inputs = [rows[name][rows["active"]] for name in ("own", "others", "action", "other_actions")]
+        error = (network(*inputs)[0] - rows["reward"][rows["active"]]).square().mean()
+    logged = trainer.update_transition(rows)["losses/transition_reward"]
+    assert float(logged) == pytest.approx(float(error), rel=0.02)
+
+
 @pytest.mark.parametrize("env_id", GAMES)
 def test_network_equals_a_plain_loop(one_step, lively, env_id):
     agent = lively(env_id=env_id, transition="network", gamma=GAMMA)

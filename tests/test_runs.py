@@ -385,6 +385,67 @@ def test_freeze_moa_and_load_moa(script, done, tmp_path):
     assert not torch.equal(trained, old["moa"]) and (trained - old["moa"]).norm() < 0.5 * (trained - start).norm()
 
 
+def test_a_run_that_took_a_moa_is_resumed_without_it(script, done, tmp_path):
+    donor = tmp_path / "donor.pt"
+    donor.write_bytes((done.folder / "model.pt").read_bytes())
+    begun, _ = train(script, tmp_path, load_moa=str(donor), total_timesteps=160)
+    donor.unlink()
+    args = script.parse_arguments(["--resume", begun["run"], "--total-timesteps", "320"])
+    resumed, _ = train(script, tmp_path, **dataclasses.asdict(args))
+    assert resumed["run"] == begun["run"] and counters_of(content_of(script, resumed["run"])) == 320
+    with pytest.raises(script.UsageError, match="--load-moa was"):
+        train(script, tmp_path, **{**dataclasses.asdict(args), "load_moa": str(done.folder)})
+
+
+def test_a_moa_of_another_goal_or_untrained_is_not_taken(script, done, tmp_path):
+    """Even where its networks fit."""
+    path, content = tmp_path / "model.pt", content_of(script, done.folder / "model.pt")
+
+    def taken(own, goal, plan_update):
+        """By a run of goal `own`, from one with these options whose networks have the right sizes."""
+        trainer, options = trainer_of(script, goal=own), {"goal": goal, "plan_update": plan_update}
+        options = {name: value for name, value in options.items() if name in fields_of(script)}
+        weights = {f"moa.{name}": value for name, value in trainer.agent.moa.state_dict().items()}
+        torch.save({**content, "agent": weights, "args": {**content["args"], **options}}, path)
+        trainer.load_moa(str(path))
+
+    taken("inferred", "inferred", "none")
+    for goal in ("none", "oracle"):
+        if "plan_update" in fields_of(script):
+            taken(goal, goal, "hop")
+        for other, plan_update in ((goal, "none"), ("inferred", "hop")):
+            with pytest.raises(script.UsageError, match="--load-moa"):
+                taken(goal, other, plan_update)
+
+
+def test_a_moa_that_nothing_reads_is_not_trained(script, tmp_path):
+    plain = {"plan_update": "none"} if "plan_update" in fields_of(script) else {}
+    for goal in ("none", "oracle"):
+        with pytest.raises(script.UsageError, match="--pretrain-moa-steps"):
+            train(script, tmp_path, goal=goal, pretrain_moa_steps=100)
+        with pytest.raises(script.UsageError, match="--freeze-moa"):
+            train(script, tmp_path, goal=goal, freeze_moa=True, **plain)
+    assert not list(tmp_path.iterdir())
+    train(script, tmp_path, freeze_moa=True, total_timesteps=160, **plain)
+
+
+@pytest.mark.parametrize("freeze_moa", [False, True])
+def test_memories_and_ages_after_pretraining(script, freeze_moa):
+    """Memories are those of the MOA that was pretrained; ages count the steps of pretraining as well."""
+    trainer = trainer_of(script, pretrain_moa_steps=350, freeze_moa=freeze_moa, total_timesteps=800)
+    buffer, count, born = trainer.buffer, Counter(), []
+    add, end, statistics = buffer.add, buffer.end, buffer.statistics
+    buffer.add = lambda *inputs: count.update(steps=4) or add(*inputs)
+    buffer.end = lambda ended, step: born.append(step - count["steps"]) or end(ended, step)
+    trainer.pretrain([])
+    present = [trainer.memory] if "present" in buffer.memory.__annotations__ else []
+    assert_equal(list(trainer.memory), list(buffer.memory(trainer.agent.moa, trainer.co_players.episode, *present)))
+    assert max(float(field.abs().max()) for field in trainer.memory if field.numel()) > 0.1
+    buffer.statistics = lambda step: born.append(step - count["steps"] - 4) or statistics(step)
+    assert 0 < float(trainer.iterate()["moa/buffer_age"]) < 640
+    assert set(born) == {-4} and count["steps"] == 640
+
+
 def test_pretraining_trains_the_vae_alone(script):
     """Steps besides the run's own; encoder and subgoals learn, the rest of the agent does not."""
     if not hasattr(script.MOA, "encode"):
@@ -538,6 +599,23 @@ def test_a_finished_run_can_be_made_longer(script, tmp_path):
     for name, value in {"num_envs": 8, "learning_rate": 0.5, "env_id": "msh", "goal": "none", "seed": 2}.items():
         with pytest.raises(script.UsageError, match=f"--{name.replace('_', '-')}"):
             train(script, tmp_path, **{**dataclasses.asdict(args), name: value})
+
+
+def test_a_planner_that_is_off_stays_off(script, tmp_path, monkeypatch):
+    """Also where a longer run makes `--plan-until` lie ahead again; one that is on goes on."""
+    if "plan_until" not in fields_of(script):
+        pytest.skip("no planner")
+    modes, rollout = [], script.Trainer.rollout
+    monkeypatch.setattr(script.Trainer, "rollout", lambda self: modes.append(self.agent.plan_mode) or rollout(self))
+    short, _ = train(script, tmp_path, total_timesteps=480, plan_until=0.5)
+    words = ["--resume", short["run"], "--total-timesteps", "1120"]
+    train(script, tmp_path, **dataclasses.asdict(script.parse_arguments(words)))
+    assert modes == ["offset"] * 2 + ["none"] * 5
+    modes.clear()
+    short, _ = train(script, tmp_path, total_timesteps=160, plan_until=0.5)
+    words = ["--resume", short["run"], "--total-timesteps", "480"]
+    train(script, tmp_path, **dataclasses.asdict(script.parse_arguments(words)))
+    assert modes == ["offset"] * 2 + ["none"]
 
 
 def test_a_failed_write_keeps_the_old_file(script, tmp_path, monkeypatch):
@@ -802,11 +880,12 @@ def files(script, done, tmp_path_factory):
     content = content_of(script, done.folder)
     torch.save({**content, "script": "another_script"}, folder / "other.pt")
     torch.save([1, 2], folder / "list.pt")
+    torch.save({**content, "script": 5}, folder / "number.pt")
     torch.save({"script": content["script"]}, folder / "bare.pt")
     torch.save({**content, "args": {**content["args"], "no_such_option": 1}}, folder / "newer.pt")
     torch.save({**content, "agent": {"x": torch.zeros(3)}}, folder / "weights.pt")
     (folder / "nothing").mkdir()
-    names = ["half", "garbage", "empty", "text", "other", "list", "bare", "newer", "weights"]
+    names = ["half", "garbage", "empty", "text", "other", "list", "number", "bare", "newer", "weights"]
     return [folder / "no_such_file.pt", folder / "nothing", *(folder / f"{name}.pt" for name in names)]
 
 
@@ -853,6 +932,66 @@ def test_checkpoints_of_other_runs(script, done, tmp_path, monkeypatch, capsys):
         refused(script, monkeypatch, capsys, *words)
 
 
+def test_options_that_an_evaluation_does_not_read(script, done, tmp_path, monkeypatch, capsys):
+    """All of them are named, and those that it reads are not."""
+    monkeypatch.chdir(tmp_path)
+    read = ["env_id", "co_players", "match_episodes", "num_envs", "seed", *script.PLAYED]
+    idle = {name: value for name, value in CHANGES.items() if value != getattr(script.Args(), name, value)}
+    idle |= {"exp_name": "x", "torch_deterministic": False, "compile": True, "track": True, "save_model": True}
+    idle |= {"wandb_project_name": "x", "wandb_entity": "x", "checkpoint_every": 9, "profile": True}
+    idle |= {"resume": str(done.folder), "load_moa": str(done.folder), "collect": 9, "offline": "x"}
+    idle = {name: value for name, value in idle.items() if name in fields_of(script) and name not in read}
+    words = arguments({"evaluate": done.folder, "env_id": "msh-3x3-3p-3h1s", "num_envs": 3, "seed": 2})
+    line = refused(script, monkeypatch, capsys, *words, *arguments(idle))
+    assert set(re.findall(r"--([a-z-]+)", line)) == {"evaluate", *(name.replace("_", "-") for name in idle)}
+    assert len(idle) > 40 and "capture-video" in refused(script, monkeypatch, capsys, *words, "--capture-video")
+    if "plan_update" in fields_of(script):  # a planner that is off reads nothing
+        line = refused(script, monkeypatch, capsys, *words, "--plan-update", "none", "--plan-beta", "7")
+        assert "--plan-beta" in line and "--plan-update" not in line
+
+
+BAD_PLAYERS = """
+import torch
+def long(observation, action_mask, clock, generator):
+    return torch.zeros(len(observation) + 1, dtype=torch.int64)
+def real(observation, action_mask, clock, generator):
+    return torch.zeros(len(observation))
+def raises(observation, action_mask, clock, generator):
+    raise KeyError("what it needs")
+def takes_less(observation):
+    return torch.zeros(len(observation), dtype=torch.int64)
+class Waits:
+    started = None
+    def start_match(self, which):
+        self.started = which.clone()
+    def __call__(self, observation, action_mask, clock, generator):
+        self.calls = getattr(self, "calls", 0) + 1
+        noise = torch.rand(action_mask.shape, generator=generator) + torch.rand(action_mask.shape)
+        return torch.where(self.started.any() & (clock[:, :1] + self.calls > 0), noise * action_mask, 0).argmax(1)
+waits = Waits()
+"""
+
+
+def test_bad_callables_are_refused_before_anything_is_written(script, tmp_path, monkeypatch, capsys):
+    """And good ones play as if nobody had asked them before."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "players_of_tests.py").write_text(BAD_PLAYERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "players_of_tests", raising=False)
+    monkeypatch.chdir(tmp_path / "work")
+    for name, text in {"long": "[4]", "real": "integer", "raises": "what it needs", "takes_less": "argument"}.items():
+        words = arguments(options_of(script, co_players=f"self,players_of_tests:{name}"))
+        line = refused(script, monkeypatch, capsys, *words)
+        assert text in line and f"players_of_tests:{name}" in line
+    for name in ("Waits", "waits"):
+        options = {"co_players": f"self,players_of_tests:{name}", "total_timesteps": 160}
+        metrics, _ = train(script, tmp_path / "work", **options)
+        alone = trainer_of(script, **options)
+        alone.iterate()
+        assert_equal(networks(script.load_agent(metrics["run"])), networks(alone.agent))
+        assert all(one.calls == 40 for _, _, one in alone.co_players.objects)
+
+
 @pytest.mark.parametrize(
     "words, fragment",
     [
@@ -878,6 +1017,7 @@ def test_checkpoints_of_other_runs(script, done, tmp_path, monkeypatch, capsys):
         (["--env-id", "msh-0x4"], "msh-0x4"),
         (["--env-id", "msg-2x2-5d"], "msg-2x2-5d"),
         (["--env-id", ""], "game"),
+        (["--env-id", "msh-1p-0h1s"], "nothing can be earned in msh-8x8-1p-0h1s"),
         (["--co-players", "nobody"], "nobody"),
         (["--co-players", ""], "co-player"),
         (["--co-players", "ns,,nh"], "co-player"),
