@@ -136,3 +136,26 @@ def test_search_on_top_of_any_script(runs, other):
     assert results[0] != results[1]
     sized = script.evaluate(runs[other], "nh", env_id="msh-2x3-3p-1h1s", **SIZES, plan_update="hop")
     assert len(sized["focal_returns"]) == 6
+
+
+@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
+@pytest.mark.skipif("hop_mcts" not in SCRIPTS, reason="no tree search here")
+def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, capsys, tmp_path):
+    """Whatever planner the other script had on, `--plan-update` searches; without it no option of the search goes."""
+    script, simulations = load_script("hop_mcts"), []
+    content = torch.load(runs[other] / "checkpoint.pt", weights_only=True)
+    run, words = script.TreeSearch.run, ["--eval-episodes", "2", "--match-episodes", "2", "--co-players", "nh"]
+    monkeypatch.setattr(script.TreeSearch, "run", lambda tree: (simulations.append(tree.simulations), run(tree))[1])
+    for mode in ("offset", "hop", "none"):
+        torch.save({**content, "plan_mode": "offset"}, tmp_path / "checkpoint.pt")
+        sized = ["--plan-update", mode, "--num-simulations", "5"]
+        monkeypatch.setattr(sys, "argv", ["hop_mcts.py", "--evaluate", str(tmp_path), *words, *sized])
+        with contextlib.nullcontext() if mode != "none" else pytest.raises(SystemExit):
+            script.main()
+        assert set(simulations) == ({5} if mode != "none" else set())
+        simulations.clear()
+    assert "need --plan-update offset or hop" in capsys.readouterr().err
+    for play in ({"num_simulations": 5}, {"plan_update": "none", "goal_refresh": 1}):
+        with pytest.raises(script.UsageError, match="need --plan-update offset or hop"):
+            script.evaluate(tmp_path, "nh", **SIZES, **play)
+    assert len(script.evaluate(tmp_path, "nh", **SIZES, plan_update="none")["focal_returns"]) == 6 and not simulations
