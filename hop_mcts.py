@@ -1852,7 +1852,7 @@ def load_agent(path: str | Path, device: str | torch.device = "cpu", options: di
     if content["script"] != SCRIPT:
         searching = options.get("plan_update", "none") != "none"
         if options.keys() - {"plan_update"} and not searching:
-            raise UsageError(f"{path} is of {content['script']}: options of the search need --plan-update offset or hop")
+            raise UsageError(f"{path} is of {content['script']}: options of search need --plan-update offset or hop")
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
             base = importlib.import_module(content["script"]).load_agent(path, device)
         if not searching:
