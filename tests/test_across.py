@@ -159,3 +159,17 @@ def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, 
         with pytest.raises(script.UsageError, match="need --plan-update offset or hop"):
             script.evaluate(tmp_path, "nh", **SIZES, **play)
     assert len(script.evaluate(tmp_path, "nh", **SIZES, plan_update="none")["focal_returns"]) == 6 and not simulations
+
+
+@pytest.mark.parametrize("other", SCRIPTS)
+@pytest.mark.skipif("latent_world_model" not in SCRIPTS, reason="no latent model here")
+def test_what_cannot_be_judged_is_refused_before_a_game_is_played(runs, other, monkeypatch, capsys):
+    """`--evaluate` with `--dataset`: a checkpoint without a latent model, or no such file."""
+    script = load_script("latent_world_model")
+    monkeypatch.setattr(script, "evaluate", None)
+    words = ["--evaluate", str(runs[other]), "--co-players", "nh", "--dataset", "nowhere.npz"]
+    monkeypatch.setattr(sys, "argv", ["latent_world_model.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    expected = "no data set at nowhere.npz" if other == "latent_world_model" else "--dataset judges a latent model"
+    assert stopped.value.code == 2 and expected in capsys.readouterr().err

@@ -280,7 +280,7 @@ def stored(trainer):
 
 
 def summed(discrete, trainer, batch):
-    """Log-likelihood of whole matches [S, N, G], its steps to the power of their weights, and each step's [S, L, N, G]."""
+    """Log-likelihood of whole matches [S, N, G], steps weighted, in plain Python, and each step's [S, L, N, G]."""
     probs = goal_probabilities(discrete, trainer.agent, batch.state)
     index = batch.actions.flatten(0, 1)[..., None, None].expand(-1, -1, probs.shape[2], 1)
     steps = probs.gather(3, index).squeeze(3).log().unflatten(0, batch.start.shape)
