@@ -115,7 +115,7 @@ class Args:
     puct_c: float = 1.25  # weight of the prior against Q, which is scaled to 0..1
     max_depth: int = 50  # steps that the search looks ahead
     plan_horizon: Literal["bootstrap", "end"] = "bootstrap"  # in the search, V at the horizon; or nothing follows it
-    goal_refresh: int = 0  # infer the goals again every so many simulated steps; 0: keep the root's
+    goal_refresh: int = 0  # with inferred goals, infer them again every so many simulated steps; 0: keep the root's
     dirichlet_alpha: float = 0.3  # concentration of the noise in the root's prior, in training
     dirichlet_fraction: float = 0.25  # share of the noise
 
@@ -839,7 +839,7 @@ class GameModel:
         self.states = torch.empty(nodes * self.trees, n + m + 2, dtype=torch.int64, device=game.device)
         self.seats = torch.empty(nodes * self.trees, n, 2 + m + n, dtype=torch.int64, device=game.device)  # table rows
         self.joint = torch.empty(nodes * self.trees, n, dtype=torch.int64, device=game.device)  # actions at a node
-        self.refresh = self.args.goal_refresh if self.args.goal == "inferred" else 0
+        self.refresh = self.args.goal_refresh
         mean, log_std, draw = goals
         self.goals, self.memory = self.goal_parts(mean, draw), memory
         if self.refresh:  # goals and memories of every node, not of every tree
@@ -1121,6 +1121,8 @@ class Agent(nn.Module):
     def __init__(self, game: GridGame, args: Args):
         super().__init__()
         self.game, self.args, self.relative = game, args, RelativeFeatures(game)
+        if args.goal_refresh and args.goal != "inferred":
+            raise UsageError(f"--goal-refresh needs --goal inferred, not {args.goal}")
         own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
         self.moa = MOA(self.relative, args.moa_hidden_size, args.goal_size, args.goal)
         other, goal = self.relative.other_size + self.moa.goal_size, self.moa.goal_size
@@ -1853,14 +1855,17 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_id: str | None = None) -> Agent:
     """The agent of a checkpoint, ready to play `env_id` (default: the game trained on), with `options` (of PLAYED, by
     name) in place of the checkpoint's; that of another script plays by that script, unless a `plan_update` in `options`
-    puts the search on top. Raises UsageError."""
+    puts the search on top: without one, no other option goes. Raises UsageError."""
     content, options, base = load_checkpoint(path, device), options or {}, None
     if set(options) - set(PLAYED):
         raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     if content["script"] != SCRIPT:
+        searching = options.get("plan_update", "none") != "none"
+        if options.keys() - {"plan_update"} and not searching:
+            raise UsageError(f"{path} is of {content['script']}: options of search need --plan-update offset or hop")
         with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
             base = importlib.import_module(content["script"]).load_agent(path, device, env_id=env_id)
-        if options.get("plan_update", "none") == "none":
+        if not searching:
             return base
         fitting = {field.name for field in dataclasses.fields(Args)} & set(content["args"])
         content["args"] = {name: content["args"][name] for name in fitting}
@@ -1878,8 +1883,11 @@ def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_
     return agent
 
 
+# method: a planner of another script is no search
 def played(content: dict) -> dict:
     """The values of the options PLAYED with which a checkpoint's `content` is played."""
+    if content["script"] != SCRIPT:
+        return {"plan_update": "none"}
     values = {**content["args"], "plan_update": content["plan_mode"]}
     return {name: values[name] for name in PLAYED if name in values}
 

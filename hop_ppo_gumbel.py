@@ -741,7 +741,7 @@ class MOA(nn.Module):
     """Model of other agents: a table of G goal embeddings, one for all seats, since no seat is special; the decoder
     pi_hat(a_j | o_j, t, g); the subgoal's decoder; and, if an option asks for it, an encoder that guesses the goal. A
     player has one goal in a match. The belief over it is Bayes' rule on the decoder's likelihoods within an episode,
-    and from episode to episode HOP's discounted count (Huang et al. 2024, eq. 2).
+    and from episode to episode what `--inter-om` says: the posterior, or HOP's count (Huang et al. 2024, eq. 2).
     The subgoal of j is the item of its next successful interaction in the episode, or none (OMG, Yu et al. 2024)."""
 
     # method: table, heads and encoder
@@ -840,23 +840,23 @@ def straight_through(logits: Tensor, temperature: float, generator: Generator) -
 def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss -log pi_hat + KL(q(g) || uniform) + subgoal_coef * reconstruction over a random share of the steps of a
     MatchBatch. The first two are in nats a step (the KL once for a seat's match), so that they are a bound on the
-    marginal likelihood of these steps, and equal to it if q is the posterior, as in `--goal-training em`; then the
-    gradient is that of expectation-maximisation. Returns the terms, too; `moa/kl` in nats a match: 0 means that goals
-    have collapsed."""
+    marginal likelihood of these steps, each to the power of its weight (1 with `--moa-buffer all`), and equal to it if
+    q is the posterior, as in `--goal-training em`; then the gradient is that of expectation-maximisation. Returns the
+    terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
     live = batch.active.any(2)  # [S, L]
     live &= torch.rand(live.shape, generator=generator, device=live.device) < moa.args.moa_share
     state, steps = batch.state.rows(live.flatten()), (batch.actions, batch.active, batch.weight, batch.subgoal)
     actions, active, weight, subgoal = (x[live] for x in steps)  # [R, N] here and below: steps of all seats
     (own, others), match, terms = moa.relative(state), live.nonzero()[:, 0], {}  # [R, N, ..], [R]
-    log_probs = moa.log_likelihood(own, others, moa.relative.game.action_mask(state), actions) * active.unsqueeze(-1)
+    log_probs = moa.log_likelihood(own, others, moa.relative.game.action_mask(state), actions) * weight.unsqueeze(-1)
     logits = log_probs.new_zeros(len(live), *log_probs.shape[1:]).index_add(0, match, log_probs)  # [S, N, G]
     past, guess = guesses(moa, batch) if moa.encodes else (None, None)
     logits = guess if moa.args.goal_training == "amortised" else logits
     q, whole = logits.softmax(-1), weight.sum().clamp(min=1e-9)
     drawn = q if moa.args.goal_training == "em" else straight_through(logits, temperature, generator)
-    known = (batch.active & live.unsqueeze(2)).any(1)  # [S, N]
+    known = ((batch.weight > 0) & live.unsqueeze(2)).any(1)  # [S, N]
     kl = ((q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * known).sum()
-    terms["moa/nll"] = -(weight * (drawn[match] * log_probs).sum(-1)).sum() / whole
+    terms["moa/nll"] = -(drawn[match] * log_probs).sum(-1).sum() / whole
     items = state.items.unsqueeze(1).expand(-1, active.shape[1], -1)
     subgoals = (x[::4] for x in (state.players, items, own, others, drawn[match] @ moa.table))  # [::4]: for speed
     recon = F.cross_entropy(moa.subgoal_logits(*subgoals).movedim(-1, 1), subgoal[::4], reduction="none")
@@ -1290,6 +1290,8 @@ class Trainer:
 
     # method: no transition network
     def __init__(self, args: Args):
+        if not args.moa_share:
+            raise UsageError("--moa-share must be positive")
         self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
         torch.manual_seed(args.seed)
         self.game = game = GridGame(args.env_id, self.device)

@@ -122,14 +122,14 @@ class Args:
     value_coef: float = 1.0  # weight lv of (V(zs) - sg(y))^2
     consistency_coef: float = 5.0  # weight lc of ||zs_hat' - enc(o')||^2
     td_target: Literal["observed", "model"] = "observed"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
-    replay_size: int = 8192  # recent game steps that the model learns from
+    replay_size: int = 8192  # recent game steps that the model learns from (with --offline from all)
     replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
     # offline data
     dataset: str | None = None  # file of --collect; with --evaluate: file on which the model's predictions are judged
     collect: int | None = (
         None  # play so many game steps with the mixture --co-players at all seats, write --dataset, and end
     )
-    offline: str | None = None  # learn from this file alone, with as many updates as a run of --total-timesteps has
+    offline: str | None = None  # learn from this file alone; the model in every iteration, not only in those that plan
 
 
 FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
@@ -846,7 +846,7 @@ class LatentModel(nn.Module):
         self.next_own, self.next_other, self.next_item = (layer(x, latent, 0.1) for x in (hidden + half, half, half))
         self.reward, self.item_reward = layer(hidden, 1, 0.1), layer(half, 1, 0.1)
         # value
-        self.value_own, self.value_mix = layer(latent, hidden), layer(hidden, hidden)
+        self.value_own, self.value_mix = layer(latent, hidden), layer(2 * half, hidden)
         self.value_other, self.value_item = layer(latent, half), layer(latent, half)
         self.value_hidden, self.value_out = layer(hidden, hidden), layer(hidden, 1, 0.1)
 
@@ -988,7 +988,7 @@ def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tupl
         observation,
         (reward_hat - reward).square(),
         (values[0] - target.detach()).square() + ahead,
-        sum((a - b).square().flatten(2).mean(2) for a, b in zip(predicted, following, strict=True)),
+        sum((a - b).square().flatten(2).mean(2) for a, b in zip(predicted, following, strict=True) if a.numel()),
     )
     weights = here, here, here * batch["recent"].unsqueeze(1), stays
     terms = [(term * w).sum() / w.sum().clamp(min=1) for term, w in zip(terms, weights, strict=True)]
@@ -1038,10 +1038,9 @@ class Agent(nn.Module):
     def __init__(self, game: GridGame, args: Args):
         super().__init__()
         self.game, self.args, self.relative = game, args, RelativeFeatures(game)
-        if args.plan_company.removesuffix("-noisy") not in ("moa", *SCRIPTED_OF[game.family]):
-            raise UsageError(
-                f"--plan-company must be moa or a scripted kind of {game.family}, not {args.plan_company!r}"
-            )
+        company = args.plan_company
+        if company != "moa" and company.removesuffix("-noisy") not in SCRIPTED_OF[game.family]:
+            raise UsageError(f"--plan-company must be moa or a scripted kind of {game.family}, not {company!r}")
         own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
         self.moa = MOA(self.relative, args.moa_hidden_size, args.goal_size, args.goal)
         other, goal = self.relative.other_size + self.moa.goal_size, self.moa.goal_size
@@ -1202,8 +1201,9 @@ class Agent(nn.Module):
 
     def look_ahead(self, latent: Latent, goal: Tensor, depth: int, generator: Generator) -> Tensor:
         """[P, K]: value of the latents [P, K, ..] after `depth` further steps, 0 where the game is over: the best own
-        action among those legal in what dec(zs) shows, against co-players' actions predicted there. `goal` [P, 1, N, Z]
-        is listed own first. Latents roll on; cells are decoded only to predict actions and to see which are legal."""
+        action among those legal in what dec(zs) shows, against co-players' actions predicted there: one draw for each
+        latent, known before the choice (an optimistic E[max]), at the mean goals `goal` [P, 1, N, Z], own first (the
+        first step draws them). Latents roll on; cells are decoded to predict actions and to see which are legal."""
         model, goes_on = self.model, self.model.goes_on(latent)
         if depth == 0:
             return goes_on * model.value(latent)
@@ -1427,17 +1427,28 @@ def load_dataset(path: str | Path, game: GridGame) -> tuple[dict, dict[str, Tens
         if header["format"] != "hop-plus transitions 1" or header["game"] != game.id:
             raise UsageError(f"{path} has {header['format']} of {header['game']}, not of {game.id}")
         steps, sizes = arrays["time"].shape, {"N": (game.num_players,), "M": (game.num_items,), "": ()}
+        lengths = {name: int(header[name]) for name in ("num_envs", "match_episodes")}
+        ranges = dict.fromkeys(("first_hunt", "next_first_hunt"), (0, game.horizon if game.family == "msh" else 0))
+        ranges |= {"reward": (-1e4, 1e4), "actions": (0, game.num_actions - 1), "time": (0, game.horizon - 1)}
+        ranges |= {"episode": (0, lengths["match_episodes"] - 1)}
         for name, (dtype, size) in STORED.items():
-            low, high = {"reward": (-1e4, 1e4), "actions": (0, game.num_actions - 1)}.get(name, (-1, 2**15))
-            high = game.num_cells - 1 if sizes[size] and name.endswith(("players", "items")) else high
-            high = game.horizon if name.endswith(("time", "first_hunt")) else high
+            low, high = ranges.get(name, (-1, 2**15))
+            high = game.num_cells - 1 if name.endswith(("players", "items")) else high
             array, good = arrays[name], arrays[name].dtype == dtype and arrays[name].shape == (*steps, *sizes[size])
             if not good or not array.size or not ((array >= low) & (array <= high)).all():
                 raise UsageError(f"{path}: {name} does not fit {game.id}")
         if min(steps) < 1 or steps[0] < 10 or (arrays["kind"] >= len(header["kinds"])).any():
             raise UsageError(f"{path}: fewer than 10 steps, or unknown behaviours")
-        lengths = {name: int(header[name]) for name in ("num_envs", "match_episodes")}
-    return {**header, **lengths}, {name: torch.from_numpy(array).to(game.device) for name, array in arrays.items()}
+        data = {name: torch.from_numpy(array).to(game.device) for name, array in arrays.items()}
+        (state, after), episode, over = states_of(data), data["episode"], data["match_ended"]
+        new = state.time[1:] == 0  # [T-1, B] an episode ended
+        good = new | ((state.time[1:] == after.time[:-1]) & (state.first_hunt[1:] == after.first_hunt[:-1]))
+        good &= over[:-1] == new & (episode[:-1] == lengths["match_episodes"] - 1)
+        good &= episode[1:] == torch.where(over[:-1], 0, episode[:-1] + new)
+        hunts = (state.first_hunt <= state.time) & (game.clock(state)[:, 1] > 0) & (game.clock(after)[:, 1] >= 0)
+        if steps[1] != lengths["num_envs"] or not good.all() or not hunts.all():
+            raise UsageError(f"{path}: games, times, episodes and matches do not fit together")
+    return {**header, **lengths}, data
 
 
 def coverage(header: dict, data: dict[str, Tensor], game: GridGame) -> dict[str, float]:
@@ -1512,6 +1523,8 @@ class Trainer:
 
     # method: the latent model, its replay, and offline data
     def __init__(self, args: Args):
+        if args.dataset:
+            raise UsageError("--dataset goes with --collect or --evaluate; a run learns from a file by --offline")
         self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
         torch.manual_seed(args.seed)
         self.game = game = GridGame(args.env_id, self.device)
@@ -1711,9 +1724,9 @@ class Trainer:
         for name in ("num_envs", "match_episodes"):
             if header[name] != getattr(args, name):
                 raise UsageError(f"--{name.replace('_', '-')} was {header[name]} when {path} was collected")
-        if args.goal == "oracle" or args.plan_update == "none":
+        if args.goal == "oracle" or args.plan_update == "none" or args.pretrain_moa_steps:
             raise UsageError(
-                "--offline can do with neither --goal oracle (no truth in the file) nor --plan-update none"
+                "--offline goes without --goal oracle (no truth in it), --plan-update none and --pretrain-moa-steps"
             )
         steps = len(data["time"]) * 9 // 10
         self.held_out = {name: value[steps:] for name, value in data.items()}
@@ -2015,6 +2028,8 @@ def collect(args: Args) -> None:
     if "self" in pool:
         raise UsageError("--collect: there is no `self` yet; give the checkpoint of a trained player by its path")
     players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
+    if any(isinstance(player, list) for player in players.players):  # there is one for each seat but the learner's
+        raise UsageError("--collect takes names and checkpoints, no callables")
     state, steps, length = game.initial_state(args.num_envs, generator), [], math.ceil(args.collect / args.num_envs)
     for _ in tqdm(range(max(10, length)), unit="step", desc="collecting"):
         drawn = players.pool[torch.randint(len(players.pool), players.kind.shape, generator=generator)]
@@ -2139,6 +2154,11 @@ def print_evaluation(args: Args) -> None:
     """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
     if args.capture_video and not args.dataset:
         raise UsageError("--evaluate has no use for --capture-video without --dataset")
+    if args.dataset:
+        agent = load_agent(args.evaluate, "cuda" if args.cuda else "cpu")
+        if not isinstance(agent, Agent):
+            raise UsageError(f"--dataset judges a latent model: {args.evaluate} is of another script and has none")
+        data = load_dataset(args.dataset, agent.game)[1]
     sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
     co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
     before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
@@ -2151,8 +2171,6 @@ def print_evaluation(args: Args) -> None:
     print(f"co-player return  {result['co_player_return']:7.3f}")
     print("by episode of a match " + " ".join(f"{value:.2f}" for value in result["by_episode"]))
     if args.dataset:
-        agent = load_agent(args.evaluate, device)
-        data = load_dataset(args.dataset, agent.game)[1]
         held_out = {name: value[len(data["time"]) * 9 // 10 :] for name, value in data.items()}
         print("\n".join(f"{name:32} {value:.4f}" for name, value in diagnose(agent, held_out).items()))
         if args.capture_video:
@@ -2295,8 +2313,8 @@ def main() -> None:
         elif args.evaluate:
             print_evaluation(args)
         else:
-            run = train(args)["run"]
-            if args.offline:
+            run, last = train(args)["run"], args.total_timesteps - args.num_envs * args.num_steps
+            if args.offline and load_checkpoint(run)["kept"]["trainer"]["global_step"] > last:  # it was not stopped
                 print_evaluation(dataclasses.replace(args, evaluate=run, dataset=args.offline, capture_video=True))
     except (UsageError, FloatingPointError) as error:
         print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)

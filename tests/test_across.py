@@ -169,3 +169,40 @@ def test_search_on_top_of_any_script(runs, other):
     assert results[0] != results[1]
     sized = script.evaluate(runs[other], "nh", env_id="msh-2x3-3p-1h1s", **SIZES, plan_update="hop")
     assert len(sized["focal_returns"]) == 6
+
+
+@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
+@pytest.mark.skipif("hop_mcts" not in SCRIPTS, reason="no tree search here")
+def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, capsys, tmp_path):
+    """Whatever planner the other script had on, `--plan-update` searches; without it no option of the search goes."""
+    script, simulations = load_script("hop_mcts"), []
+    content = torch.load(runs[other] / "checkpoint.pt", weights_only=True)
+    run, words = script.TreeSearch.run, ["--eval-episodes", "2", "--match-episodes", "2", "--co-players", "nh"]
+    monkeypatch.setattr(script.TreeSearch, "run", lambda tree: (simulations.append(tree.simulations), run(tree))[1])
+    for mode in ("offset", "hop", "none"):
+        torch.save({**content, "plan_mode": "offset"}, tmp_path / "checkpoint.pt")
+        sized = ["--plan-update", mode, "--num-simulations", "5"]
+        monkeypatch.setattr(sys, "argv", ["hop_mcts.py", "--evaluate", str(tmp_path), *words, *sized])
+        with contextlib.nullcontext() if mode != "none" else pytest.raises(SystemExit):
+            script.main()
+        assert set(simulations) == ({5} if mode != "none" else set())
+        simulations.clear()
+    assert "need --plan-update offset or hop" in capsys.readouterr().err
+    for play in ({"num_simulations": 5}, {"plan_update": "none", "goal_refresh": 1}):
+        with pytest.raises(script.UsageError, match="need --plan-update offset or hop"):
+            script.evaluate(tmp_path, "nh", **SIZES, **play)
+    assert len(script.evaluate(tmp_path, "nh", **SIZES, plan_update="none")["focal_returns"]) == 6 and not simulations
+
+
+@pytest.mark.parametrize("other", SCRIPTS)
+@pytest.mark.skipif("latent_world_model" not in SCRIPTS, reason="no latent model here")
+def test_what_cannot_be_judged_is_refused_before_a_game_is_played(runs, other, monkeypatch, capsys):
+    """`--evaluate` with `--dataset`: a checkpoint without a latent model, or no such file."""
+    script = load_script("latent_world_model")
+    monkeypatch.setattr(script, "evaluate", None)
+    words = ["--evaluate", str(runs[other]), "--co-players", "nh", "--dataset", "nowhere.npz"]
+    monkeypatch.setattr(sys, "argv", ["latent_world_model.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    expected = "no data set at nowhere.npz" if other == "latent_world_model" else "--dataset judges a latent model"
+    assert stopped.value.code == 2 and expected in capsys.readouterr().err

@@ -245,6 +245,7 @@ def test_goals_are_drawn_from_the_belief(discrete, lively):
         ({"env_id": SMALL_HUNT, "assignment": "exclusive", "goals": 2}, "exclusive"),
         ({"own_goal": True, "goal": "none"}, "own-goal"),
         ({"own_goal": True, "goal": "oracle"}, "own-goal"),
+        ({"moa_share": 0.0}, "--moa-share must be positive"),
     ],
 )
 def test_what_does_not_go_together(discrete, small, options, fragment):
@@ -279,21 +280,23 @@ def stored(trainer):
 
 
 def summed(discrete, trainer, batch):
-    """Log-likelihood of whole matches [S][N][G] in plain Python, and each step's [S, L, N, G]."""
+    """Log-likelihood of whole matches [S, N, G], steps weighted, in plain Python, and each step's [S, L, N, G]."""
     probs = goal_probabilities(discrete, trainer.agent, batch.state)
     index = batch.actions.flatten(0, 1)[..., None, None].expand(-1, -1, probs.shape[2], 1)
     steps = probs.gather(3, index).squeeze(3).log().unflatten(0, batch.start.shape)
-    return torch.where(batch.active.unsqueeze(3), steps, 0.0).sum(1), steps
+    return torch.where(batch.active.unsqueeze(3), batch.weight.unsqueeze(3) * steps, 0.0).sum(1), steps
 
 
-def test_em_is_the_likelihood_of_whole_matches(discrete, small):
-    """The loss is -log of the mean over goals of a match's likelihood, a step; so is its gradient."""
+@pytest.mark.parametrize("rule", ["all", "positive", "balanced"])
+def test_em_is_the_likelihood_of_whole_matches(discrete, small, rule):
+    """The loss is -log of the mean over goals of a match's weighted likelihood, a step; so is its gradient."""
     trainer, _ = play(discrete, small, env_id=SMALL_HUNT, co_players="self", match_episodes=2, goal_training="em",
-                      moa_share=1.0)  # fmt: skip
+                      moa_share=1.0, moa_buffer=rule)  # fmt: skip
     moa, (_, batch) = trainer.agent.moa, stored(trainer)
     loss, terms = discrete.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(0))
     total, _ = summed(discrete, trainer, batch)
-    seats, steps = batch.active.any(1), int(batch.active.sum())
+    seats, steps = (batch.weight > 0).any(1), float(batch.weight.sum())
+    assert bool((batch.weight == batch.active).all()) == (rule == "all")
     marginal = -(total.logsumexp(2) - math.log(4))[seats].sum() / steps
     assert float(loss.detach()) == pytest.approx(float(marginal), rel=1e-4) and len(trainer.buffer) >= 3
     kl = (total.softmax(2) * (total.log_softmax(2) + math.log(4))).sum(2)[seats].mean()
@@ -352,7 +355,7 @@ def test_drawn_goals_are_one_for_a_seat_and_match(discrete, small, way, monkeypa
     chosen = steps.gather(3, drawn[:, None, :, None].expand(*steps.shape[:3], 1)).squeeze(3)
     nll = -float((weight * torch.where(batch.active, chosen, 0.0)).sum())
     assert float(terms["moa/nll"]) == pytest.approx(nll, rel=1e-4)
-    kl = (logits.softmax(2) * (logits.log_softmax(2) + math.log(4))).sum(2)[batch.active.any(1)]
+    kl = (logits.softmax(2) * (logits.log_softmax(2) + math.log(4))).sum(2)[(batch.weight > 0).any(1)]
     whole = (
         nll + float(kl.sum() / batch.weight.sum()) + 0.7 * float(terms["moa/recon"]) + float(terms.get("moa/guess", 0))
     )

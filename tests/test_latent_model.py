@@ -6,6 +6,8 @@ import io
 import itertools
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -351,6 +353,19 @@ def test_planning_steps_no_game(latent, lively, monkeypatch):
     assert agent.act(state, mask, agent.moa.initial_memory(len(mask)), everyone, generator, None).q_plan.any()
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("options", [{"env_id": "msg-3x3-1p-2d"}, {"hidden_size": 1}, {"hidden_size": 17}])
+def test_a_player_alone_and_odd_sizes(latent, small, options):
+    """Without co-players, and whatever the width: the model learns, and every figure is finite."""
+    trainer = latent.Trainer(small(plan_update="offset", plan_until=1.0, **options))
+    before = [p.clone() for p in trainer.agent.model.parameters()]
+    for _ in range(2):
+        metrics = trainer.iterate()
+        assert all(math.isfinite(value) for value in metrics.values()) and metrics["model/consistency_loss"] > 0
+    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.agent.model.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Data sets
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,6 +419,10 @@ def test_round_trip(latent, dataset, tmp_path):
     again, copy = latent.load_dataset(tmp_path / "again.npz", game)
     assert again == header and all(torch.equal(data[name], copy[name]) for name in data) and list(copy) == list(data)
     assert [path.name for path in tmp_path.iterdir()] == ["again.npz"]
+    for env_id in (*GAMES, "msg-3x3-1p-2d"):
+        collect(latent, tmp_path / "more.npz", env_id=env_id, num_envs=7, match_episodes=3, collect=1400)
+        header, data = latent.load_dataset(tmp_path / "more.npz", latent.GridGame(env_id))
+        assert header["match_episodes"] == 3 and data["match_ended"].any() and data["time"].shape == (200, 7)
 
 
 def test_collecting_is_determined_by_its_seed_and_tells_what_it_covers(latent, dataset, tmp_path):
@@ -451,11 +470,25 @@ def test_files_that_do_not_fit(latent, dataset, tmp_path, monkeypatch, capsys):
         bad = arrays[name].copy()
         bad.flat[7] = value
         variant(f"bad_{name}", **{name: bad})
+    entries = {"time": (-1, 20, 35), "first_hunt": (-1, 1, 35), "next_first_hunt": (-1, 36), "episode": (-1, 1, 2)}
+    for name, value in ((name, value) for name, values in {**entries, "match_ended": (1,)}.items() for value in values):
+        bad = arrays[name].copy()
+        bad.flat[7] = value
+        variant(f"bad_{name}_{value}", **{name: bad})
+    late = {name: arrays[name] + (arrays["time"] == 8) for name in ("first_hunt", "next_first_hunt")}
+    variant("early_hunt", **{name: value.astype(np.int16) for name, value in late.items()})
+    variant("no_ends", match_ended=np.zeros_like(arrays["match_ended"]))
+    variant("long", match_ended=arrays["match_ended"] & False, episode=arrays["episode"] * 0)
+    variant("more_episodes", header=np.array(json.dumps({**header, "match_episodes": 3})))
+    for path in tmp_path.glob("*.npz"):
+        with pytest.raises(latent.UsageError):
+            print(path, latent.load_dataset(path, latent.GridGame(COLLECT["env_id"]))[0])
     monkeypatch.chdir(tmp_path)
     words = ["--env-id", COLLECT["env_id"], "--num-envs", "4", "--match-episodes", "2", "--total-timesteps", "640"]
     before, cases = sorted(tmp_path.rglob("*")), [[str(path)] for path in tmp_path.glob("*.npz")] + [["nowhere.npz"]]
     cases += [[str(dataset), *more] for more in (["--goal", "oracle"], ["--plan-update", "none"], ["--num-envs", "8"])]
     cases += [[str(dataset), *more] for more in (["--match-episodes", "3"], ["--env-id", "msh-3x3-3p-3h1s"])]
+    cases += [[str(dataset), *more] for more in (["--pretrain-moa-steps", "64"], ["--plan-company", "moa-noisy"])]
     for case in cases:
         monkeypatch.setattr("sys.argv", ["latent_world_model.py", *words, "--offline", *case])
         with pytest.raises(SystemExit) as stopped:
@@ -468,12 +501,14 @@ def test_files_that_do_not_fit(latent, dataset, tmp_path, monkeypatch, capsys):
         ["--collect", "99"],
         ["--collect", "99", "--dataset", "no/where.npz"],
         ["--collect", "9", "--dataset", "."],
+        ["--total-timesteps", "4096", "--dataset", str(dataset)],
     ):
         monkeypatch.setattr("sys.argv", ["latent_world_model.py", *case])
         with pytest.raises(SystemExit):
             latent.main()
         assert "dataset" in capsys.readouterr().err
-    for options in ({"co_players": "self,ns"}, {"co_players": "cleaner"}):
+    callables = {"co_players": "ns,builtins:len"}, {"co_players": "builtins:len", "env_id": "msg-3x3-1p-2d"}
+    for options in ({"co_players": "self,ns"}, {"co_players": "cleaner"}, *callables):
         with pytest.raises(latent.UsageError):
             collect(latent, tmp_path / "no.npz", **options)
     assert sorted(tmp_path.rglob("*")) == before
@@ -578,6 +613,18 @@ def test_command_line_of_offline_training(latent, dataset, tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["latent_world_model.py", *words])
     latent.main()
     assert "held_out/cells" in capsys.readouterr().out and (run / "prediction.png").is_file()
+
+
+def test_offline_training_that_is_stopped_is_not_played(latent, dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    update = latent.Trainer.iterate_offline
+    stop = lambda trainer: (os.kill(os.getpid(), signal.SIGINT), update(trainer))[1]  # noqa: E731
+    monkeypatch.setattr(latent.Trainer, "iterate_offline", stop)
+    monkeypatch.setattr(latent, "evaluate", None)
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in OFFLINE.items()]
+    monkeypatch.setattr("sys.argv", ["latent_world_model.py", *words, "--offline", str(dataset)])
+    latent.main()
+    assert "stopped at step 64" in capsys.readouterr().out
 
 
 @torch.no_grad()

@@ -835,5 +835,6 @@ def test_what_is_known_of_co_players_changes_the_scores(searching, lively):
         assert ((scores(**options) - plain).abs().amax(2) > 1e-4).float().mean() > 0.3, options
     assert not torch.equal(scores(goal_refresh=1), scores(goal_refresh=2))
     for goal in ("none", "oracle"):  # nothing is inferred
-        assert torch.equal(scores(goal=goal), scores(goal=goal, goal_refresh=1))
+        with pytest.raises(searching.UsageError, match="--goal-refresh needs --goal inferred"):
+            scores(goal=goal, goal_refresh=1)
     assert torch.equal(scores(goal_refresh=60), plain)  # beyond the horizon
