@@ -187,7 +187,7 @@ def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, 
             script.main()
         assert set(simulations) == ({5} if mode != "none" else set())
         simulations.clear()
-    assert "need --plan-update offset or hop" in capsys.readouterr().err
+    assert "--evaluate has no use for --num-simulations" in capsys.readouterr().err
     for play in ({"num_simulations": 5}, {"plan_update": "none", "goal_refresh": 1}):
         with pytest.raises(script.UsageError, match="need --plan-update offset or hop"):
             script.evaluate(tmp_path, "nh", **SIZES, **play)
