@@ -178,6 +178,7 @@ def continued(before: Any, method: str, num_envs: int, num_steps: int) -> Any:
     kept["co_players"] = {name: value[index] for name, value in kept["co_players"].items()}
     trainer = script.Trainer(args)
     trainer.load(content)
+    trainer.agent.plan_mode = getattr(args, "plan_update", "none")  # it was off before
     return trainer
 
 

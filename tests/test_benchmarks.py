@@ -206,6 +206,7 @@ def test_going_on_with_more_games(runs, monkeypatch):
             spent = scaling.count_once(trainer)
             for _ in range(scaling.iterations_of_a_turn(method)):
                 trainer.iterate()
+            assert trainer.agent.plan_mode == getattr(trainer.args, "plan_update", "none")
             assert (spent > 0).all() == trainer.agent.uses_moa and trainer.state.time.shape == (games,)
 
 
