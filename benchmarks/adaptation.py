@@ -53,9 +53,11 @@ from runs import (
     benchmark,
     best_return,
     checkpoint_of,
+    head,
     interquartile_mean,
     random_return,
     results_in,
+    row,
 )
 
 matplotlib.use("Agg")
@@ -359,16 +361,6 @@ class Scores:
             return ""
         middle, low, high = interquartile_mean(list(tasks.values()))
         return f"{middle:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
-
-
-def row(*cells: str) -> None:
-    print(f"| {' | '.join(cells)} |")
-
-
-def head(*cells: str) -> None:
-    print()
-    row(*cells)
-    print("|-" * len(cells) + "|")
 
 
 def report_references(scores: Scores) -> None:

@@ -48,12 +48,14 @@ class Running:
     quick: bool = False  # few steps, episodes and seeds, to see that all works; results are kept apart
     ray: str = ""  # address of a Ray cluster to run on (auto, or ray://HOST:10001; local starts one here)
     again: bool = False  # run again what has a result of other options, or whose checkpoint is not there
+    fresh: bool = False  # measure anew: results are kept apart in results/fresh/, and read from there
     report: bool = False  # tables and pictures of the results so far, without running anything
     worker: str = ""  # (used by the benchmark itself)
 
     def results(self, name: str) -> Path:
         """The file of a benchmark's results."""
-        return ROOT / "benchmarks" / "results" / ("quick" if self.quick else "") / f"{name}.jsonl"
+        apart = "quick" if self.quick else "fresh" if self.fresh else ""
+        return ROOT / "benchmarks" / "results" / apart / f"{name}.jsonl"
 
 
 def kinds_of(options: str) -> list[str]:
@@ -317,6 +319,18 @@ def benchmark(program: str, options: Running, jobs: list[dict], work: Callable[[
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
 # ---------------------------------------------------------------------------------------------------------------------
+def row(*cells: str) -> None:
+    """Prints a row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |")
+
+
+def head(*cells: str) -> None:
+    """Prints the head of a Markdown table."""
+    print()
+    row(*cells)
+    print("|-" * len(cells) + "|")
+
+
 def spread(values: list[float]) -> str:
     """Mean over seeds, and every seed."""
     return f"{statistics.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
@@ -336,6 +350,20 @@ def interquartile_mean(scores: list[list[float]]) -> tuple[float, float, float]:
         tasks, iqm, n_resamples=2000, vectorized=False, method="percentile", rng=np.random.default_rng(1)
     )
     return iqm(*tasks), float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def mean_over_tasks(scores: list[list[float]]) -> tuple[float, float, float]:
+    """Mean over tasks (one list of runs a task) of the mean over runs, and the ends of its 95 % interval by Student's
+    t, with the degrees of freedom of Welch and Satterthwaite; nan where a task has one run."""
+    mean = statistics.mean(map(statistics.mean, scores))
+    if min(map(len, scores)) < 2:
+        return mean, float("nan"), float("nan")
+    parts = [statistics.variance(task) / len(task) for task in scores]
+    if not sum(parts):
+        return mean, mean, mean
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(task) - 1) for part, task in zip(parts, scores, strict=True))
+    half = float(scipy.stats.t.ppf(0.975, freedom)) * sum(parts) ** 0.5 / len(scores)
+    return mean, mean - half, mean + half
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

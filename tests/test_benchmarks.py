@@ -160,7 +160,8 @@ def test_a_job_in_a_process_of_its_own(runs, tmp_path):
 def test_jobs_of_the_learning_curves(runs):
     learning = importlib.import_module("learning")
     jobs = learning.all_jobs(learning.Options(quick=True))
-    assert len(jobs) == len(learning.METHODS) * len(learning.STEPS) * len(learning.COMPANIES)
+    longer = sum(map(len, learning.LONGER.values()))
+    assert len(jobs) == len(learning.METHODS) * len(learning.STEPS) * len(learning.COMPANIES) + longer
     assert len({job["keep"] for job in jobs}) == len({job["setting"] for job in jobs}) == len(jobs)
     for job in jobs:  # the command lines are good ones, and a result line can hold them
         script = importlib.import_module(job["script"])
@@ -223,6 +224,21 @@ def test_interquartile_mean(runs):
     assert np.allclose([low, high], wanted, atol=0.05)
     middle, low, high = runs.interquartile_mean([[1.0], [2.0]])
     assert middle == 1.5 and math.isnan(low) and math.isnan(high)
+
+
+def test_mean_over_tasks(runs):
+    mean, low, high = runs.mean_over_tasks([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]])  # equal variances: 4 degrees of freedom
+    half = 2.7764 * (2 * 1.0 / 3) ** 0.5 / 2
+    assert (mean, low, high) == pytest.approx((4.0, 4.0 - half, 4.0 + half), abs=1e-3)
+    _, low, high = runs.mean_over_tasks([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])  # only one varies: 2
+    assert (high - low) / 2 == pytest.approx(4.3027 * (1.0 / 3) ** 0.5 / 2, abs=1e-3)
+    assert runs.mean_over_tasks([[1.0, 1.0], [3.0, 3.0]]) == (2.0, 2.0, 2.0)
+    assert math.isnan(runs.mean_over_tasks([[1.0], [2.0, 3.0]])[1])
+
+
+def test_fresh_results_are_kept_apart(runs):
+    places = {runs.Running(quick=quick, fresh=fresh).results("a") for quick in (True, False) for fresh in (True, False)}
+    assert len(places) == 3 and all(place.name == "a.jsonl" for place in places)
 
 
 def test_interval_of_a_mean(runs):
