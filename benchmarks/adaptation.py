@@ -55,6 +55,7 @@ from runs import (
     checkpoint_of,
     head,
     interquartile_mean,
+    interval,
     random_return,
     results_in,
     row,
@@ -401,6 +402,7 @@ def report_adaptation(scores: Scores) -> None:
                 cells.append(" → ".join(f"{statistics.mean(values):.2f}" for values in pair if values))
             if results:
                 row(f"{method} ({len(results)})", *cells)
+    report_changes(scores)
     columns = [(group, seen) for group in GROUPS for seen in (False, True)[: 1 + (group == "mixture")]]
     names = [f"learners from {group}, {'seen' if seen else 'unseen'} kinds" for group, seen in columns]
     head("all games: score, interquartile mean [95 %]", *(f"{n}: {p}" for n in names for p in ("first", "end")))
@@ -411,6 +413,27 @@ def report_adaptation(scores: Scores) -> None:
             cells += [scores.middle(results, seen, name) for name in ("first", "late")]
         if any(cells):
             row(method, *cells)
+
+
+def report_changes(scores: Scores) -> None:
+    """By how much scores change from the first episodes of a match to its end, for learners from the mixture: mean over
+    seeds, and half its 95 % interval. Methods without goals cannot adapt; what they change by is the measure's own."""
+    for game in GAMES:
+        of_method = {method: scores.chosen(method, "mixture", (game,)) for method in METHODS}
+        found = list(itertools.chain(*of_method.values()))
+        kinds = list(dict.fromkeys(kind for r in found for kind in r["kinds"]))
+        kinds = [kind for kind in kinds if any(scores.scale(r, kind) for r in found if kind in r["kinds"])]
+        if not kinds:
+            continue
+        head(f"{game}, mixture: change of the score within the match", *kinds)
+        for method, results in of_method.items():
+            cells = []
+            for kind in kinds if results else ():
+                several = [r for r in results if kind in r["kinds"] and scores.scale(r, kind)]
+                mean, low, _ = interval([float(scores.of(r, kind) - scores.of(r, kind, "first")) for r in several])
+                cells.append(f"{mean:+.2f}" + (f" +- {mean - low:.2f}" if low == low else ""))
+            if cells:
+                row(method, *cells)
 
 
 def plot_adaptation(scores: Scores) -> None:
