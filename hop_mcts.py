@@ -63,7 +63,7 @@ class Args:
     capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
     save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
     checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
-    resume: str | None = None  # folder or checkpoint of a run to go on with; its options hold unless given again
+    resume: str | None = None  # folder or checkpoint of a run to go on with; only length and logging may change
     profile: bool = False  # log where the time goes, and print it at the end as a tree
     evaluate: str | None = None  # folder or checkpoint to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
@@ -492,7 +492,7 @@ class CoPlayers:
         index = [kinds.index(entry) for entry in pool[1:]]
         resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
         self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "remember")}
+        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "moa")}
         self.objects = []  # (kind, slot, callable) of those that play
         for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
             if callable(player) and k not in self.memory:
@@ -1123,6 +1123,8 @@ class Agent(nn.Module):
         self.game, self.args, self.relative = game, args, RelativeFeatures(game)
         if args.goal_refresh and args.goal != "inferred":
             raise UsageError(f"--goal-refresh needs --goal inferred, not {args.goal}")
+        if args.policy_target == "visits" and args.plan_update == "offset":
+            raise UsageError("--policy-target visits needs --plan-update hop")
         own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
         self.moa = MOA(self.relative, args.moa_hidden_size, args.goal_size, args.goal)
         other, goal = self.relative.other_size + self.moa.goal_size, self.moa.goal_size
@@ -1654,6 +1656,8 @@ class Trainer:
                 self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode)
             self.pretrained += self.args.num_envs * self.args.num_steps
             self.global_step = 0
+        if self.pretrained and not len(self.buffer):
+            print("--pretrain-moa-steps: no match has ended, so nothing was learnt; take more", file=sys.stderr)
         self.log.clear()
 
     def load_moa(self, path: str) -> None:
@@ -1701,7 +1705,8 @@ class Trainer:
         for part in KEPT:
             vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
         self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
-        self.co_players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
+        for k, memory in self.co_players.memory.items():  # of this script, or of another
+            self.co_players.memory[k] = type(memory)(*content["co_player_memory"][k])
         for name, value in content["matches"].items():
             self.buffer.data[name][: len(value)] = value
 
@@ -1869,6 +1874,7 @@ def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_
             return base
         fitting = {field.name for field in dataclasses.fields(Args)} & set(content["args"])
         content["args"] = {name: content["args"][name] for name in fitting}
+    planned = content["args"].get("plan_update", "none") != "none"
     with refused(f"checkpoint {path} does not fit this version"):
         args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
         agent = Agent(GridGame(content["game"], device), args)
@@ -1877,9 +1883,12 @@ def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_
             agent.plan_mode = content["plan_mode"]
         else:
             agent.search_on(base)
+    mode, learnt = options.get("plan_update", agent.plan_mode), args.goal == "inferred" or planned
+    if mode != "none" and args.co_player_model == "moa" and not learnt:
+        raise UsageError(f"{path} has no trained MOA: the search needs --co-player-model uniform")
     agent.on_game(env_id or agent.game.id)
     agent.eval()
-    agent.turn_planner(options.get("plan_update", agent.plan_mode))
+    agent.turn_planner(mode)
     return agent
 
 
@@ -1950,8 +1959,8 @@ def train(args: Args) -> dict[str, float]:
     trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
     if args.pretrain_moa_steps and args.goal != "inferred":
         raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
-    if args.freeze_moa and not trainer.agent.uses_moa:
-        raise UsageError("--freeze-moa: nothing in this run reads the MOA")
+    if (args.freeze_moa or args.load_moa) and not trainer.agent.uses_moa:
+        raise UsageError(f"--{'freeze' if args.freeze_moa else 'load'}-moa: nothing in this run reads the MOA")
     with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
         if args.resume:
             trainer.load(load_checkpoint(args.resume, trainer.device))

@@ -65,7 +65,7 @@ class Args:
     capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
     save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
     checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
-    resume: str | None = None  # folder or checkpoint of a run to go on with; its options hold unless given again
+    resume: str | None = None  # folder or checkpoint of a run to go on with; only length and logging may change
     profile: bool = False  # log where the time goes, and print it at the end as a tree
     evaluate: str | None = None  # folder or checkpoint to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
@@ -485,7 +485,7 @@ class CoPlayers:
         index = [kinds.index(entry) for entry in pool[1:]]
         resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
         self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "remember")}
+        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "moa")}
         self.objects = []  # (kind, slot, callable) of those that play
         for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
             if callable(player) and k not in self.memory:
@@ -758,17 +758,19 @@ class MOA(nn.Module):
             self.table = nn.Parameter(0.3 * torch.randn(args.goals, args.goal_size))  # small: at first it is noise
         self.encodes = args.goal == "inferred" and (args.belief == "encoder" or args.goal_training == "amortised")
         self.summary = hidden if self.encodes else -1
+        self.made = args.seed % 2**14 << 12  # memories, so that seeds differ too
         if self.encodes:
             self.step_feature = layer(own + relative.size + game.num_actions, hidden, 1.0)
             self.guesser = nn.Sequential(layer(2 * hidden + 1, hidden), nn.ReLU(), layer(hidden, args.goals, 0.1))
 
     # method: other fields
     def initial_memory(self, batch: int) -> Memory:
-        """The empty memory of B matches."""
+        """The empty memory of B matches; every one made has random numbers of its own for `--own-goal`."""
         args, seats = self.args, (batch, self.relative.game.num_players)
         zeros = torch.zeros(*seats, args.goals, device=self.relative.game.device)
         sums, own = zeros.new_zeros(*seats, self.summary + 1), zeros[..., : args.goals * args.own_goal]
-        key = torch.arange(zeros[..., 0].numel(), device=zeros.device).view(*seats, 1)[..., : int(args.own_goal)]
+        key, self.made = torch.arange(zeros[..., 0].numel(), device=zeros.device), self.made + 1
+        key = key.view(*seats, 1)[..., : int(args.own_goal)] + (self.made << 32)
         return Memory(zeros - math.log(args.goals), zeros, sums, own, key)
 
     def seen(self, own: Tensor, others: Tensor) -> Tensor:
@@ -1470,6 +1472,8 @@ class Trainer:
             self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode, self.memory)
             self.pretrained += self.args.num_envs * self.args.num_steps
             self.global_step = 0
+        if self.pretrained and not len(self.buffer):
+            print("--pretrain-moa-steps: no match has ended, so nothing was learnt; take more", file=sys.stderr)
         self.log.clear()
 
     def load_moa(self, path: str) -> None:
@@ -1517,7 +1521,8 @@ class Trainer:
         for part in KEPT:
             vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
         self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
-        self.co_players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
+        for k, memory in self.co_players.memory.items():  # of this script, or of another
+            self.co_players.memory[k] = type(memory)(*content["co_player_memory"][k])
         for name, value in content["matches"].items():
             self.buffer.data[name][: len(value)] = value
 
@@ -1678,10 +1683,13 @@ def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_
     if set(options) - set(PLAYED):
         raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
     with refused(f"checkpoint {path} does not fit this version"):
-        args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
+        args = Args(**{**content["args"], "cuda": False})  # `device` may be another one
         agent = Agent(GridGame(content["game"], device), args)
         agent.load_state_dict(content["agent"])
         agent.plan_mode = content["plan_mode"]
+    agent.args = agent.moa.args = resolved(dataclasses.replace(args, **options))
+    if agent.args.belief == "encoder" and not agent.moa.encodes:
+        raise UsageError(f"--belief encoder: {path} was trained without an encoder")
     agent.on_game(env_id or agent.game.id)
     agent.eval()
     return agent
@@ -1751,8 +1759,8 @@ def train(args: Args) -> dict[str, float]:
     trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
     if args.pretrain_moa_steps and args.goal != "inferred":
         raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
-    if args.freeze_moa and not trainer.agent.uses_moa:
-        raise UsageError("--freeze-moa: nothing in this run reads the MOA")
+    if (args.freeze_moa or args.load_moa) and not trainer.agent.uses_moa:
+        raise UsageError(f"--{'freeze' if args.freeze_moa else 'load'}-moa: nothing in this run reads the MOA")
     with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
         if args.resume:
             trainer.load(load_checkpoint(args.resume, trainer.device))

@@ -63,7 +63,7 @@ class Args:
     capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
     save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
     checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
-    resume: str | None = None  # folder or checkpoint of a run to go on with; its options hold unless given again
+    resume: str | None = None  # folder or checkpoint of a run to go on with; only length and logging may change
     profile: bool = False  # log where the time goes, and print it at the end as a tree
     evaluate: str | None = None  # folder or checkpoint to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
@@ -125,7 +125,7 @@ class Args:
     replay_size: int = 8192  # recent game steps that the model learns from (with --offline from all)
     replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
     # offline data
-    dataset: str | None = None  # file of --collect; with --evaluate: file on which the model's predictions are judged
+    dataset: str | None = None  # file of --collect; with --evaluate: its last tenth judges the model's predictions
     collect: int | None = (
         None  # play so many game steps with the mixture --co-players at all seats, write --dataset, and end
     )
@@ -494,7 +494,7 @@ class CoPlayers:
         index = [kinds.index(entry) for entry in pool[1:]]
         resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
         self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "remember")}
+        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "moa")}
         self.objects = []  # (kind, slot, callable) of those that play
         for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
             if callable(player) and k not in self.memory:
@@ -1740,6 +1740,8 @@ class Trainer:
             seats = Seats(step["episode"].long(), blank, blank[0, :1], none.to(self.device), kind)
             self.buffer.add(state, step["actions"].long(), seats, step["reward"], after)
             self.buffer.end(step["match_ended"], self.args.num_envs * t)
+        if agent.uses_moa and not args.freeze_moa and not len(self.buffer):
+            raise UsageError(f"{path}: no match ends in its first nine tenths, so the MOA has nothing to learn from")
 
     def iterate_offline(self) -> dict[str, Tensor]:
         """One iteration on offline data alone: latent model and MOA; no game is stepped."""
@@ -1785,6 +1787,8 @@ class Trainer:
                 self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode)
             self.pretrained += self.args.num_envs * self.args.num_steps
             self.global_step = 0
+        if self.pretrained and not len(self.buffer):
+            print("--pretrain-moa-steps: no match has ended, so nothing was learnt; take more", file=sys.stderr)
         self.log.clear()
 
     def load_moa(self, path: str) -> None:
@@ -1832,7 +1836,8 @@ class Trainer:
         for part in KEPT:
             vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
         self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
-        self.co_players.memory = {k: Memory(*memory) for k, memory in content["co_player_memory"].items()}
+        for k, memory in self.co_players.memory.items():  # of this script, or of another
+            self.co_players.memory[k] = type(memory)(*content["co_player_memory"][k])
         for name, value in content["matches"].items():
             self.buffer.data[name][: len(value)] = value
 
@@ -1928,6 +1933,8 @@ def judge(agent: Agent, data: dict[str, Tensor], steps: int = 1) -> dict[str, Te
     the rewards' squared error [rows] in units of learning."""
     model, result = agent.model, []
     names = "reward_error reward_recall no_reward_recall cells views ends_recall goes_on_recall".split()
+    rewards = learnt_reward(data if steps == 1 else {k: value[:, -1] for k, value in data.items()}, agent.args).abs()
+    least = 0.5 * rewards[rewards > 0].min() if rewards.any() else 1.0  # what counts as paid
     for part in torch.arange(len(data["done"]), device=agent.game.device).split(1024):
         rows = {name: value[part] if steps > 1 else value[part].unsqueeze(1) for name, value in data.items()}
         at = [{name: value[:, k] for name, value in rows.items()} for k in range(steps)]
@@ -1938,7 +1945,6 @@ def judge(agent: Agent, data: dict[str, Tensor], steps: int = 1) -> dict[str, Te
             actions = step["actions"].long()
             latent, reward_hat = model(latent, actions, actions[:, model.relative.others])
         true, error = learnt_reward(at[-1], agent.args), reward_hat - learnt_reward(at[-1], agent.args)
-        least = 0.5 * true.abs()[true != 0].min() if (true != 0).any() else 1.0
         paid, goes_on = true != 0, ~at[-1]["done"]
         seen = in_view(agent, after.players, after.items) == torch.cat(model.cells(model.decode(latent)), 2)
         moved = in_view(agent, state.players, state.items) >= 0  # what is there to be told of
@@ -2132,9 +2138,14 @@ def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_
         agent = Agent(GridGame(content["game"], device), args)
         agent.load_state_dict(content["agent"])
         agent.plan_mode = content["plan_mode"]
+    mode, was = options.get("plan_update", agent.plan_mode), content["args"]
+    planned = was["plan_update"] != "none" and was["plan_until"] > 0
+    simulated = was["goal"] == "inferred" and vars(args).get("transition") == "simulator"
+    if mode != "none" and not (planned or simulated):
+        raise UsageError(f"{path} was trained without a planner: it has not learnt what one needs")
     agent.on_game(env_id or agent.game.id)
     agent.eval()
-    agent.turn_planner(options.get("plan_update", agent.plan_mode))
+    agent.turn_planner(mode)
     return agent
 
 
@@ -2217,8 +2228,8 @@ def train(args: Args) -> dict[str, float]:
     trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
     if args.pretrain_moa_steps and args.goal != "inferred":
         raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
-    if args.freeze_moa and not trainer.agent.uses_moa:
-        raise UsageError("--freeze-moa: nothing in this run reads the MOA")
+    if (args.freeze_moa or args.load_moa) and not trainer.agent.uses_moa:
+        raise UsageError(f"--{'freeze' if args.freeze_moa else 'load'}-moa: nothing in this run reads the MOA")
     with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
         if args.resume:
             trainer.load(load_checkpoint(args.resume, trainer.device))
@@ -2313,6 +2324,11 @@ def main() -> None:
         elif args.evaluate:
             print_evaluation(args)
         else:
+            if args.offline:  # nobody plays in training; afterwards these do
+                args.co_players = args.co_players or "self"
+                game, entries = GridGame(args.env_id), args.co_players.split(",")
+                entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
+                CoPlayers(game, entries, 1, 1, Generator(), fixed=True)
             run, last = train(args)["run"], args.total_timesteps - args.num_envs * args.num_steps
             if args.offline and load_checkpoint(run)["kept"]["trainer"]["global_step"] > last:  # it was not stopped
                 print_evaluation(dataclasses.replace(args, evaluate=run, dataset=args.offline, capture_video=True))

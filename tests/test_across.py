@@ -80,6 +80,45 @@ def test_only_a_run_of_the_same_script_is_resumed(script, runs):
             script.train(script.parse_arguments(["--resume", str(runs[other])]))
 
 
+@pytest.mark.parametrize("other", SCRIPTS)
+def test_a_run_with_another_scripts_checkpoint_is_resumed(script, runs, small, other):
+    """What that co-player remembers is saved and taken up again, in its own form."""
+    args = small(env_id=ENV_ID, co_players=f"self,{runs[other]}")
+    first, second = script.Trainer(args), script.Trainer(args)
+    first.iterate()
+    saved = io.BytesIO()
+    torch.save(first.content(), saved)
+    saved.seek(0)
+    second.load(torch.load(saved, weights_only=True))
+    for k, memory in first.co_players.memory.items():
+        assert type(second.co_players.memory[k]) is type(memory)
+        assert all(torch.equal(a, b) for a, b in zip(memory, second.co_players.memory[k], strict=True))
+    for trainer in (first, second):
+        trainer.iterate()
+    weights = zip(first.agent.parameters(), second.agent.parameters(), strict=True)
+    assert first.co_players.memory and all(torch.equal(a, b) for a, b in weights)
+
+
+def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, runs):
+    """It would plan by what its networks were initialised with."""
+    if not planning(script):
+        pytest.skip("no planner")
+    content = torch.load(runs[script.__name__] / "checkpoint.pt", weights_only=True)
+
+    untold = {"goal": "none", "plan_update": "none"}  # nothing trains the MOA
+    refused_ones = [(untold, {})]
+    fine = [({"plan_update": "none"}, {}), ({"plan_until": 0.0}, {}), (untold, {"co_player_model": "uniform"})]
+    if script.__name__ != "hop_mcts":  # what happens is learnt by planning
+        refused_ones, fine = refused_ones + fine[:2], []
+    if "transition" in script.Args.__dataclass_fields__:
+        refused_ones += [(untold, {"transition": "simulator"})]
+        fine += [({"plan_update": "none"}, {"transition": "simulator"})]
+    for options, play in refused_ones + fine:
+        torch.save({**content, "args": {**content["args"], **options}}, tmp_path / "checkpoint.pt")
+        with contextlib.nullcontext() if (options, play) in fine else pytest.raises(script.UsageError, match="trained"):
+            assert script.load_agent(tmp_path, options={"plan_update": "hop", **play}).plan_mode == "hop"
+
+
 def test_the_planner_can_be_switched_off_and_on(script, runs):
     if not planning(script):
         pytest.skip("no planner")

@@ -1,5 +1,6 @@
 """Discrete goals: likelihoods, Bayes' rule, HOP's count, assignment, the ways of training, and goals of one's own."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -236,6 +237,20 @@ def test_goals_are_drawn_from_the_belief(discrete, lively):
     oracle = lively(env_id=SMALL_HUNT, goal="oracle")
     truth = torch.randn(1, 3, oracle.moa.goal_size)
     assert torch.equal(oracle.sample_goals(truth, belief, 5, None), truth.unsqueeze(2).expand(-1, -1, 5, -1))
+
+
+def test_a_player_with_an_encoder_can_be_played_by_bayes_and_not_the_other_way(discrete, small, tmp_path):
+    sizes = {"episodes": 4, "match_episodes": 2, "num_envs": 2}
+    for trained, played in (("encoder", "bayes"), ("encoder", "none"), ("bayes", "none"), ("bayes", "encoder")):
+        trainer = discrete.Trainer(small(env_id=SMALL_HUNT, belief=trained))
+        discrete.save_atomically(trainer.model(), tmp_path / "model.pt")
+        if played == "encoder":
+            with pytest.raises(discrete.UsageError, match="without an encoder"):
+                discrete.evaluate(tmp_path / "model.pt", "nh", **sizes, belief=played)
+            continue
+        assert len(discrete.evaluate(tmp_path / "model.pt", "nh", **sizes, belief=played)["focal_returns"]) == 4
+        agent = discrete.load_agent(tmp_path / "model.pt", options={"belief": played})
+        assert agent.args.belief == agent.moa.args.belief == played
 
 
 @pytest.mark.parametrize(
@@ -525,6 +540,19 @@ def test_own_goals_follow_the_policy_and_nobody_else_sees_them(discrete, lively)
     assert kept.std(0).min() > 1e-3
     drawn_later = agent.infer_all(memory._replace(key=memory.key + 1000), own, others, None)[2]
     assert not torch.equal(drawn_later, chosen)
+
+
+def test_own_goals_are_drawn_anew_in_every_batch_and_seed(discrete, lively):
+    """Memories have random numbers of their own; an agent that is made again, the same ones."""
+
+    def keys(seed):
+        agent = discrete.Agent(discrete.GridGame(SMALL_HUNT), lively(env_id=SMALL_HUNT, own_goal=True).args)
+        agent.moa = discrete.MOA(agent.relative, dataclasses.replace(agent.args, seed=seed))
+        return [agent.moa.initial_memory(50).key.flatten() for _ in range(3)]
+
+    assert all(torch.equal(a, b) for a, b in zip(keys(1), keys(1), strict=True))
+    drawn = torch.cat([*keys(1), *keys(2)])
+    assert len(drawn) == len(drawn.unique()) == 6 * 50 * 3
 
 
 def test_uniform_numbers(discrete):

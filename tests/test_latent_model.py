@@ -489,6 +489,7 @@ def test_files_that_do_not_fit(latent, dataset, tmp_path, monkeypatch, capsys):
     cases += [[str(dataset), *more] for more in (["--goal", "oracle"], ["--plan-update", "none"], ["--num-envs", "8"])]
     cases += [[str(dataset), *more] for more in (["--match-episodes", "3"], ["--env-id", "msh-3x3-3p-3h1s"])]
     cases += [[str(dataset), *more] for more in (["--pretrain-moa-steps", "64"], ["--plan-company", "moa-noisy"])]
+    cases += [[str(dataset), "--co-players", names] for names in ("ns,nh,ns", "nobody")]  # for afterwards
     for case in cases:
         monkeypatch.setattr("sys.argv", ["latent_world_model.py", *words, "--offline", *case])
         with pytest.raises(SystemExit) as stopped:
@@ -582,6 +583,15 @@ def test_offline_training_steps_no_game_and_resumes(latent, dataset, tmp_path, m
     assert math.isfinite(result["focal_return"])
 
 
+def test_offline_data_without_a_whole_match_are_refused(latent, tmp_path):
+    """The MOA would have nothing to learn from."""
+    collect(latent, tmp_path / "short.npz", co_players="random", match_episodes=50, collect=100)
+    options = {**OFFLINE, "match_episodes": 50, "offline": str(tmp_path / "short.npz")}
+    with pytest.raises(latent.UsageError, match="no match ends"):
+        latent.Trainer(latent.resolved(latent.Args(**options)))
+    latent.Trainer(latent.resolved(latent.Args(**options, freeze_moa=True)))
+
+
 def test_held_out_steps_are_not_learnt_from(latent, dataset):
     trainer = latent.Trainer(latent.resolved(latent.Args(**OFFLINE, offline=str(dataset))))
     _, data = latent.load_dataset(dataset, trainer.game)
@@ -625,6 +635,13 @@ def test_offline_training_that_is_stopped_is_not_played(latent, dataset, tmp_pat
     monkeypatch.setattr("sys.argv", ["latent_world_model.py", *words, "--offline", str(dataset)])
     latent.main()
     assert "stopped at step 64" in capsys.readouterr().out
+    monkeypatch.undo()  # and goes on
+    (run,) = tmp_path.glob("runs/*")
+    with contextlib.chdir(tmp_path), monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["latent_world_model.py", "--resume", str(run)])
+        latent.main()
+    printed = capsys.readouterr().out
+    assert "done at step 192" in printed and "with self" in printed
 
 
 @torch.no_grad()

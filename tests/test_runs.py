@@ -425,6 +425,8 @@ def test_a_moa_that_nothing_reads_is_not_trained(script, tmp_path):
             train(script, tmp_path, goal=goal, pretrain_moa_steps=100)
         with pytest.raises(script.UsageError, match="--freeze-moa"):
             train(script, tmp_path, goal=goal, freeze_moa=True, **plain)
+        with pytest.raises(script.UsageError, match="--load-moa"):
+            train(script, tmp_path, goal=goal, load_moa=str(tmp_path), **plain)
     assert not list(tmp_path.iterdir())
     train(script, tmp_path, freeze_moa=True, total_timesteps=160, **plain)
 
@@ -464,6 +466,14 @@ def test_pretraining_trains_the_vae_alone(script):
         assert all(torch.equal(a, b) != changes for a, b in pairs), name
     trainer.pretrain([])
     assert len(played) == 3  # once
+
+
+def test_pretraining_that_is_too_short_is_told(script, capsys):
+    """Where no match has ended there is nothing to learn from."""
+    trainer_of(script, pretrain_moa_steps=160, num_steps=5, match_episodes=50).pretrain([])
+    assert "--pretrain-moa-steps: no match has ended" in capsys.readouterr().err
+    trainer_of(script, pretrain_moa_steps=350).pretrain([])
+    assert not capsys.readouterr().err
 
 
 def test_checkpoint_every(script, tmp_path, monkeypatch):
@@ -742,6 +752,8 @@ def test_forms_of_co_players(script, done):
         return torch.full((len(observation),), 4)
 
     same(stay, [stay], [stay, stay])
+    stay.remember = lambda: None  # a name that agents use as well
+    same(stay)
     for wrong in (["nh"] * 3, "nh,nh,nh", [], ["nh", 3], "nobody", [stay, "cleaner"]):
         with pytest.raises(script.UsageError):
             script.evaluate(done.folder, wrong, episodes=2)

@@ -837,4 +837,6 @@ def test_what_is_known_of_co_players_changes_the_scores(searching, lively):
     for goal in ("none", "oracle"):  # nothing is inferred
         with pytest.raises(searching.UsageError, match="--goal-refresh needs --goal inferred"):
             scores(goal=goal, goal_refresh=1)
+    with pytest.raises(searching.UsageError, match="--policy-target visits needs --plan-update hop"):
+        scores(policy_target="visits", plan_update="offset")
     assert torch.equal(scores(goal_refresh=60), plain)  # beyond the horizon
