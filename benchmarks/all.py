@@ -1,8 +1,8 @@
 """All benchmarks, one after the other; what is there already is not repeated.
 
     python benchmarks/all.py --quick     # few steps, to see that all works: a quarter of an hour
-    python benchmarks/all.py             # about five hours on two cores; stop it and start it at will
-    python benchmarks/all.py --report    # tables and pictures of the results so far
+    python benchmarks/all.py --fresh     # measures anew: about five hours on two cores; stop it and start it at will
+    python benchmarks/all.py --report    # tables and pictures of the results in the repository
 
 Every benchmark starts no further run after two hours: what is left then, the next start runs. With `--scripts` also the
 figures of the single scripts. Other options are handed on to every part; README.md in this folder has the parts one by

@@ -156,7 +156,8 @@ def report(runs_of: dict[str, list[dict]], picture: bool) -> None:
             if shares[0] and sum(shares[0]) < 1.0:
                 behind.append(f"- {script} on {game}, {company}: {told[0]}")
     print("\nTrue goals are worth something, and inferred ones clearly less:\n")
-    print("\n".join(behind) or "- nowhere")
+    known = any(not math.isnan(one.gap()[1]) for one, _ in found.values())
+    print("\n".join(behind) or ("- nowhere" if known else "- (not known: one seed has no interval)"))
     print("\n| nats an action, in training | " + " | ".join(f"{game}, {g}" for game in STEPS for g in GOALS) + " |")
     print("|-|" + "-|" * len(STEPS) * len(GOALS))
     for script in SCRIPTS:
