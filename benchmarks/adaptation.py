@@ -71,6 +71,16 @@ SCRIPTED = {
     "msg": ("cleaner", "exploiter", "random", "cleaner-noisy", "exploiter-noisy"),
 }
 FROZEN = ("tree search", "one step", "discrete goals", "latent model", "prosocial PPO")
+GOAL_METHODS, CONTROLS = ("tree search", "one step", "discrete goals", "latent model"), ("Direct-OM", "plain PPO")
+HUNTS = ("msh-4x4-4h1s", "msh-4h1s")
+CHANGES = {  # what change within the match is averaged over, by a name: games, kinds
+    "nh, nh-noisy": (HUNTS, ("nh", "nh-noisy")),
+    "ns, ns-noisy": (HUNTS, ("ns", "ns-noisy")),
+    "random on msh": (HUNTS, ("random",)),
+    "frozen prosocial PPO on msh": (HUNTS, ("frozen prosocial PPO",)),
+    "frozen others on msh": (HUNTS, tuple(f"frozen {name}" for name in FROZEN[:-1])),
+    "exploiter, exploiter-noisy": (("msg",), ("exploiter", "exploiter-noisy")),
+}
 SHOWN = {"msh": "nh", "msg": "exploiter"}  # in the picture
 CROSS_PLAY = ("msh-4x4-4h1s", "msg")
 FIRST = 10  # episodes at the start of a match, as many as training has
@@ -416,24 +426,28 @@ def report_adaptation(scores: Scores) -> None:
 
 
 def report_changes(scores: Scores) -> None:
-    """By how much scores change from the first episodes of a match to its end, for learners from the mixture: mean over
-    seeds, and half its 95 % interval. Methods without goals cannot adapt; what they change by is the measure's own."""
-    for game in GAMES:
-        of_method = {method: scores.chosen(method, "mixture", (game,)) for method in METHODS}
-        found = list(itertools.chain(*of_method.values()))
-        kinds = list(dict.fromkeys(kind for r in found for kind in r["kinds"]))
-        kinds = [kind for kind in kinds if any(scores.scale(r, kind) for r in found if kind in r["kinds"])]
-        if not kinds:
-            continue
-        head(f"{game}, mixture: change of the score within the match", *kinds)
-        for method, results in of_method.items():
-            cells = []
-            for kind in kinds if results else ():
-                several = [r for r in results if kind in r["kinds"] and scores.scale(r, kind)]
-                mean, low, _ = interval([float(scores.of(r, kind) - scores.of(r, kind, "first")) for r in several])
-                cells.append(f"{mean:+.2f}" + (f" +- {mean - low:.2f}" if low == low else ""))
-            if cells:
-                row(method, *cells)
+    """What a match teaches: how much scores of learners from the mixture change from its first episodes to its end,
+    beyond what those of the selfish methods without goals do, which cannot adapt, with the same co-players and seed.
+    Mean over games and kinds, then over seeds, with half its 95 % interval by Student's t."""
+    change = {
+        (r["method"], r["seed"], r["game"], kind): float(scores.of(r, kind) - scores.of(r, kind, "first"))
+        for r in scores.learners
+        for kind in r["kinds"]
+        if r["group"] == "mixture" and scores.scale(r, kind)
+    }
+    head("from the mixture: net change of the score within the match", *CHANGES)
+    for method in GOAL_METHODS:
+        cells = []
+        for games, kinds in CHANGES.values():
+            of_seed: dict[int, list[float]] = {}
+            for (name, seed, game, kind), value in change.items():
+                others = [change.get((other, seed, game, kind)) for other in CONTROLS]
+                if name == method and game in games and kind in kinds and None not in others:
+                    of_seed.setdefault(seed, []).append(value - statistics.mean(others))
+            mean, low, _ = interval([statistics.mean(v) for v in of_seed.values()]) if of_seed else (np.nan,) * 3
+            cells.append("" if np.isnan(mean) else f"{mean:+.2f}" + (f" +- {mean - low:.2f}" if low == low else ""))
+        if any(cells):
+            row(method, *cells)
 
 
 def plot_adaptation(scores: Scores) -> None:
