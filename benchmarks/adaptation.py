@@ -87,7 +87,7 @@ FIRST = 10  # episodes at the start of a match, as many as training has
 WINDOWS = 8  # parts of a match, of 300 steps each
 LONGEST = 50  # steps of the longest episode; shorter windows may have no end of an episode
 LEAST_RANGE = 0.05  # of the game's best mean return, from score 0 to 1; with less there is no score
-EPISODES = 20  # first episodes of a match, for the curve
+EPISODES = 20  # first episodes of a match that are kept one by one
 
 
 @dataclasses.dataclass
@@ -451,8 +451,8 @@ def report_changes(scores: Scores) -> None:
 
 
 def plot_adaptation(scores: Scores) -> None:
-    """docs/adaptation.png: return by episode of the match with the three co-players in whose company it pays most to
-    know them, mean over seeds; games by groups. Lines: a random learner, and PPO trained on exactly these."""
+    """docs/adaptation.png: return along the match with the three co-players in whose company it pays most to know them,
+    mean over seeds and their range; games by groups. Lines: a random learner, and PPO trained on exactly these."""
     games = [game for game in GAMES if any(scores.chosen(m, g, (game,)) for m in METHODS for g in GROUPS)]
     if not games:
         return
@@ -461,17 +461,19 @@ def plot_adaptation(scores: Scores) -> None:
     for (i, group), (j, game) in itertools.product(enumerate(GROUPS), enumerate(games)):
         kind, axis = SHOWN[game[:3]], axes[i, j]
         for method, (_, _, colour) in METHODS.items():
-            curves = [r["by_episode"][kind] for r in scores.chosen(method, group, (game,))]
-            if curves:
-                mean = np.mean([curve[: min(map(len, curves))] for curve in curves], 0)
-                axis.plot(range(1, len(mean) + 1), mean, color=colour, lw=1.3, label=f"{method} ({len(curves)})")
+            results = scores.chosen(method, group, (game,))
+            if results:
+                curves = np.array([r["by_time"][kind] for r in results])  # [seeds, WINDOWS]
+                steps = results[0]["steps"] * (0.5 + np.arange(WINDOWS)) / WINDOWS
+                axis.plot(steps, curves.mean(0), color=colour, lw=1.3, label=f"{method} ({len(curves)})")
+                axis.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.12, lw=0)
         if reference := scores.references.get((game, kind, 1)):
             for name, style, label in (("late", "--", "PPO trained on these"), ("random", ":", "random")):
                 axis.axhline(reference[name][kind], color="#888888", lw=1.0, ls=style, label=label)
         axis.set(title=f"{game}, learners from {group}")
         axis.grid(alpha=0.3)
         axis.set_ylabel(f"return with three {kind}")
-        axes[-1, j].set_xlabel("episode of the match")
+        axes[-1, j].set_xlabel("step of the match")
     handles = {label: h for a in axes.flat for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="center right")
     figure.tight_layout(rect=(0, 0, 1 - 1.7 / size[0], 1))
