@@ -1874,8 +1874,8 @@ def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_
             return base
         fitting = {field.name for field in dataclasses.fields(Args)} & set(content["args"])
         content["args"] = {name: content["args"][name] for name in fitting}
-    planned = content["args"].get("plan_update", "none") != "none"
     with refused(f"checkpoint {path} does not fit this version"):
+        planned = content["args"].get("plan_update", "none") != "none"
         args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
         agent = Agent(GridGame(content["game"], device), args)
         if base is None:

@@ -189,7 +189,8 @@ def report_in_short(runs_by: dict[tuple[str, str], list], seconds: dict[tuple[st
             for time, unit in zip(seconds[company, method], seconds[company, "plain PPO"], strict=True)
             if time and unit
         ]
-        pace = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios and method != "plain PPO" else ""
+        pace = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
+        pace = "1" if method == "plain PPO" else pace
         returns = [f"{mean_return(of_game):.2f}" if of_game else "" for of_game in runs_by["self-play", method]]
         row(method, *returns, *(scored(runs_by[company, method], mean_over_tasks) for company in COMPANIES), pace)
     head("interquartile mean over games and seeds [95 %]", *COMPANIES)
