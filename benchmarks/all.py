@@ -1,6 +1,6 @@
 """All benchmarks, one after the other; what is there already is not repeated.
 
-    python benchmarks/all.py --quick     # few steps, to see that all works: a quarter of an hour
+    python benchmarks/all.py --quick     # few steps, to see that all works: ten minutes
     python benchmarks/all.py --fresh     # measures anew: about five hours on two cores; stop it and start it at will
     python benchmarks/all.py --report    # tables and pictures of the results in the repository
 

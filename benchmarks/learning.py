@@ -62,7 +62,8 @@ STEPS = {  # game steps in self-play, and among the mixture, where fewer seats l
     "msg": (150_000, 200_000),
 }
 COMPANIES = {"self-play": "--co-players self", "mixture": ""}
-LONGER, TIMES = {"msh-4h1s": ("plain PPO", "discrete goals"), "msg": ("plain PPO", "discrete goals")}, 5
+LONGER = dict.fromkeys(("msh-4h1s", "msg"), ("plain PPO", "discrete goals"))  # runs among the mixture with
+TIMES = 5  # times the game steps
 KINDS = {
     "msh": "self,ns,nh,random,ns-noisy,nh-noisy",
     "msg": "self,cleaner,exploiter,random,cleaner-noisy,exploiter-noisy",
