@@ -1,37 +1,60 @@
-"""HOP+ with one-step planning: opponent modelling with inferred goals in mixed-motive grid games, in one file.
+"""HOP+ with one-step planning: opponent modelling with inferred goals in mixed-motive games.
 
-A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: a VAE's z for every seat,
-from what that seat did in this match. A model of other agents (MOA) predicts their actions from z; a one-step planner
-scores each own action by the expected r + gamma V' over sampled co-player actions; PPO learns around it. Papers: HOP
-(Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (1707.06347), GAE (1506.02438).
+A learner plays among co-players whose goals it infers: a VAE's z for every seat, from what that
+seat did in this *match* (several episodes with the same co-players in the same seats). A model of
+other agents (MOA) predicts their actions from z; a one-step planner scores each own action by the
+expected r + gamma V'; PPO learns around it.
 
-    python hop_onestep.py --num-envs 16                          # train on the small stag hunt
-    python hop_onestep.py --env-id msg --co-players self         # self-play on the snowdrift game
-    python hop_onestep.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
-    diff hop_onestep.py hop_mcts.py                              # what tree search changes
+    python hop_onestep.py --num-envs 16                         # train on the small stag hunt
+    python hop_onestep.py --env-id msg --co-players self        # self-play on the snowdrift game
+    python hop_onestep.py --env-id mpe2.simple_tag_v3           # or on any PettingZoo environment
+    python hop_onestep.py --evaluate runs/NAME --co-players ns  # play with three stag hunters
+    python hop_onestep.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
+        --total-timesteps 2400 --match-episodes 2400 --plan-update offset --plan-until 1 \\
+        --transition simulator --learning-rate 3e-3 --no-anneal  # go on learning within one match
 
-A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
-a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
-[B, A], clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each).
-If it has a method `start_match(which [B] bool)`, that is called when matches start. Before training, another object (or
-copy) of each plays one step of a game that nothing is learnt from.
-Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, .."""
+One iteration; `train` has it line by line:
 
-import collections
+    repeat num_steps times, in B games at once:                          # ROLLOUT
+        z_j ~ q_phi(z | h_j) for every seat j                            # goals, from the match
+        a_j^k ~ pi_hat(. | o_j, t, z_j^k), k = 1..K                      # MOA
+        Q(a_i) = mean over k of r_hat(o_i, a_i, a_-i^k) + gamma V_hat'   # planner, every own action
+        a_i ~ exp(log pi_theta(. | o_i, z_-i) + beta Q)                  # hop: exp(beta Q) alone
+        h_j <- h_j + (o_j, a_j);  o, r <- step(a)
+    MOA: -log pi_hat(a_j | o_j, t, z_j) + alpha KL(q_phi || N(0, I)) + subgoal, on whole matches
+    TRANSITION: r_hat towards r, V_hat' towards V(o_i')
+    PPO: clipped loss on the policy that acted, V towards lambda-returns
+         (hop: pi_theta towards exp(beta Q) by cross-entropy)
+
+A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
+also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
+callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], generator) -> actions
+[R]`, R = B * N rows, one for each seat of each game, those that it does not play included. If it
+has `start_match(which [R] bool)`, that is called when matches start.
+
+Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
+(1707.06347), GAE (1506.02438). Shapes in comments: B games, N players/seats, A actions, X own and
+Y co-players' features, Z goal, K samples, M items, T steps of a rollout, S matches, L steps of a
+match, C steps in the buffer, R rows, D decisions, P pairs, H hidden units, S + 1 cells and none."""
+
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import fcntl
+import functools
 import importlib
-import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,36 +63,41 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
-from pettingzoo import ParallelEnv
-from PIL import Image, ImageDraw
-from torch import Generator, Tensor, nn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Generator, Tensor, arange, cat, nn, stack, tensor, where, zeros_like
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclasses.dataclass
 class Args:
-    # common
+    # run
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of everything random
     torch_deterministic: bool = True  # use torch's deterministic algorithms
     cuda: bool = False  # run on the GPU
-    compile: bool = False  # compile the game, the planner and the PPO loss with torch.compile
+    compile: bool = False  # compile the PPO loss with torch.compile
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "hop-plus"  # W&B project
     wandb_entity: str | None = None  # W&B team
-    capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
-    save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
-    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
-    resume: str | None = None  # folder or checkpoint of a run to go on with; only length and logging may change
-    profile: bool = False  # log where the time goes, and print it at the end as a tree
-    evaluate: str | None = None  # folder or checkpoint to play instead of training
+    capture_video: bool = False  # at the end, write episode.gif: a match's last episode, beliefs
+    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, and every minute
+    resume: str | None = None  # run to go on with, bit for bit; schedules follow the new length
+    init: str | None = None  # run whose weights and options to start from, with fresh optimisers
+    profile: bool = False  # profile three iterations: a table by label, and trace.json
+    evaluate: str | None = None  # run to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
     # game and co-players
-    env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
-    co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
+    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd], module[:function]
+    env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
+    env_workers: int = 0  # processes that step PettingZoo environments; 0: this one
+    horizon: int | None = None  # most steps of an episode (default: by game)
+    co_players: str | None = None  # co-player, or a comma list to draw from (default: by game)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
-    prosocial: float = 0.0  # share of all players' mean reward, until it leaves, in the learner's; the rest is its own
+    prosocial: float = 0.0  # share of all players' mean reward in the learner's, beside its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
@@ -80,16 +108,14 @@ class Args:
     gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
     num_minibatches: int = 8  # minibatches a pass
-    norm_adv: bool = True  # normalise advantages by minibatch
     clip_coef: float = 0.2  # PPO's clipping
-    ent_coef: float = 0.02  # entropy bonus at the start
-    ent_floor: float = 0.1  # share of the entropy bonus that is left at the end, if annealed
+    ent_coef: float = 0.02  # entropy bonus at the start; annealed to a tenth
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of policy, value and what the planner learns
-    reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
+    hidden_size: int = 64  # width of policy, value and transition network
+    reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero, scripted ones' truth
     goal_size: int = 8  # dimensions of z
     moa_hidden_size: int = 64  # width of the MOA's networks
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
@@ -97,1701 +123,1861 @@ class Args:
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_updates: int = 8  # minibatches for the MOA an iteration
     moa_matches: int = 8  # matches in each
-    moa_capacity: int = 1000  # matches that the MOA's buffer holds
-    moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
-    load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
+    moa_capacity: int = 200_000  # game steps that the match buffer holds
+    moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
+    load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = 0  # game steps played first, besides the run's, to train the VAE alone (subgoal and KL)
+    pretrain_moa_steps: int = 0  # game steps before the run that train the VAE alone
     # planner
-    plan_update: Literal["offset", "hop", "none"] | None = None  # scores in the logits; instead of them; plain PPO
-    plan_beta: float | None = None  # weight of the scores, over their running root mean square (default: by game)
-    plan_until: float | None = None  # share of the run after which plain PPO goes on alone (default: by game)
-    plan_samples: int = 16  # sampled joint actions of the co-players a decision
-    transition: Literal["network", "simulator"] = "network"  # where reward and next value of the planner come from
-    transition_learning_rate: float = 1e-3  # of the transition network (Adam)
-    transition_epochs: int = 2  # passes over each rollout for the transition network
-    transition_minibatches: int = 16  # minibatches a pass
-    transition_reservoir: int = 4096  # surprising transitions of the whole run that are learnt from again
+    plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
+    plan_beta: float | None = None  # weight of the scores over their root mean square
+    plan_until: float | None = None  # share of the run after which plain PPO goes on alone
+    plan_samples: int = 16  # K, sampled joint actions of the co-players a decision
+    transition: Literal["network", "simulator"] = "network"  # whence the planner's r and V'
 
 
-FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
-    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
-    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
-}
-NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
-
-
-def resolved(args: Args) -> Args:
-    """`args` with the game's defaults in place of None, checked. Raises UsageError."""
-    game = GridGame(args.env_id)
-    scripted = SCRIPTED_OF[game.family]
-    if game.best_return <= 0:
-        raise UsageError(f"nothing can be earned in {game.id}")
-    defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
-    defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    for name, value in dataclasses.asdict(args).items():
-        choices, wanted = re.findall(r"'(\w+)'", str(Args.__annotations__[name]).partition("Literal")[2]), ""
-        if choices and value not in choices:
-            wanted = f"one of {', '.join(choices)}"
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = 0 if name in (*SHARES, *NOT_NEGATIVE) else 1e-12, 1 if name in SHARES else 2**62
-            wanted = "" if low <= value <= high else "in 0..1" if high == 1 else "positive" if low else "at least 0"
-        if wanted:
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        raise UsageError("--total-timesteps is less than one iteration (--num-envs times --num-steps)")
-    if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: no CUDA device is available")
-    if not re.fullmatch(r"[\w.+-]+", args.exp_name):
-        raise UsageError(f"--exp-name must be letters, digits and . _ + -, not {args.exp_name!r}")
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Games
-# ---------------------------------------------------------------------------------------------------------------------
-UP, DOWN, LEFT, RIGHT, STAY = range(5)  # the moves; interactions (STAG, HARE or REMOVE) follow
-COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
-COUNT = r"(0|[1-9][0-9]{0,3})"
-ITEM_COUNTS = {"msh": rf"{COUNT}h{COUNT}s", "msg": rf"{COUNT}d"}
-GAME_IDS = {f: re.compile(rf"{f}(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{items})?") for f, items in ITEM_COUNTS.items()}
+FROM_0_TO_1 = ["gamma", "gae_lambda", "prosocial", "plan_until"]
+FROM_0 = """seed env_workers ent_coef vf_coef moa_alpha subgoal_coef plan_beta
+    pretrain_moa_steps""".split()
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done; `main` prints the message as one line and exits with status 2."""
+    """What the user asked for cannot be done; `main` prints it as one line, with status 2."""
 
 
-class GameState(NamedTuple):
-    """B parallel games; all int64. Everything that changes while a game is played, and nothing else."""
+@contextlib.contextmanager
+def refused(what):
+    """Turns whatever the user's files and code raise inside into a UsageError of one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{what}: {type(error).__name__}: {error}".split())
+        raise UsageError(text[:500]) from error
+
+
+def checked(args, game):
+    """`args` with the game's defaults in place of None. Raises UsageError for what cannot be."""
+    missing = {name: v for name, v in game.defaults.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **missing)
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low = 0 if name in FROM_0_TO_1 + FROM_0 else 1 if type(value) is int else 1e-12
+            high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
+            if not low <= value <= high:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
+    loaded = args.load_moa is not None or args.init is not None
+    exact = args.goal == "oracle" or args.transition == "simulator"
+    iteration = args.num_envs * args.num_steps
+    problems = {
+        "--total-timesteps is less than --num-envs * --num-steps": args.total_timesteps < iteration,
+        "--goal oracle, --transition simulator: only for msh, msg": exact and not game.simulates,
+        "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
+        "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise UsageError(message)
+    return args
+
+
+# --------------------------------------------------------------------------------------------------
+# Games
+# --------------------------------------------------------------------------------------------------
+def clock_features(done, left, horizon):
+    """float32 [.., 10]: functions of the steps `done` and `left` (float [..]) of an episode. No
+    step begins with 0 left, so V is never trained there: at the time limit it is read as with 1
+    left."""
+    left = left.clamp(min=1.0)
+    functions = [done / horizon, left / horizon, (-left / 2).exp(), (-left / 8).exp()]
+    functions += [left <= 5, left == 1, left == 2, left == 3, done + left < horizon, done >= 0]
+    return stack([function.float() for function in functions], -1)
+
+
+def co_player_seats(num_players):
+    """int64 [N, N-1]: the co-players of each seat, in cyclic order."""
+    seats = arange(num_players)
+    return (seats[:, None] + seats[1:]) % num_players
+
+
+STAY = 4  # the moves are UP, DOWN, LEFT, RIGHT, STAY; interactions follow: STAG, HARE or REMOVE
+COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
+NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+NEVER = 9999  # rank of items that nobody seeks, distance of what is gone
+SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -1: walks about
+    "msh": {"ns": (1, 2), "nh": (0, 1), "random": (0, 0)},
+    "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
+}
+GRID_DEFAULTS = {  # of the options that are None, by measurements (README.md)
+    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
+    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
+}
+NUMBER = "[1-9][0-9]{0,3}"
+GRID_ID = re.compile(
+    f"ms[hg](-(?P<height>{NUMBER})x(?P<width>{NUMBER}))?(-(?P<players>{NUMBER})p)?"
+    f"(-(?P<hares>0|{NUMBER})h(?P<stags>{NUMBER})s|-(?P<drifts>{NUMBER})d)?"
+)
+
+
+class GridState(NamedTuple):
+    """B parallel games; int64. Everything that changes while a game is played, nothing else."""
 
     players: Tensor  # [B, N] cell row * W + col; -1 once the player has left
     items: Tensor  # [B, M] cell, stags before hares; -1 once gone
     time: Tensor  # [B] steps done
-    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before it and in `msg`
-
-    def rows(self, index: Tensor) -> "GameState":
-        """The games at `index` (int64 [B'] or bool [B]), as a state of B' games."""
-        return GameState(*(field[index] for field in self))
-
-    def replaced(self, which: Tensor, other: "GameState") -> "GameState":
-        """This state with the games of bool [B] `which` taken from `other`."""
-        pairs = zip(self, other, strict=True)
-        return GameState(*(torch.where(which.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in pairs))
+    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before, in `msg`
 
 
 class GridGame:
-    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): fixed facts of one game, and pure functions of its state.
-    Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts;
-    `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002). Players act at once; an
-    action is read against the state before the step. Raises UsageError for an id that names no game."""
+    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`) of HOP (Huang et al. 2024), as pure
+    batched functions. Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is
+    `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts; `msg` is `msg-8x8-4p-6d`). Players act
+    at once; an action is read against the state before the step. Raises UsageError for an id that
+    names no game."""
 
-    def __init__(self, env_id: str, device: str | torch.device = "cpu"):
-        self.family, match = next(((f, m) for f, r in GAME_IDS.items() if (m := r.fullmatch(env_id))), ("", None))
-        if match is None:
-            raise UsageError(f"unknown game {env_id!r}: ids are msh[-HxW][-Np][-KhMs] and msg[-HxW][-Np][-Dd]")
-        height, width, players, *counts = (None if group is None else int(group) for group in match.groups())
-        self.height, self.width, self.num_players = height or 8, width or 8, players or 4
-        counts = counts if counts[0] is not None else {"msh": [4, 1], "msg": [6]}[self.family]
-        self.item_counts = counts[::-1]  # stags before hares
-        self.num_items, self.num_cells = sum(counts), self.height * self.width
-        if 0 in (height, width, players) or self.item_counts[0] == 0:
-            raise UsageError(f"bad game id {env_id!r}: sides, players, stags and drifts must be at least 1")
-        if self.num_items > self.num_cells:
-            raise UsageError(f"bad game id {env_id!r}: {self.num_items} items on {self.num_cells} cells")
-        if self.num_cells > 4096 or self.num_players > 64:
-            raise UsageError(f"bad game id {env_id!r}: at most 4096 cells and 64 players")
-        msh = self.family == "msh"
-        self.id = f"{self.family}-{self.height}x{self.width}-{self.num_players}p-"  # one spelling a game
-        self.id += f"{counts[0]}h{counts[1]}s" if msh else f"{counts[0]}d"
-        self.item_names = ["stag", "hare"] if msh else ["drift"]
-        self.action_names = ["up", "down", "left", "right", "stay", *(["stag", "hare"] if msh else ["remove"])]
-        self.num_actions, self.horizon = len(self.action_names), 35 if msh else 50
-        self.obs_shape = (self.num_players + len(self.item_names), self.height, self.width)
+    simulates = True  # `step` works from any state
+    state_type = GridState
+
+    def __init__(self, env_id, device="cpu", horizon=None):
+        match = GRID_ID.fullmatch(env_id)
+        self.family = env_id[:3]
+        if match is None or match["drifts" if self.family == "msh" else "hares"]:
+            ids = "msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd]"
+            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or a module's name")
+        self.height = int(match["height"] or 8)
+        self.width = int(match["width"] or 8)
+        self.num_players = int(match["players"] or 4)
+        if self.family == "msh":
+            self.horizon = horizon or 35
+            self.item_names = ["stag", "hare"]
+            self.item_counts = [int(match["stags"] or 1), int(match["hares"] or 4)]
+            quota = [2, 1]  # players that an item takes
+            share = [10.0, 1.0]  # what they split
+            self.bonus = 0.0  # to every player for every item taken
+            stags = min(self.item_counts[0], self.num_players // 2)
+            best = 10 * stags + min(self.item_counts[1], self.num_players - 2 * stags)
+        else:
+            self.horizon = horizon or 50
+            self.item_names = ["drift"]
+            self.item_counts = [int(match["drifts"] or 6)]
+            quota = [1]
+            share = [-4.0]
+            self.bonus = 6.0
+            best = self.item_counts[0] * (6 * self.num_players - 4)
+        self.best_return = best / self.num_players  # highest mean return a player, undiscounted
+        self.num_items = sum(self.item_counts)
+        self.num_cells = self.height * self.width
+        sizes = [self.num_cells, self.num_players * 64, self.horizon]
+        if self.num_items > self.num_cells or max(sizes) > 4096 or self.horizon < 1:
+            most = "an item a cell, 4096 cells, 64 players, --horizon 4096"
+            raise UsageError(f"bad game {env_id!r}: at most {most}")
         self.device = torch.device(device)
-        kind = torch.repeat_interleave(torch.arange(len(self.item_counts)), torch.tensor(self.item_counts))
-        self.item_kind = kind.to(device)  # int64 [M]
-        self.item_action = self.item_kind + 5  # int64 [M] the action that takes it
-        self.quota = (2 - self.item_kind if msh else self.item_kind + 1).to(device)  # int64 [M] players needed
-        self.share = torch.tensor([10.0, 1.0] if msh else [-4.0], device=device)[self.item_kind]  # split by the takers
-        self.bonus = 0.0 if msh else 6.0  # to every player for every item taken
-        cell = torch.arange(self.num_cells, device=device)
-        row, col = cell // self.width, cell % self.width
-        legal = torch.stack([row > 0, row < self.height - 1, col > 0, col < self.width - 1, row >= 0], 1)
-        by = legal * torch.tensor([-self.width, self.width, -1, 1, 0], device=device)  # an illegal move is STAY
-        moved = cell[:, None] + F.pad(by, (0, len(self.item_names)))
-        # row S of every table is reached by index -1: left or gone
-        self.legal_moves = torch.cat([legal, torch.arange(5, device=device)[None] == STAY])  # bool [S + 1, 5]
-        self.next_cell = F.pad(moved, (0, 0, 0, 1), value=-1)  # int64 [S + 1, A]
-        distance = (row[:, None] - row).abs() + (col[:, None] - col).abs()
-        self.distance = F.pad(distance, (0, 1, 0, 1), value=4 * (self.height + self.width))  # int64 [S + 1, S + 1]
+        with self.device:
+            self.make_tables(tensor(quota), tensor(share))
 
-    @property
-    def best_return(self) -> float:
-        """Highest possible mean return per player, over all ways to play together (undiscounted)."""
-        if self.family == "msg":
-            return self.item_counts[0] * (6.0 - 4.0 / self.num_players)
-        stags = range(min(self.item_counts[0], self.num_players // 2) + 1)
-        return max(10.0 * s + min(self.item_counts[1], self.num_players - 2 * s) for s in stags) / self.num_players
+    def make_tables(self, quota, share):
+        """What rules and features look up, and the rest of the interface. Tables by cell have a
+        last row, reached by index -1, for who has left and what is gone."""
+        width = self.width
+        kinds = len(quota)
+        self.num_actions = 5 + kinds
+        self.others = co_player_seats(self.num_players)  # [N, N-1]
+        self.item_kind = arange(kinds).repeat_interleave(tensor(self.item_counts))  # [M]
+        self.item_action = 5 + self.item_kind  # [M] the action that takes it
+        self.quota = quota[self.item_kind]  # [M]
+        self.share = share[self.item_kind]  # [M]
+        self.kinds = SCRIPTED[self.family]
+        self.rank = tensor([*self.kinds.values(), [0] * kinds])  # last: who is not scripted
+        noisy = [f"{kind}-noisy" for kind in self.kinds if kind != "random"]
+        self.defaults = {
+            **GRID_DEFAULTS[self.family],
+            "co_players": ",".join(["self", *self.kinds, *noisy]),
+            "reward_scale": 3.0 / (self.best_return or 1.0),
+            "horizon": self.horizon,
+        }
+        cell = arange(self.num_cells)
+        row = cell // width
+        col = cell % width
+        inside = [row > 0, row < self.height - 1, col > 0, col < width - 1, row >= 0]
+        self.legal_moves = F.pad(stack(inside, 1), (0, 0, 0, 1))  # bool [S + 1, 5]
+        self.legal_moves[-1, STAY] = True
+        change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
+        start = F.pad(cell, (0, 1), value=-1)[:, None]
+        self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
+        # functions of relative cells, and which relative cell a pair of cells has
+        down = arange(1 - self.height, self.height).repeat_interleave(2 * width - 1).float()
+        right = arange(1 - width, width).repeat(2 * self.height - 1).float()
+        distance = down.abs() + right.abs()
+        near = (-distance / 1.5).exp()
+        far = (-distance / 4.0).exp()
+        functions = [distance >= 0, distance == 0, distance == 1, distance == 2]
+        functions += [down == 0, right == 0, near, far]
+        for part in (down, right, down.abs(), right.abs(), distance):
+            functions.append(part / max(self.height, width))
+        for way in (down < 0, down > 0, right < 0, right > 0):
+            functions += [way * near, way * far]
+        relative = stack([function.float() for function in functions], 1)
+        self.relative = F.pad(relative, (0, 0, 0, 1))  # [relative cells + 1, F], last: zero
+        self.distance = F.pad(distance, (0, 1), value=NEVER)  # [relative cells + 1]
+        pair = (row - row[:, None] + self.height - 1) * (2 * width - 1)
+        pair = pair + col - col[:, None] + width - 1
+        self.pair = F.pad(pair, (0, 1, 0, 1), value=len(relative))  # [own, other]
+        steps = arange(self.horizon + 1.0)
+        steps = torch.meshgrid(steps, steps, indexing="ij")
+        self.clock_table = clock_features(*steps, self.horizon)  # [steps done, steps left, 10]
+        size = len(functions)
+        self.own_size = 15 + kinds * size  # X
+        self.other_size = size + kinds * size  # Y
+        self.subgoal_size = size  # F
+        self.oracle_size = len(self.rank) + 2 + size
 
-    def initial_state(self, batch: int, generator: Generator | None = None) -> GameState:
-        """A fresh GameState of `batch` games: players on any cells, items on distinct cells, all uniform."""
-        players = torch.randint(self.num_cells, (batch, self.num_players), generator=generator, device=self.device)
-        order = torch.rand(batch, self.num_cells, generator=generator, device=self.device).argsort(1)
-        zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        return GameState(players, order[:, : self.num_items], zeros, zeros)
+    def start(self, batch, generator):
+        """`batch` new games: players on any cells, items on distinct cells, all uniform."""
+        players = uniform((batch, self.num_players), generator) * self.num_cells
+        order = uniform((batch, self.num_cells), generator).argsort(1)
+        time = zeros_like(order[:, 0])
+        return GridState(players.long(), order[:, : self.num_items], time, time)
 
-    def hits(self, state: GameState, actions: Tensor) -> Tensor:
-        """bool [B, N, M]: player n plays the interaction of item m on its cell, in `actions` int64 [B, N]."""
-        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
-        return on_cell & (actions.unsqueeze(2) == self.item_action)
+    def restart(self, state, ended, generator):
+        """`state` with the games of bool [B] `ended` begun anew."""
+        fields = []
+        for old, new in zip(state, self.start(len(ended), generator)):
+            fields.append(where(ended if old.dim() == 1 else ended[:, None], new, old))
+        return GridState(*fields)
 
-    def step(self, state: GameState, actions: Tensor) -> tuple[GameState, Tensor, Tensor, Tensor]:
-        """Next state, reward float32 [B, N], terminated bool [B], truncated bool [B] for `actions` int64 [B, N].
-        Draws nothing, resets nothing, changes no argument; illegal actions count as STAY. Raises ValueError if an
-        action lies outside 0..A-1 (not checked inside torch.compile)."""
-        if not torch.compiler.is_compiling() and bool(((actions < 0) | (actions >= self.num_actions)).any()):
+    def on_item(self, state):
+        """bool [B, N, M]: the player stands on the item."""
+        items = state.items.masked_fill(state.items < 0, NEVER)
+        return state.players[:, :, None] == items[:, None]
+
+    def step(self, state, actions):
+        """Next state, reward float32 [B, N], terminated and truncated bool [B, N] for `actions`
+        int64 [B, N]. Draws and resets nothing; illegal actions count as STAY. Raises ValueError for
+        numbers that are no actions."""
+        if ((actions < 0) | (actions >= self.num_actions)).any():
             raise ValueError(f"actions must lie in 0..{self.num_actions - 1}")
-        hits = self.hits(state, actions)
-        takers = hits.sum(1)  # [B, M]
+        hits = self.on_item(state) & (actions[:, :, None] == self.item_action)  # [B, N, M]
+        takers = hits.sum(1, True)  # [B, 1, M]
         taken = takers >= self.quota
-        wins = hits & taken.unsqueeze(1)
-        reward = (wins * (self.share / takers.clamp(min=1)).unsqueeze(1)).sum(2) + self.bonus * taken.sum(
-            1, keepdim=True
-        )
-        items = state.items.masked_fill(taken, -1)
-        players, time = self.next_cell[state.players, actions], state.time + 1
-        first_hunt, terminated = state.first_hunt, (items < 0).all(1)
+        wins = hits & taken
+        reward = (wins * self.share / takers.clamp(min=1) + taken * self.bonus).sum(2)
+        items = state.items.masked_fill(taken[:, 0], -1)
+        players = self.next_cell[state.players, actions]
+        time = state.time + 1
+        first_hunt = state.first_hunt
+        over = (items < 0).all(1)  # [B]
         if self.family == "msh":
             players = players.masked_fill(wins.any(2), -1)
-            first_hunt = torch.where((first_hunt == 0) & taken.any(1), time, first_hunt)
-            terminated = terminated | (players < 0).all(1) | ((first_hunt > 0) & (time >= first_hunt + COUNTDOWN))
-        return GameState(players, items, time, first_hunt), reward, terminated, (time >= self.horizon) & ~terminated
+            first_hunt = where((first_hunt == 0) & taken[:, 0].any(1), time, first_hunt)
+            counted_down = (first_hunt > 0) & (time >= first_hunt + COUNTDOWN)
+            over = over | (players < 0).all(1) | counted_down
+        terminated = over[:, None] | (players < 0)
+        truncated = (time >= self.horizon)[:, None] & ~terminated
+        return GridState(players, items, time, first_hunt), reward, terminated, truncated
 
-    def clock(self, state: GameState) -> Tensor:
-        """int64 [B, 2]: steps done, steps left until the game must end (the countdown after a first hunt included)."""
-        end = torch.where(state.first_hunt > 0, (state.first_hunt + COUNTDOWN).clamp(max=self.horizon), self.horizon)
-        return torch.stack([state.time, end - state.time], 1)
+    def alive(self, state):
+        """bool [B, N]: the player has not left."""
+        return state.players >= 0
 
-    def action_mask(self, state: GameState) -> Tensor:
+    def clock(self, state):
+        """int64 [B, 2]: steps done, steps left until the game must end (countdown included)."""
+        end = where(state.first_hunt > 0, state.first_hunt + COUNTDOWN, self.horizon)
+        return stack([state.time, end.clamp(max=self.horizon) - state.time], 1)
+
+    def action_mask(self, state):
         """bool [B, N, A]: legal actions; STAY alone for a player that has left."""
-        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
-        interact = [here.any(2, keepdim=True) for here in on_cell.split(self.item_counts, 2)]
-        return torch.cat([self.legal_moves[state.players], *interact], 2)
+        kinds = self.on_item(state).split(self.item_counts, 2)
+        return cat([self.legal_moves[state.players], *(kind.any(2, True) for kind in kinds)], 2)
 
-    def observe(self, state: GameState) -> Tensor:
-        """float32 [B, N, C, H, W]: seat i's view; own plane, then players i+1, i+2, ... mod N, then a plane a kind."""
-        cells = torch.cat([state.players, state.items], 1) % (self.num_cells + 1)  # -1 becomes S, off the end
-        planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()  # [B, N + M, S]
-        players, *items = planes.split([self.num_players, *self.item_counts], 1)
-        seats = torch.arange(self.num_players, device=self.device)
-        players = players[:, (seats[:, None] + seats) % self.num_players]  # [B, N, N, S]
-        items = torch.stack([part.sum(1) for part in items], 1).unsqueeze(1).expand(-1, self.num_players, -1, -1)
-        return torch.cat([players, items], 2).unflatten(-1, (self.height, self.width))
+    def idle(self, mask):
+        """int64 [..]: what an illegal action counts as, for bool `mask` [.., A]."""
+        return mask.long().sum(-1) * 0 + STAY
 
+    def observe(self, state):
+        """float32 [B, N, planes, H, W]: own plane, players i+1, i+2, .. mod N, kinds of items."""
+        cells = cat([state.players, state.items], 1) % (self.num_cells + 1)  # -1: off the end
+        planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()
+        planes = planes.unflatten(2, (self.height, self.width))  # [B, N + M, H, W]
+        players, *kinds = planes.split([self.num_players, *self.item_counts], 1)
+        kinds = [kind.sum(1, True) for kind in kinds]
+        views = [cat([players.roll(-i, 1), *kinds], 1) for i in range(self.num_players)]
+        return stack(views, 1)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering and the PettingZoo environment
-# ---------------------------------------------------------------------------------------------------------------------
-PLAYER_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#117799", "#997700", "#882255", "#444444"]
-ITEM_LOOKS = {"stag": (3, 180, "#C8A27A"), "hare": (4, 45, "#F2D76B"), "drift": (6, 0, "#BFE3F5")}  # sides, turn, fill
-METADATA = {"name": "hop_grid_v0", "render_modes": ["rgb_array", "ansi"], "render_fps": 4, "is_parallelizable": True}
+    def features(self, state):
+        """Own features [B, N, X] (clock, legal moves, items) and co-players' [B, N, N-1, Y] (their
+        relative cells, and what they see of items). Who has left, what is gone, adds zero."""
+        cells = state.players[:, :, None]
+        pairs = self.pair[cells, state.items[:, None]].flatten(0, 1)  # [B * N, M]
+        kinds = []
+        for kind in pairs.split(self.item_counts, 1):
+            kind = F.pad(kind, (0, 1), value=len(self.relative) - 1)  # never empty
+            kinds.append(F.embedding_bag(kind, self.relative, mode="sum"))
+        seen = cat(kinds, 1).unflatten(0, state.players.shape)
+        clock = self.clock_table[self.clock(state).unbind(1)][:, None]
+        clock = clock.expand(-1, self.num_players, -1)
+        own = cat([clock, self.legal_moves[state.players], seen], 2)
+        near = self.relative[self.pair[cells, state.players[:, self.others]]]
+        return own, cat([near, seen[:, self.others]], 3)
 
+    def reached(self, state, actions, after, reward):
+        """int64 [B, N]: the subgoal, an item, that each player reached in this step; else -1."""
+        hits = self.on_item(state) & (actions[:, :, None] == self.item_action)
+        wins = hits & (after.items < 0)[:, None]
+        return where(wins.any(2), wins.int().argmax(2), -1)
 
-def render_frame(game: GridGame, state: GameState, beliefs: dict | None = None, title: str = "") -> np.ndarray:
-    """Picture of the one game in `state`: uint8 [H', W', 3], of one size for one game with, and without, beliefs.
-    `beliefs` is {"focal": seat, "probs": float [N, M + 1]}: what the focal player takes each player's next item to be,
-    last column none. Every co-player gets a bar chart, and a line to the item that it most likely heads for."""
-    cells, item_cells, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
-    names = [f"{game.item_names[k]} {m - sum(game.item_counts[:k])}" for m, k in enumerate(game.item_kind.tolist())]
-    colours, focal = PLAYER_COLOURS * game.num_players, None if beliefs is None else int(beliefs["focal"])
-    charts = [seat for seat in range(game.num_players) if focal not in (None, seat)]
-    # everything is drawn at twice its size and halved at the end, which smooths the edges
-    half, top, chart_h = min(96, max(16, 448 // max(game.height, game.width))), 104, 44 + 28 * (game.num_items + 1)
-    cell, side_x, body_h = 2 * half, 48 + 2 * half * game.width, max(260, 2 * half * game.height, chart_h * len(charts))
-    image = Image.new("RGB", (max(640, side_x + 64 + 440 * bool(charts)), top + body_h + 24), "white")
-    draw, centres, disks = ImageDraw.Draw(image), [], []
-    draw.text((24, 12), title, "black", font_size=30)
-    draw.text((24, 58), f"time {time}, {steps_left} steps left", "#555555", font_size=30)
-    for c in range(game.num_cells):
-        x, y = 24 + c % game.width * cell, top + c // game.width * cell
-        draw.rectangle((x, y, x + cell, y + cell), "#FAFAF7", "#C8C8C8", 2)
-        centres.append((x + half, y + half))
-    columns, slot = math.ceil(game.num_players**0.5), (body_h - 36) / game.num_players
-    for seat, c in enumerate(cells):  # each seat has a place of its own in every cell, and beside the grid for the end
-        (x, y), w, (row, column) = centres[c], cell / columns, divmod(seat, columns)
-        place = (x - half + (column + 0.5) * w, y - half + (row + 0.5) * w, max(2.0, 0.36 * w))  # with the radius
-        disks.append(place if c >= 0 else (side_x + 28, top + 36 + (seat + 0.5) * slot, min(23.0, 0.45 * slot)))
-    draw.text((side_x, top), "left" if min(cells) < 0 else "", "#555555", font_size=24)
-    for k, seat in enumerate(charts):
-        probs, text = beliefs["probs"][seat], f"player {seat}{' (left)' if cells[seat] < 0 else ''}: next item?"
-        draw.text((side_x + 80, top + k * chart_h), text, colours[seat], font_size=24)
-        for m, (name, c) in enumerate(zip([*names, "none"], [*item_cells, -1], strict=True)):
-            x, y, p = side_x + 80, top + k * chart_h + 34 + 28 * m, float(probs[m]) * (cells[seat] >= 0)
-            place = f" ({c // game.width},{c % game.width})" if c >= 0 else " (gone)" if m < game.num_items else ""
-            draw.text((x, y), name + place, "black", font_size=22)
-            draw.rectangle((x + 180, y + 3, x + 400, y + 23), "#EDEDED")
-            draw.rectangle((x + 180, y + 3, x + 180 + 220 * p, y + 23), colours[seat] if p > 0 else "#EDEDED")
-            if p > 0 and c >= 0 and m == np.argmax(probs):
-                draw.line((*disks[seat][:2], *centres[c]), colours[seat], round(2 + 8 * p))
-    for name, c in zip(names, item_cells, strict=True):
-        if c >= 0:
-            draw.regular_polygon((*centres[c], 0.48 * cell), *ITEM_LOOKS[name.split()[0]], "#6B5B45", 2)
-            draw.text(centres[c], name[0].upper(), "black", anchor="mm", font_size=cell // 4)
-    for seat, (x, y, r) in enumerate(disks):
-        draw.ellipse((x - r, y - r, x + r, y + r), colours[seat], *(("black", 6) if seat == focal else ("white", 2)))
-        draw.text((x, y), str(seat), "white", anchor="mm", font_size=max(6, int(1.2 * r)))
-    return np.array(image.reduce(2))
+    def subgoals(self, state):
+        """What each player can go for, the items: features [B, N, M, F] and bool [B, N, M]
+        present."""
+        relative = self.relative[self.pair[state.players[:, :, None], state.items[:, None]]]
+        return relative, (state.items >= 0)[:, None].expand(relative.shape[:3])
 
+    def scripted_actions(self, state, mask, kind, noisy, target, generator):
+        """Actions [B, N] and targets [B, N] (item, -1 none) of scripted players at every seat.
+        `kind` int64 [B, N] indexes `kinds` (-1: acts at random), `noisy` bool [B, N]; `target` is
+        that of the step before. Nearest is by Manhattan distance, ties uniform; a target is kept
+        while it is there."""
+        rank = self.rank[kind]  # [B, N, kinds of items]
+        walks = (rank < 0).any(2)
+        acts_at_random = (rank == 0).all(2) | (state.players < 0)
+        rank = rank[:, :, self.item_kind]  # [B, N, M]
+        rank = rank.masked_fill((rank <= 0) | (state.items < 0)[:, None], NEVER)
+        first = rank.amin(2, True)
+        eligible = (rank == first) & (first < NEVER)
+        distance = self.distance[self.pair[state.players[:, :, None], state.items[:, None]]]
+        nearness = -distance - 0.5 * uniform(distance.shape, generator)
+        nearest = nearness.masked_fill(~eligible, -math.inf).argmax(2)
+        kept = (target >= 0) & pick(eligible, target.clamp(min=0))
+        target = where(kept, target, where(eligible.any(2), nearest, -1))
+        item = target.clamp(min=0)
+        goal = state.items.gather(1, item)[:, :, None]  # [B, N, 1] cell
+        actions = arange(self.num_actions, device=self.device)
+        reach = self.distance[self.pair[self.next_cell[state.players], goal]]  # [B, N, A]
+        closer = reach < reach[..., STAY, None]
+        take = self.item_action[item][:, :, None] == actions
+        allowed = where(state.players[:, :, None] == goal, take, closer)
+        allowed = where(target[:, :, None] < 0, actions == STAY, allowed)
+        allowed = where(walks[:, :, None], mask & (actions <= STAY), allowed)
+        noise = noisy & (uniform(kind.shape, generator) < NOISE)
+        allowed = where((noise | acts_at_random)[:, :, None], mask, allowed)
+        return random_actions(allowed, generator), target
 
-def render_text(game: GridGame, state: GameState) -> str:
-    """The one game in `state`, a row a line: S, H or D an item, the seats of the players on the cell, `.` nothing."""
-    cells, items, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
-    seats = {c: ",".join(str(seat) for seat, at in enumerate(cells) if at == c) for c in range(-1, game.num_cells)}
-    letters = {c: game.item_names[k][0].upper() for c, k in zip(items, game.item_kind.tolist(), strict=True)}
-    texts = [letters.get(c, "") + seats[c] or "." for c in range(game.num_cells)]
-    wide = max(4, max(map(len, texts)) + 1)
-    rows = ["".join(text.ljust(wide) for text in texts[c : c + game.width]) for c in range(0, len(texts), game.width)]
-    left = f", players that left: {seats[-1]}" if seats[-1] else ""
-    return "\n".join([*(row.rstrip() for row in rows), f"time {time}, {steps_left} steps left{left}"])
+    def oracle(self, state, kind, noisy, target):
+        """float32 [B, N, ..]: the truth about scripted players: kind, noise, place of target."""
+        item = state.items.gather(1, target.clamp(min=0)).masked_fill(target < 0, -1)
+        known = F.one_hot(kind + 1, len(self.rank))
+        flags = stack([noisy, item >= 0], 2)
+        return cat([known, flags, self.relative[self.pair[state.players, item]]], 2)
 
+    def draw(self, state, title, beliefs=None):
+        """Picture uint8 [.., .., 3] of the first game. `beliefs` float [N, M + 1] draws a line from
+        each player to each item, as wide as the item is likely to be its next."""
+        canvas = FigureCanvasAgg(Figure())
+        axes = canvas.figure.subplots()
+        axes.set(xlim=(-1, self.width), ylim=(self.height, -1))
+        axes.set_title(f"{title}, step {int(state.time[0])}", fontsize=8, wrap=True)
+        axes.grid(alpha=0.3)
+        cells = cat([state.players[0], state.items[0]])
+        turn = arange(len(cells)) * 2.4  # who shares a cell stands side by side
+        x = cells % self.width + 0.2 * turn.cos()
+        y = cells // self.width + 0.2 * turn.sin()
+        names = [*range(self.num_players), *(self.item_names[kind] for kind in self.item_kind)]
+        for k in (cells >= 0).nonzero()[:, 0].flip(0).tolist():  # items below players
+            is_player = k < self.num_players
+            colour = f"C{k}" if is_player else "grey"
+            axes.text(x[k], y[k], names[k], color="white", backgroundcolor=colour, ha="center")
+            for m in range(self.num_items) if is_player and beliefs is not None else ():
+                ends = [k, self.num_players + m]
+                axes.plot(x[ends], y[ends], colour, linewidth=5 * float(beliefs[k, m]))
+        canvas.draw()
+        return np.array(canvas.buffer_rgba())[..., :3]
 
-class GridParallelEnv(ParallelEnv):
-    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` ... `player_{N-1}` in seat order. Observations
-    are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold "action_mask" again and "clock", int64
-    [2]. A player that leaves the game is terminated in that step. An illegal action counts as STAY. Raises UsageError
-    for an unknown game or render mode, ValueError for an action outside the action space."""
-
-    metadata = METADATA
-
-    def __init__(self, env_id: str = "msh-4h1s", render_mode: str | None = None):
-        if render_mode not in (None, *METADATA["render_modes"]):
-            raise UsageError(f"unknown render mode {render_mode!r}: it is rgb_array, ansi or None")
-        self.game, self.render_mode, self.game_state, self.generator = GridGame(env_id), render_mode, None, Generator()
-        self.generator.seed()  # fresh entropy, until reset is given a seed
-        self.possible_agents, self.agents = [f"player_{seat}" for seat in range(self.game.num_players)], []
-        planes, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
-        self.state_space, self.observation_spaces, self.action_spaces = spaces.Box(*planes), {}, {}
-        for agent in self.possible_agents:
-            view = {"observation": spaces.Box(*planes), "action_mask": spaces.MultiBinary(num_actions)}
-            self.observation_spaces[agent], self.action_spaces[agent] = spaces.Dict(view), spaces.Discrete(num_actions)
-
-    def observation_space(self, agent: str) -> spaces.Space:
-        return self.observation_spaces[agent]
-
-    def action_space(self, agent: str) -> spaces.Space:
-        return self.action_spaces[agent]
-
-    def views(self) -> tuple[dict, dict]:
-        """Observations and infos of the agents that are in the game."""
-        game, state, seats = self.game, self.game_state, [self.possible_agents.index(agent) for agent in self.agents]
-        planes, mask = game.observe(state)[0].numpy(), game.action_mask(state)[0].to(torch.int8).numpy()
-        infos = {f"player_{i}": {"action_mask": mask[i].copy(), "clock": game.clock(state)[0].numpy()} for i in seats}
-        return {f"player_{i}": {"observation": planes[i], "action_mask": mask[i]} for i in seats}, infos
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        self.game_state, self.agents = self.game.initial_state(1, self.generator), self.possible_agents[:]
-        return self.views()
-
-    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
-        if not self.agents:
-            raise RuntimeError("no game is being played: call reset first")
-        for agent in self.agents:
-            if not self.action_space(agent).contains(actions.get(agent)):
-                raise ValueError(f"{agent}: action {actions.get(agent)!r} is not in {self.action_space(agent)}")
-        played = [int(actions[agent]) if agent in self.agents else STAY for agent in self.possible_agents]
-        self.game_state, reward, over, cut = self.game.step(self.game_state, torch.tensor([played]))
-        over = over | (self.game_state.players[0] < 0)  # bool [N]: a player that leaves is terminated
-        by_seat = [dict(zip(self.possible_agents, x.tolist(), strict=True)) for x in (reward[0], over, cut & ~over)]
-        results, (observations, infos) = [{agent: x[agent] for agent in self.agents} for x in by_seat], self.views()
-        self.agents = [agent for agent in self.agents if not (results[1][agent] or results[2][agent])]
-        return observations, *results, infos
-
-    def state(self) -> np.ndarray:
-        """float32 [C, H, W]: a plane for each player in seat order, then one for each kind of item."""
-        return self.game.observe(self.game_state)[0, 0].numpy()  # seat 0's view is in seat order
-
-    def render(self) -> np.ndarray | str | None:
-        draw = {"rgb_array": render_frame, "ansi": render_text}.get(self.render_mode, lambda game, state: None)
-        return draw(self.game, self.game_state)
+    def close(self):
+        """Nothing is held."""
 
 
-parallel_env = GridParallelEnv  # parallel_env(env_id, render_mode), the name that PettingZoo's own environments have
+class ParallelState(NamedTuple):
+    """What is known of B copies of a PettingZoo environment, which lie in the game."""
+
+    observation: Tensor  # float32 [B, N, O] flattened and padded; NaN where a player has none
+    mask: Tensor  # bool [B, N, A] legal actions; the first alone for a player that is not there
+    playing: Tensor  # bool [B, N] the player is there
+    time: Tensor  # int64 [B] steps done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Copies:
+    """Copies of a PettingZoo environment in one process, stepped one after another."""
+
+    def __init__(self, make, kwargs, count):
+        self.envs = [imported(make)(**kwargs) for _ in range(count)]
+        env = self.envs[0]
+        self.agents = list(env.possible_agents)
+        self.views = [env.observation_space(agent) for agent in self.agents]
+        self.actions = [env.action_space(agent) for agent in self.agents]
+        size = max(map(spaces.flatdim, self.views), default=9999)
+        if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
+            needs = "agents with Discrete actions and observations of at most 4096 numbers"
+            raise UsageError(f"{make}: environments need {needs}")
+        shape = (count, len(self.agents))
+        self.observation = np.zeros((*shape, size), np.float32)
+        self.mask = np.zeros((*shape, max(space.n for space in self.actions)), bool)
+        self.playing = np.zeros(shape, bool)
+
+    def read(self, k, observations, infos):
+        """Takes in what copy `k` returned."""
+        self.observation[k] = math.nan
+        self.mask[k] = False
+        for n, agent in enumerate(self.agents):
+            self.playing[k, n] = agent in self.envs[k].agents
+            if agent in observations:
+                view = observations[agent]
+                mask = infos.get(agent, {}).get("action_mask", True)
+                if isinstance(view, dict):
+                    mask = view.get("action_mask", mask)
+                flat = spaces.flatten(self.views[n], view)
+                self.observation[k, n] = 0.0
+                self.observation[k, n, : len(flat)] = flat
+                self.mask[k, n, : self.actions[n].n] = mask
+        self.mask[k, ~self.playing[k]] = False
+        self.mask[k, :, 0] |= ~self.mask[k].any(1)
+
+    def reset(self, which, seeds):
+        """Begins the copies of bool `which` anew; observations, masks, who plays: [copies, N,
+        ..]."""
+        for k in which.nonzero()[0]:
+            self.read(k, *self.envs[k].reset(seed=int(seeds[k])))
+        return self.observation, self.mask, self.playing
+
+    def step(self, actions):
+        """The same, and rewards, terminations, truncations as they are given [copies, N, 3]."""
+        outcome = np.zeros((*actions.shape, 3), np.float32)
+        for k, env in enumerate(self.envs):
+            chosen = {}
+            for n, agent in enumerate(self.agents):
+                if agent in env.agents:
+                    chosen[agent] = self.actions[n].start + actions[k, n]
+            observations, *parts, infos = env.step(chosen)
+            self.read(k, observations, infos)
+            for n, agent in enumerate(self.agents):
+                outcome[k, n] = [part.get(agent, 0) for part in parts]
+        return self.observation, self.mask, self.playing, outcome
+
+    def render(self):
+        """Picture uint8 [.., .., 3] of the first copy."""
+        return np.array(self.envs[0].render())
+
+
+def imported(name):
+    """What `package.module:attribute` names, modules of the working directory included."""
+    sys.path.append(os.getcwd())
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+WORKER = threading.local()  # of a process or thread that steps copies
+
+
+def start_worker(*arguments):
+    WORKER.copies = Copies(*arguments)
+
+
+def in_worker(method, *arrays):
+    return getattr(WORKER.copies, method)(*arrays)
+
+
+class PettingZooGame:
+    """Any PettingZoo ParallelEnv with Discrete actions: B copies, in a thread or in processes.
+
+    Observations are flattened, padded to one size and scaled by sign(x) log(1 + |x|); kinds of
+    agents (by their spaces) are told apart by a one-hot. Co-players' observations count as seen.
+    Raises UsageError, also for what the environment raises."""
+
+    simulates = False
+    state_type = ParallelState
+    num_items = 0
+    item_kind = []
+    item_counts = [0]
+    subgoal_size = 1
+    oracle_size = 0
+    kinds = {"random": None}
+
+    def __init__(self, args, device="cpu"):
+        self.name = args.env_id
+        self.make = self.name if ":" in self.name else f"{self.name}:parallel_env"
+        self.device = torch.device(device)
+        self.workers = args.env_workers
+        self.pools = []
+        with refused(f"cannot make {self.name} with {args.env_kwargs}"):
+            self.kwargs = json.loads(args.env_kwargs)
+            copies = Copies(self.make, self.kwargs, 1)
+            found = getattr(copies.envs[0].unwrapped, "max_cycles", None)
+            self.horizon = args.horizon or found or 0
+        if self.horizon < 1:
+            raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
+        self.num_players = len(copies.agents)
+        self.num_actions = copies.mask.shape[2]
+        self.others = co_player_seats(self.num_players).to(device)  # [N, N-1]
+        looks = [str(look) for look in zip(copies.views, copies.actions)]
+        kind = tensor([looks.index(look) for look in looks], device=device)
+        self.kind = F.one_hot(kind, self.num_players).float()  # [N, kinds of agents]
+        self.other_size = copies.observation.shape[2] + self.num_players + 1
+        self.own_size = 10 + self.other_size
+        self.defaults = {
+            "gamma": 0.95,
+            "plan_update": "none",
+            "plan_beta": 1.0,
+            "plan_until": 1.0,
+            "co_players": "self",
+            "reward_scale": args.reward_scale or self.measured_scale(),
+            "horizon": self.horizon,
+        }
+
+    def measured_scale(self):
+        """1 over the spread of returns, or over the largest reward, in random play."""
+        generator = Generator(self.device).manual_seed(0)
+        state = self.start(1, generator)
+        rewards = []
+        for _ in range(max(500, 2 * self.horizon)):
+            actions = random_actions(state.mask, generator)
+            state, reward, terminated, truncated = self.step(state, actions)
+            rewards.append(reward[0])
+            state = self.restart(state, (terminated | truncated).all(1), generator)
+        rewards = stack(rewards)  # [T, N]
+        returns = stack([part.sum(0) for part in rewards.split(self.horizon)])
+        return 1.0 / (float(returns.std().maximum(rewards.abs().max())) or 1.0)
+
+    def start(self, batch, generator):
+        """Makes `batch` copies and begins an episode in each."""
+        self.close()
+        self.pools = []
+        for part in np.array_split(range(batch), max(1, min(self.workers, batch))):
+            arguments = (start_worker, (self.make, self.kwargs, len(part)))
+            if self.workers > 0:
+                context = multiprocessing.get_context("spawn")
+                pool = concurrent.futures.ProcessPoolExecutor(1, context, *arguments)
+            else:
+                pool = concurrent.futures.ThreadPoolExecutor(1, "", *arguments)
+            self.pools.append(pool)
+        time = torch.zeros(batch, device=self.device).long()
+        return self.restart(ParallelState(time, time, time, time), time == 0, generator)
+
+    def everywhere(self, method, *arguments):
+        """Calls a method of all Copies, side by side; tensors [B, ..]."""
+        parts = [np.array_split(argument.cpu().numpy(), len(self.pools)) for argument in arguments]
+        calls = [pool.submit(in_worker, method, *part) for pool, *part in zip(self.pools, *parts)]
+        with refused(f"{self.name} failed"):
+            results = zip(*(call.result() for call in calls))
+        return [tensor(np.concatenate(result), device=self.device) for result in results]
+
+    def restart(self, state, ended, generator):
+        """`state` with the games of bool [B] `ended` begun anew, seeded from `generator`."""
+        seeds = (uniform(ended.shape, generator) * 2**31).long()
+        fields = self.everywhere("reset", ended, seeds)
+        return ParallelState(*fields, state.time.masked_fill(ended, 0))
+
+    def step(self, state, actions):
+        """Steps all copies, which must be in `state`; as GridGame.step. Leaving without a flag is
+        termination; past the horizon who plays is truncated."""
+        observation, mask, playing, outcome = self.everywhere("step", actions)
+        reward, terminated, truncated = outcome.unbind(2)
+        time = state.time + 1
+        late = (time >= self.horizon)[:, None] & playing
+        truncated = (truncated.bool() | late) & ~terminated.bool() & state.playing
+        terminated = (terminated.bool() | ~playing) & ~truncated
+        observation = observation.masked_fill(terminated[:, :, None], math.nan)
+        after = ParallelState(observation, mask, ~terminated & ~truncated, time)
+        return after, reward * state.playing, terminated, truncated
+
+    def alive(self, state):
+        return state.playing
+
+    def clock(self, state):
+        """int64 [B, 2]: steps done, steps left at most."""
+        return stack([state.time, self.horizon - state.time], 1)
+
+    def action_mask(self, state):
+        return state.mask
+
+    def idle(self, mask):
+        """int64 [..]: what an illegal action counts as: the first legal one of `mask` [.., A]."""
+        return mask.int().argmax(-1)
+
+    def observe(self, state):
+        """float32 [B, N, O]: observations as they are given, flattened, padded with 0."""
+        return state.observation.nan_to_num(0.0)
+
+    def features(self, state):
+        """Own features [B, N, X] (clock, view) and co-players' views [B, N, N-1, Y]: scaled
+        observation, kind of agent, 1. A player that is not there has zeros."""
+        present = ~state.observation[..., :1].isnan()
+        view = state.observation.nan_to_num(0.0)
+        view = cat([view.sign() * view.abs().log1p(), self.kind * present, present], 2)
+        clock = clock_features(*self.clock(state).float().unbind(1), self.horizon)
+        clock = clock[:, None].expand(-1, self.num_players, -1)
+        return cat([clock, view], 2), view[:, self.others]
+
+    def reached(self, state, actions, after, reward):
+        """int64 [B, N]: no subgoal, -1."""
+        return zeros_like(actions) - 1
+
+    def subgoals(self, state):
+        """Nothing that a player can go for is known: [B, N, 0, 1] and [B, N, 0]."""
+        nothing = state.mask[:, :, :0]
+        return nothing[..., None].float(), nothing
+
+    def scripted_actions(self, state, mask, kind, noisy, target, generator):
+        """Uniform legal actions [B, N], and the targets as they were."""
+        return random_actions(mask, generator), target
+
+    def draw(self, state, title, beliefs=None):
+        """Picture uint8 [.., .., 3] of the first copy."""
+        return self.pools[0].submit(in_worker, "render").result()
+
+    def close(self):
+        """Ends the threads or processes that step the copies."""
+        for pool in self.pools:
+            pool.shutdown()
+
+
+def make_game(args, device):
+    """The game that `--env-id` names. Raises UsageError."""
+    if "." in args.env_id or ":" in args.env_id:
+        return PettingZooGame(args, device)
+    return GridGame(args.env_id, device, args.horizon)
+
+
+# --------------------------------------------------------------------------------------------------
 # Co-players
-# ---------------------------------------------------------------------------------------------------------------------
-SCRIPTED = ("random", "ns", "nh", "cleaner", "exploiter")
-SCRIPTED_OF = {"msh": ("ns", "nh", "random"), "msg": ("cleaner", "exploiter", "random")}
-NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+# --------------------------------------------------------------------------------------------------
+class Player:
+    """An agent that plays B games, with its memory of the running matches."""
 
+    def __init__(self, agent, batch):
+        self.agent = agent
+        self.memory = agent.empty_memory(batch)
 
-def scripted_actions(
-    game: GridGame, state: GameState, mask: Tensor, kind: Tensor, noisy: Tensor, target: Tensor, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat. `kind`
-    int64 [B, N] indexes SCRIPTED (others act as `random`), `noisy` bool [B, N], `mask` bool [B, N, A]; `target` that of
-    the step before. Nearest is by Manhattan distance, ties uniform; a target is kept while it is there."""
-    ns, nh, cleaner, exploiter = (kind == k for k in range(1, 5))
-    present, left = state.items >= 0, state.players < 0  # [B, M], [B, N]
-    stags = (present & (game.item_kind == 0)).any(1, keepdim=True)
-    wanted = torch.where(cleaner | (ns & stags), 0, torch.where(ns | nh, 1, -1)).masked_fill(left, -1)  # kind of item
-    eligible = present.unsqueeze(1) & (game.item_kind == wanted.unsqueeze(2))  # [B, N, M]
-    away = game.distance[state.players.unsqueeze(2), state.items.unsqueeze(1)].masked_fill(~eligible, 1 << 20)
-    nearest = (away + 0.5 * torch.rand(away.shape, generator=generator, device=away.device)).argmin(2)
-    keep = (target >= 0) & eligible.gather(2, target.clamp(min=0).unsqueeze(2)).squeeze(2)
-    target = torch.where(keep, target, torch.where(eligible.any(2), nearest, -1))
-    item, action = target.clamp(min=0), torch.arange(game.num_actions, device=mask.device)
-    goal = state.items.gather(1, item).unsqueeze(2)  # [B, N, 1] cell
-    reach = game.distance[game.next_cell[state.players], goal]  # [B, N, A] how far it is after each action
-    take = game.item_action[item].unsqueeze(2) == action
-    allowed = torch.where(state.players.unsqueeze(2) == goal, take, reach < reach[..., STAY : STAY + 1])
-    allowed = torch.where(target.unsqueeze(2) < 0, action == STAY, allowed)
-    allowed = torch.where(exploiter.unsqueeze(2), mask & (action <= STAY), allowed)
-    noise = noisy & (torch.rand(kind.shape, generator=generator, device=kind.device) < NOISE)
-    allowed = torch.where((noise | left | ~(ns | nh | cleaner | exploiter)).unsqueeze(2), mask, allowed)
-    draw = 1.0 - torch.rand(mask.shape, generator=generator, device=mask.device)  # in (0, 1]
-    return (allowed * draw).argmax(2), target
+    def act(self, state, mask, seats, co_players):
+        """Actions int64 [B, N]; the planner runs at bool [B, N] `seats` alone."""
+        self.decision = decide(self.agent, state, mask, self.memory, seats, co_players)
+        return self.decision.action
+
+    def observe(self, actions, ended, match_ended):
+        """Takes in the actions [B, N] of all seats, and bool [B] what ended with them."""
+        memory = self.agent.remember(self.memory, self.decision, actions)
+        self.memory = forget(memory, ended, match_ended)
 
 
 class CoPlayers:
-    """Who sits where in B parallel matches, and what the seats that are not the learner's play. `pool` lists co-players
-    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half seat by seat. With
-    `fixed`, `pool` has N-1 entries and each plays in every match. Seats are dealt at random at each match. Kind 0 is
-    `self`: those seats are played, and learnt from, by the learner. Raises UsageError."""
+    """Who sits where in B parallel matches, and what the seats that are not the learner's play.
+    `pool` lists co-players (module docstring); a match draws from it: half of the matches one kind
+    at all N-1 seats, half seat by seat. With `fixed`, `pool` has N-1 entries and each plays in
+    every match. Seats are dealt at random at each match. Kind 0 is `self`: those seats are played,
+    and learnt from, by the learner. Raises UsageError."""
 
-    def __init__(self, game: GridGame, pool: list, batch: int, match_episodes: int, generator: Generator, fixed=False):
-        self.game, self.batch, self.match_episodes, self.generator = game, batch, match_episodes, generator
-        n, device, self.fixed = game.num_players, game.device, fixed
-        if fixed and len(pool) != n - 1:
-            raise UsageError(f"{game.id} takes {n - 1} co-players, not {len(pool)}")
-        pool = ["self", *(str(entry).strip() if isinstance(entry, str | Path) else entry for entry in pool)]
-        kinds = [entry for k, entry in enumerate(pool) if entry not in pool[:k]]  # each different one once
-        index = [kinds.index(entry) for entry in pool[1:]]
-        resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
-        self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "moa")}
-        self.objects = []  # (kind, slot, callable) of those that play
-        for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
-            if callable(player) and k not in self.memory:
-                with refused(f"cannot make co-player {self.names[k]!r}"):
-                    made = [player() if isinstance(player, type) else copy.deepcopy(player) for _ in range(1, n)]
-                self.objects += [(k, s, one) for s, one in enumerate(made, 1) if not fixed or index[s - 1] == k]
-                self.players[k] = made
-        self.pool = torch.tensor(index, dtype=torch.int64, device=device)  # [entries] kind
-        self.script = torch.tensor(script, device=device)  # [kinds] index into SCRIPTED, -1: not scripted
-        self.noisy = torch.tensor([name.endswith("-noisy") for name in self.names], device=device) & (self.script >= 0)
-        self.seat = self.kind = torch.zeros(batch, n, dtype=torch.int64, device=device)  # seat of slot; kind of seat
-        self.target = torch.full_like(self.kind, -1)  # [B, N] item index that a scripted player walks to
-        self.episode = self.kind[:, 0]  # [B] number within the match
-        self.start_matches(torch.ones(batch, dtype=torch.bool, device=device))
+    def __init__(self, game, pool, batch, match_episodes, generator, fixed=False):
+        self.game = game
+        self.match_episodes = match_episodes
+        self.generator = generator
+        self.fixed = fixed
+        if fixed and len(pool) != game.num_players - 1:
+            raise UsageError(f"{game.num_players - 1} co-players are wanted, not {len(pool)}")
+        entries = list(dict.fromkeys(["self", *pool]))
+        self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
+        self.callables = {}  # by number of the kind
+        self.agents = {}  # Players by number of the kind
+        scripts = []  # index in game.kinds; -1: not scripted
+        for k, name in enumerate(self.names):
+            script = name.removesuffix("-noisy")
+            scripted = script in game.kinds
+            scripts.append(list(game.kinds).index(script) if scripted else -1)
+            if k == 0 or scripted:
+                continue
+            if os.path.exists(name):
+                self.agents[k] = load_player(name, game, batch)
+            else:
+                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
+                    player = imported(name) if entries[k] == name else entries[k]
+                    is_class = isinstance(player, type)
+                    self.callables[k] = player() if is_class else copy.deepcopy(player)
+        kinds = [entries.index(entry) for entry in pool]
+        self.pool = tensor(kinds, device=game.device, dtype=torch.int64)
+        self.script = tensor(scripts, device=game.device)  # by kind
+        noisy = [name.endswith("-noisy") for name in self.names]
+        self.noisy = tensor(noisy, device=game.device)  # by kind
+        self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
+        self.target = self.kind - 1  # [B, N] item that a scripted player walks to
+        self.focal = self.kind[:, 0]  # [B] a seat of the learner
+        self.episode = self.focal  # [B] number within the match
+        self.start_matches(self.episode == 0)
 
-    @property
-    def learner(self) -> Tensor:
-        """bool [B, N]: the seat is played by the learned policy."""
-        return self.kind == 0
-
-    def start_matches(self, which: Tensor) -> None:
-        """Deals seats and kinds anew in the games of bool [B] `which`; slot 0 is the focal player's, always `self`."""
-        b, n, dev, generator = self.batch, self.game.num_players, self.game.device, self.generator
-        seat, drawn = torch.rand(b, n, generator=generator, device=dev).argsort(1), self.pool.expand(b, -1)
+    def start_matches(self, which):
+        """Deals seats and kinds anew in the games of bool [B] `which`."""
+        batch, n = self.kind.shape
+        seat = uniform((batch, n), self.generator).argsort(1)
+        kinds = self.pool.expand(batch, -1)
         if not self.fixed:
-            each = torch.randint(len(self.pool), (b, n - 1), generator=generator, device=dev)
-            alike = torch.rand(b, 1, generator=generator, device=dev) < 0.5
-            drawn = self.pool[torch.where(alike, each[:, :1], each)]
-        kind, rows = torch.zeros_like(seat).scatter(1, seat[:, 1:], drawn), which.unsqueeze(1)
-        self.seat, self.kind = torch.where(rows, seat, self.seat), torch.where(rows, kind, self.kind)
-        self.target, self.episode = self.target.masked_fill(rows, -1), self.episode.masked_fill(which, 0)
-        for k, slot, player in self.objects:
+            each = (uniform((batch, n - 1), self.generator) * len(self.pool)).long()
+            alike = uniform((batch, 1), self.generator) < 0.5
+            kinds = self.pool[where(alike, each[:, :1], each)]
+        kind = zeros_like(seat).scatter(1, seat[:, 1:], kinds)
+        self.focal = where(which, seat[:, 0], self.focal)
+        self.kind = where(which[:, None], kind, self.kind)
+        self.episode = self.episode.masked_fill(which, 0)
+        for k, player in self.callables.items():
             if hasattr(player, "start_match"):
-                player.start_match(which & (self.kind.gather(1, self.seat[:, slot : slot + 1]).squeeze(1) == k))
+                player.start_match((which[:, None] & (self.kind == k)).flatten())
 
-    def act(self, state: GameState, mask: Tensor) -> Tensor:
-        """Actions int64 [B, N] of all seats but the learner's (there: arbitrary legal ones). Raises UsageError."""
-        game, generator, script, noisy = self.game, self.generator, self.script[self.kind], self.noisy[self.kind]
-        actions, self.target = scripted_actions(game, state, mask, script, noisy, self.target, generator)
-        for k, memory in self.memory.items():
-            agent, here = self.players[k], self.kind == k
-            chosen = agent.act(state, mask, memory, here, generator, self.oracle(agent, state)).action
-            actions = torch.where(here, chosen, actions)
-        for k, slot, player in self.objects:
-            seat, games = self.seat[:, slot], torch.arange(self.batch, device=game.device)
-            chosen = player(game.observe(state)[games, seat], mask[games, seat], game.clock(state), generator)
-            good = isinstance(chosen, Tensor) and chosen.shape == seat.shape and not chosen.is_floating_point()
-            if not good or ((chosen < 0) | (chosen >= game.num_actions)).any():
-                wanted = f"an integer tensor [{self.batch}] of actions in 0..{game.num_actions - 1}"
-                raise UsageError(f"co-player {self.names[k]!r} must return {wanted}")
-            here = (self.kind == k) & (torch.arange(game.num_players, device=game.device) == seat.unsqueeze(1))
-            chosen = chosen.to(actions)
-            chosen = chosen.where(mask[games, seat, chosen], STAY)  # as the game takes it: the MOA learns from these
-            actions = torch.where(here, chosen.unsqueeze(1), actions)
+    def act(self, state, mask):
+        """Actions int64 [B, N] of all seats but the learner's (there: any). Raises UsageError."""
+        game = self.game
+        script = self.script[self.kind]
+        actions = game.idle(mask)
+        if (self.script >= 0).any():
+            told = (script, self.noisy[self.kind], self.target, self.generator)
+            actions, self.target = game.scripted_actions(state, mask, *told)
+        for k, agent in self.agents.items():
+            seats = self.kind == k
+            actions = where(seats, agent.act(state, mask, seats, self), actions)
+        for k, player in self.callables.items():
+            observation = game.observe(state).flatten(0, 1)
+            clock = game.clock(state).repeat_interleave(game.num_players, 0)
+            with refused(f"co-player {self.names[k]!r} failed"):
+                chosen = player(observation, mask.flatten(0, 1).clone(), clock, self.generator)
+                chosen = chosen.to(actions.device).view(actions.shape)
+                chosen = where(pick(mask, chosen), chosen, game.idle(mask))
+            actions = where(self.kind == k, chosen, actions)
         return actions
 
-    def oracle(self, agent: "Agent", state: GameState) -> Tensor | None:
-        """[B, N, Zo] true kinds and targets of the step under way, for an agent of `--goal oracle`; else None."""
-        told = (self.script[self.kind], self.noisy[self.kind], self.target)
-        return true_goals(agent.relative, state, *told) if agent.args.goal == "oracle" else None
+    def oracle(self, state):
+        """float32 [B, N, ..]: the truth about scripted players, for `--goal oracle`."""
+        script = self.script[self.kind]
+        return self.game.oracle(state, script, self.noisy[self.kind], self.target)
 
-    def observe(self, state: GameState, actions: Tensor, ended: Tensor) -> Tensor:
-        """Takes in one step (`actions` [B, N] in `state`, `ended` bool [B]); returns bool [B]: the match ended, too."""
-        self.target, self.episode = self.target.masked_fill(ended.unsqueeze(1), -1), self.episode + ended
-        match_ended = ended & (self.episode >= self.match_episodes)
-        for k, memory in self.memory.items():
-            self.memory[k] = self.players[k].remember(memory, state, actions, ended, match_ended)
+    def observe(self, actions, ended):
+        """Takes in `actions` [B, N] and bool `ended` [B] of a step; returns bool [B]: the match
+        ended with it, and another began."""
+        self.target = self.target.masked_fill(ended[:, None], -1)
+        self.episode = self.episode + ended
+        match_ended = self.episode >= self.match_episodes
+        for agent in self.agents.values():
+            agent.observe(actions, ended, match_ended)
         if match_ended.any():
             self.start_matches(match_ended)
         return match_ended
 
 
-def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Callable | None, int]:
-    """Name, player (None: `self` or scripted) and index in SCRIPTED (-1: none) of one co-player. Raises UsageError."""
-    name, player = getattr(entry, "__name__", type(entry).__name__), entry
-    if isinstance(entry, str):
-        name, stem, scripted = entry, entry.removesuffix("-noisy"), SCRIPTED_OF[game.family]
-        if entry == "self" or stem in scripted:
-            return name, None, SCRIPTED.index(stem) if stem in SCRIPTED else -1
-        if stem in SCRIPTED:
-            raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(scripted)} do")
-        if entry.endswith(".pt") or (entry and Path(entry).exists()):
-            player = load_agent(entry, game.device, env_id=game.id)
-        elif ":" in entry:
-            with refused(f"cannot import co-player {name!r}"):
-                module, attribute = entry.split(":")
-                player = getattr(importlib.import_module(module), attribute)
-    if isinstance(player, str) or not callable(player):
-        raise UsageError(f"unknown co-player {entry!r}: give a name, a checkpoint, package.module:name or a callable")
-    return name, player, -1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks
-# ---------------------------------------------------------------------------------------------------------------------
-class RelativeFeatures:
-    """What networks read of a state: fixed functions of relative cells, summed over items of a kind. No parameters.
-    Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the
-    cell relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it
-    sees of the items itself. A player that has left, or an item that is gone, adds zero."""
-
-    def __init__(self, game: GridGame):
-        self.game, height, width, dev = game, game.height, game.width, game.device
-        dr = torch.arange(1 - height, height, device=dev).float().repeat_interleave(2 * width - 1)
-        dc = torch.arange(1 - width, width, device=dev).float().repeat(2 * height - 1)
-        d, size = dr.abs() + dc.abs(), max(height, width)
-        near, far = torch.exp(-d / 1.5), torch.exp(-d / 4.0)
-        functions = [d >= 0, d == 0, d == 1, d == 2, dr == 0, dc == 0, near, far]
-        functions += [x / size for x in (dr, dc, dr.abs(), dc.abs(), d)]
-        functions += [way * x for way in (dr < 0, dr > 0, dc < 0, dc > 0) for x in (near, far)]
-        self.size, self.absent = len(functions), len(d)
-        self.table = F.pad(torch.stack([f.float() for f in functions], 1), (0, 0, 0, 1))  # [relative cells + 1, R]
-        cell = torch.arange(game.num_cells, device=dev)
-        line, centre = cell // width * (2 * width - 1) + cell % width, (height - 1) * (2 * width - 1) + width - 1
-        self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] where the other cell lies
-        self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] where the own cell lies
-        steps = torch.arange(game.horizon + 1, device=dev).float()
-        # no step begins with 0 left, so V is never trained there; at the time limit it is read as with 1 left
-        done, left = steps[:, None].expand(-1, len(steps)), steps.clamp(min=1.0).expand(len(steps), -1)
-        clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8), left <= 5]
-        clock += [left == 1, left == 2, left == 3, done + left < game.horizon, done >= 0]
-        self.clock_table = torch.stack([c.float() for c in clock], 2)  # [T + 1, T + 1, 10]
-        self.own_size = len(clock) + 5 + len(game.item_counts) * self.size  # X
-        self.other_size = (1 + len(game.item_counts)) * self.size  # Y
-        seats = torch.arange(game.num_players, device=dev)
-        self.others = (seats[:, None] + seats[1:]) % game.num_players  # [N, N-1] the co-players of each seat
-
-    def index(self, own: Tensor, other: Tensor) -> Tensor:
-        """int64 [..] row of `table` for the cells `other` relative to the cells `own` (int64, broadcast)."""
-        return (self.line[other] - self.origin[own]).clamp(max=self.absent)
-
-    def cells(self, own: Tensor, other: Tensor) -> Tensor:
-        """[.., R] functions of the cells `other` relative to the cells `own` (int64, broadcast)."""
-        return self.table[self.index(own, other)]
-
-    def items(self, own: Tensor, items: Tensor) -> Tensor:
-        """[.., kinds * R] what is seen of `items` [.., M] from the cells `own` [..]."""
-        kinds = self.index(own.unsqueeze(-1), items).flatten(0, -2).split(self.game.item_counts, 1)
-        none = self.table.new_zeros(own.numel(), self.size)
-        sums = [F.embedding_bag(kind, self.table, mode="sum") if kind.shape[1] else none for kind in kinds]
-        return torch.cat(sums, 1).unflatten(0, own.shape)
-
-    def clock_and_walls(self, own: Tensor, clock: Tensor) -> Tensor:
-        """[.., 15] functions of the `clock` [.., 2], and the legal moves at the cells `own` [..]."""
-        return torch.cat([self.clock_table[clock[..., 0], clock[..., 1]], self.game.legal_moves[own]], -1)
-
-    def __call__(self, state: GameState) -> tuple[Tensor, Tensor]:
-        """Own features [B, N, X] and co-players' features [B, N, N-1, Y] of every seat."""
-        n = self.game.num_players
-        items, clock = (x.unsqueeze(1).expand(-1, n, -1) for x in (state.items, self.game.clock(state)))
-        seen = self.items(state.players, items)
-        near = self.cells(state.players.unsqueeze(2), state.players[:, self.others])
-        own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
-        return own, torch.cat([near, seen[:, self.others]], 3)
-
-
-def layer(inputs: int, outputs: int, gain: float = math.sqrt(2.0), bias: bool = True) -> nn.Linear:
+# --------------------------------------------------------------------------------------------------
+def layer(inputs, outputs, gain=2.0**0.5):
     """A linear layer with orthogonal weights of the given gain and zero bias."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
+    linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
-    if bias:
-        nn.init.zeros_(linear.bias)
+    nn.init.zeros_(linear.bias)
     return linear
 
 
-class RelativeNetwork(nn.Module):
+class PlayerNetwork(nn.Module):
     """out(relu(hidden(relu(own(x) + goal(g) + mix(sum over co-players of relu(other(y_j)))))))."""
 
-    def __init__(self, own: int, other: int, goal: int, outputs: int, hidden: int, gain: float):
+    def __init__(self, own, other, goal, outputs, hidden, gain=0.01):
         super().__init__()
-        self.own, self.other, self.mix = layer(own, hidden), layer(other, hidden // 2), layer(hidden // 2, hidden)
-        self.goal, self.hidden = layer(goal, hidden, bias=False), layer(hidden, hidden)
+        self.own = layer(own, hidden)
+        self.other = layer(other, hidden // 2)
+        self.mix = layer(hidden // 2, hidden)
+        self.goal = layer(goal, hidden)
+        self.hidden = layer(hidden, hidden)
         self.out = layer(hidden, outputs, gain)
 
-    def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] of own [.., X], others [.., N-1, Y], goal [.., Z]; or [.., K, outputs] of goals [.., K, Z]."""
-        return self.head(own, F.relu(self.other(others)).sum(-2), goal)
-
-    def head(self, own: Tensor, seen: Tensor, goal: Tensor) -> Tensor:
-        """The same when what is seen of the co-players is already summed, in `seen` [.., H / 2]."""
-        first, goal = self.own(own) + self.mix(seen), self.goal(goal)
-        first = first.unsqueeze(-2) if goal.dim() > first.dim() else first
+    def forward(self, own, others, goal):
+        """[.., outputs] of own [.., X], others [.., N-1, Y] and goal [.., Z]; of K goals
+        [.., K, Z]: [.., K, outputs]."""
+        first = self.own(own) + self.mix(F.relu(self.other(others)).sum(-2))
+        goal = self.goal(goal)
+        if goal.dim() > first.dim():
+            first = first.unsqueeze(-2)
         return self.out(F.relu(self.hidden(F.relu(first + goal))))
 
-    def other_parts(self, relative: RelativeFeatures, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer `other` in two summands: one by relative cell, a row for each of `relative.table`; one of `rest`,
-        the co-players' other features [.., Y - R]."""
-        near, far = self.other.weight.tensor_split([relative.size], 1)
-        return relative.table @ near.T, F.linear(rest, far, self.other.bias)
 
-
-def masked(logits: Tensor, mask: Tensor) -> Tensor:
+def masked(logits, mask):
     """`logits` [.., A] with -1e9 where bool `mask` [.., A] is False."""
     return logits.masked_fill(~mask, -1e9)
 
 
-def sample(logits: Tensor, generator: Generator) -> Tensor:
+def pick(values, index):
+    """[..]: `values` [.., A] at int64 `index` [..]."""
+    return values.gather(-1, index[..., None]).squeeze(-1)
+
+
+def uniform(shape, generator):
+    """float32 `shape`: uniform in [0, 1)."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def sample(logits, generator):
     """int64 [..]: draws from softmax(`logits` [.., A]) (Gumbel-max)."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+    noise = uniform(logits.shape, generator).clamp(min=1e-20)
+    return (logits - (-noise.log()).log()).argmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def random_actions(mask, generator):
+    """int64 [..]: uniform over the legal actions of bool `mask` [.., A]."""
+    return sample(masked(mask.float(), mask), generator)
+
+
+# --------------------------------------------------------------------------------------------------
 # Goal model and MOA
-# ---------------------------------------------------------------------------------------------------------------------
-class Memory(NamedTuple):
-    """What a MOA has seen of every seat in the running match, as sums over steps of a joint feature of (o, a)."""
-
-    match: Tensor  # float32 [B, N, E + 1] over the match; the last entry counts steps
-    episode: Tensor  # float32 [B, N, E + 1] over the episode
-
-
+# --------------------------------------------------------------------------------------------------
 class MOA(nn.Module):
-    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the subgoal's decoder.
-    The encoder sums a feature of each (o_j, a_j) over the match and over the episode, so it is updated step by step.
-    The subgoal of j is the item of its next successful interaction in the episode, or none (OMG, Yu et al. 2024)."""
+    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the
+    subgoal's decoder. The encoder reads a *memory* [.., 2, E + 1]: sums over the match, and over
+    the episode, of a feature of each (o_j, a_j), the last entry counting them; so it grows by
+    steps. The subgoal of j is what it reaches next in the episode: an item, or none (OMG, Yu et al.
+    2024); on games that know no subgoals there is no such term."""
 
-    def __init__(self, relative: RelativeFeatures, hidden: int, latent: int, goal: str):
+    def __init__(self, game, args):
         super().__init__()
-        game, own, other = relative.game, relative.own_size, relative.other_size
-        seen, queries = own + relative.size, len(game.item_counts) * relative.size + 1
-        self.relative, self.goal, self.summary = relative, goal, hidden
-        self.goal_size = len(SCRIPTED) + 3 + relative.size if goal == "oracle" else latent
+        hidden = args.moa_hidden_size
+        seen = game.own_size + game.other_size
+        sizes = (game.own_size, game.other_size)
+        self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
         self.step_feature = layer(seen + game.num_actions, hidden, 1.0)
-        first = layer(4 * hidden + 2 + seen, 2 * hidden)
-        self.encoder = nn.Sequential(first, nn.ReLU(), layer(2 * hidden, 2 * latent, 0.1))
-        self.decoder = RelativeNetwork(own, other, self.goal_size, game.num_actions, hidden, 0.01)
-        self.subgoal = RelativeNetwork(own, other, self.goal_size, queries, hidden, 0.01)
+        self.encoder = nn.Sequential(
+            layer(seen + 4 * hidden + 2, 2 * hidden),
+            nn.ReLU(),
+            layer(2 * hidden, 2 * args.goal_size, 0.1),
+        )
+        self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
+        self.item_kind = game.item_kind  # [M]
+        queries = 1 + len(game.item_counts) * game.subgoal_size
+        self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
-    def initial_memory(self, batch: int) -> Memory:
-        """The empty memory of B matches."""
-        zeros = torch.zeros(batch, self.relative.game.num_players, self.summary + 1, device=self.relative.game.device)
-        return Memory(zeros, zeros)
+    def step_features(self, own, others, actions, active):
+        """[.., E + 1]: what one step adds to the memory; 0 where bool `active` [..] is False."""
+        size = self.step_feature.in_features - own.shape[-1] - others.shape[-1]
+        seen = cat([own, others.sum(-2), F.one_hot(actions, size)], -1)
+        feature = self.step_feature(seen).tanh()
+        return F.pad(feature, (0, 1), value=1.0) * active[..., None]
 
-    def seen(self, own: Tensor, others: Tensor) -> Tensor:
-        """[.., X + R] own features beside the sum over co-players of their relative cells' functions."""
-        return torch.cat([own, others[..., : self.relative.size].sum(-2)], -1)
+    def subgoal_logits(self, own, others, goal, features, present):
+        """[.., M + 1]: logits of what is reached next, from candidates' features [.., M, F] and
+        bool [.., M] whether they are there (else -1e9); the last is none."""
+        query = self.subgoal(own, others, goal)
+        by_kind = query[..., 1:].unflatten(-1, (-1, features.shape[-1]))
+        scores = (by_kind[..., self.item_kind, :] * features).sum(-1)
+        return cat([masked(scores, present), query[..., :1]], -1)
 
-    def features(self, seen: Tensor, actions: Tensor, active: Tensor) -> Tensor:
-        """[.., E + 1] what one step adds to the memory; 0 where bool `active` [..] is False."""
-        chosen = F.one_hot(actions, self.relative.game.num_actions)
-        feature = torch.tanh(self.step_feature(torch.cat([seen, chosen], -1)))
-        return F.pad(feature, (0, 1), value=1.0) * active.unsqueeze(-1)
-
-    def encode(self, memory: Memory, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation [.., Z] of q_phi(z | h): sums [.., E + 1] of `memory`, o now in `seen`."""
-        inputs = [seen]
-        for total in memory:
-            sums, count = total[..., :-1], total[..., -1:]
-            inputs += [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
-        mean, log_std = self.encoder(torch.cat(inputs, -1)).chunk(2, -1)
+    def encode(self, memory, own, others):
+        """Mean and log standard deviation [.., Z] of q_phi(z | h), by memory and features now."""
+        inputs = [own, others.sum(-2)]
+        for total in memory.unbind(-2):
+            sums, count = total.split([total.shape[-1] - 1, 1], -1)
+            inputs += [sums / (1.0 + count), sums / (10.0 + 0.2 * count), count.log1p() / 4.0]
+        mean, log_std = self.encoder(cat(inputs, -1)).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
-    def subgoal_logits(self, cells: Tensor, items: Tensor, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., M + 1] of the next item of players at `cells` [..] among `items` [.., M]; last: none. -1e9 if gone."""
-        relative, game = self.relative, self.relative.game
-        out = self.subgoal(own, others, goal)
-        query = out[..., :-1].unflatten(-1, (len(game.item_counts), relative.size))[..., game.item_kind, :]
-        scores = (query * relative.cells(cells.unsqueeze(-1), items)).sum(-1)
-        return torch.cat([masked(scores, items >= 0), out[..., -1:]], -1)
+
+MOA_ROWS = 4096  # steps of players that a minibatch of the MOA predicts, with whole matches seen
 
 
-def true_goals(relative: RelativeFeatures, state: GameState, script: Tensor, noisy: Tensor, target: Tensor) -> Tensor:
-    """float32 [B, N, Z]: what `--goal oracle` tells of every seat. All arguments but `relative` are [B, N].
-    The kind (`script` indexes SCRIPTED, -1: not scripted; bool `noisy`), and the relative cell of the item that the
-    player walks to (`target`, -1: none)."""
-    item = state.items.gather(1, target.clamp(min=0)).masked_fill((target < 0) | (script < 0), -1)
-    kind, flags = F.one_hot(script + 1, len(SCRIPTED) + 1), torch.stack([noisy, item >= 0], 2)
-    return torch.cat([kind, flags, relative.cells(state.players, item)], 2)
+def moa_loss(agent, batch, pretraining, generator):
+    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction on a MatchBatch,
+    and its terms in nats a step. `pretraining` leaves the first term out: the VAE alone."""
+    moa = agent.moa
+    game = agent.game
+    args = agent.args
+    rows = batch.weight.flatten().nonzero()[:, 0]
+    rows = rows[uniform(rows.shape, generator).argsort()[:MOA_ROWS]]  # R of S * L * N
+    own = batch.own.flatten(0, 2)[rows]
+    others = batch.others.flatten(0, 2)[rows]
+    actions = batch.actions.flatten()[rows]
+    goal = own.new_zeros(len(rows), moa.goal_size)
+    kl = goal.sum()
+    if args.goal == "oracle":
+        goal = batch.oracle.flatten(0, 2)[rows]
+    if args.goal == "inferred":
+        step = moa.step_features(batch.own, batch.others, batch.actions, batch.active)
+        before = step.cumsum(1) - step  # [S, L, N, E + 1] sums strictly before each step
+        within = before - before.take_along_dim(batch.first[..., None], 1)
+        memory = stack([before, within], 3).flatten(0, 2)
+        mean, log_std = moa.encode(memory[rows], own, others)
+        goal = gaussian(mean, log_std, generator)
+        kl = (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(1).mean() / 2
+    logits = masked(moa.decoder(own, others, goal), batch.mask.flatten(0, 2)[rows])
+    nll = F.cross_entropy(logits, actions)
+    candidates = (field.flatten(0, 1)[rows] for field in game.subgoals(batch.state))
+    logits = moa.subgoal_logits(own, others, goal, *candidates)
+    subgoal = batch.subgoal.flatten()[rows] % logits.shape[1]  # -1: none, the last
+    known = batch.ended.flatten()[rows]
+    recon = (F.cross_entropy(logits, subgoal, reduction="none") * known).mean()
+    loss = args.moa_alpha * kl + args.subgoal_coef * recon + (0.0 if pretraining else nll)
+    return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
 
 
-def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction over the steps of a MatchBatch, and its
-    terms in nats a step. `pretraining` leaves the first term out: the VAE alone."""
-    own, others = moa.relative(batch.state)
-    mask, active = moa.relative.game.action_mask(batch.state), batch.active.flatten(0, 1)
-    rows = active.flatten().nonzero(as_tuple=True)[0]  # [R] of S * L * N
-    weight = batch.weight.flatten()[rows]
-    weight = weight / weight.sum().clamp(min=1e-9)
-    if moa.goal == "inferred":
-        seen = moa.seen(own, others)
-        step = moa.features(seen, batch.actions.flatten(0, 1), active).unflatten(0, batch.start.shape)
-        before = step.cumsum(1) - step  # [S, L, N, E + 1] sums over the match, strictly before each step
-        within = before - before.gather(1, batch.start[..., None, None].expand_as(before))
-        history = Memory(*(total.flatten(0, 2)[rows] for total in (before, within)))
-        mean, log_std = moa.encode(history, seen.flatten(0, 1)[rows])
-        goal = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
-        kl = 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std).sum(-1)
-    else:
-        goal = own.new_zeros(len(rows), moa.goal_size) if batch.oracle is None else batch.oracle.flatten(0, 2)[rows]
-        kl = own.new_zeros(len(rows))
-    own, others, mask = (x.flatten(0, 1)[rows] for x in (own, others, mask))
-    logits = masked(moa.decoder(own, others, goal), mask)
-    nll = F.cross_entropy(logits, batch.actions.flatten()[rows], reduction="none")
-    items = batch.state.items[rows // moa.relative.game.num_players]
-    subgoals = moa.subgoal_logits(batch.state.players.flatten()[rows], items, own, others, goal)
-    recon = F.cross_entropy(subgoals, batch.subgoal.flatten()[rows], reduction="none")
-    nll, kl, recon = ((weight * term).sum() for term in (nll, kl, recon))
-    loss = alpha * kl + subgoal_coef * recon + (0.0 if pretraining else nll)
-    return loss, {"moa/nll": nll.detach(), "moa/kl": kl.detach(), "moa/recon": recon.detach()}
+# --------------------------------------------------------------------------------------------------
+# Match buffer
+# --------------------------------------------------------------------------------------------------
+HISTORY = 512  # last steps of a match that are kept as one
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Agent
-# ---------------------------------------------------------------------------------------------------------------------
+class MatchBatch(NamedTuple):
+    """S matches of up to L steps."""
+
+    state: NamedTuple  # of S * L games
+    own: Tensor  # float32 [S, L, N, X]
+    others: Tensor  # float32 [S, L, N, N-1, Y]
+    mask: Tensor  # bool [S, L, N, A]
+    actions: Tensor  # int64 [S, L, N]
+    active: Tensor  # bool [S, L, N] the step is within the match, the player in the game
+    first: Tensor  # int64 [S, L, N] the first step of the same episode
+    ended: Tensor  # bool [S, L, N] the episode has ended, so that its subgoals are known
+    subgoal: Tensor  # int64 [S, L, N] what is reached next in the same episode; else -1
+    weight: Tensor  # bool [S, L, N] the step is learnt from
+    oracle: Tensor  # float32 [S, L, N, Z] true goals, with `--goal oracle`
+
+
+class MatchBuffer:
+    """The last C steps of B games, as one ring. Matches are parts of it: game, start and end, in
+    steps since the run began. `--moa-buffer positive` learns from a player's episodes with reward
+    > 0 alone (as HOP does); the others still serve as history."""
+
+    def __init__(self, game, args):
+        self.game = game
+        self.rule = args.moa_buffer
+        self.learns_within = args.init is not None
+        self.size = max(args.moa_capacity // args.num_envs, HISTORY)  # C
+        self.ring = {}  # what `add` is given, by name [C, B, ..]
+        self.now = 0  # steps ever added
+        self.start = arange(args.num_envs, device=game.device) * 0  # [B] of the running match
+        self.episode_start = self.start  # [B] of the running episode
+        self.matches = self.start.new_zeros(0, 3)  # game, start, end of those that ended
+
+    def add(self, state, step, ended, match_ended):
+        """Takes one `step` of all games in `state`, by name [B, ..]: actions, reached (subgoal),
+        alive, reward; and bool [B] which episodes and matches ended with it."""
+        for name, value in {**state._asdict(), **step, "first": self.episode_start}.items():
+            if name not in self.ring:
+                self.ring[name] = value.new_zeros(self.size, *value.shape)
+            self.ring[name][self.now % self.size] = value
+        self.now += 1
+        self.episode_start = self.episode_start.masked_fill(ended, self.now)
+        if match_ended.any():
+            kept = self.matches[self.matches[:, 1] >= self.now - self.size]
+            self.matches = cat([kept, self.running()[match_ended]])
+            self.start = self.start.masked_fill(match_ended, self.now)
+
+    def running(self):
+        """int64 [B, 3]: game, start and end of the running matches' last HISTORY steps."""
+        games = arange(len(self.start), device=self.start.device)
+        start = self.start.clamp(min=self.now - HISTORY)
+        return stack([games, start, 0 * start + self.now], 1)
+
+    def held(self):
+        """int64 [.., 3]: the matches to learn from; the running ones, too, after `--init`."""
+        running = self.running() if self.learns_within else self.matches[:0]
+        held = cat([self.matches, running])
+        return held[(held[:, 1] >= self.now - self.size) & (held[:, 1] < held[:, 2])]
+
+    def sample(self, count, generator):
+        """`count` of the matches held, uniformly with replacement."""
+        held = self.held()
+        return self.read(held[(uniform((count,), generator) * len(held)).long()])
+
+    def read(self, matches):
+        """The MatchBatch of `matches` [S, 3]."""
+        games, start, end = matches[:, :, None].unbind(1)  # [S, 1] each
+        steps = arange(max(1, int((end - start).max())), device=games.device)
+        inside = (start + steps < end)[:, :, None]  # [S, L, 1]
+        part = {k: field[(start + steps) % self.size, games] for k, field in self.ring.items()}
+        active = part["alive"] & inside
+        first = part["first"][:, :, None].expand_as(active)
+        index = (first - start[:, :, None]).clamp(0, len(steps) - 1)  # [S, L, N]
+        reached = part["reached"].masked_fill(~inside, -1)
+        coming = where(reached >= 0, steps[:, None], len(steps) - 1)
+        coming = coming.flip(1).cummin(1).values.flip(1)
+        same = first.gather(1, coming) == first
+        weight = active
+        if self.rule == "positive":
+            earned = zeros_like(part["reward"]).scatter_add(1, index, part["reward"] * inside)
+            weight = active & (earned.gather(1, index) > 0)
+        state_type = self.game.state_type
+        state = state_type(*(part[k].flatten(0, 1) for k in state_type._fields))
+        own, others = self.game.features(state)
+        shape = (-1, len(steps))
+        return MatchBatch(
+            state,
+            own.unflatten(0, shape),
+            others.unflatten(0, shape),
+            self.game.action_mask(state).unflatten(0, shape),
+            part["actions"],
+            active,
+            index,
+            first < self.episode_start[games][:, :, None],
+            where(same, reached.gather(1, coming), -1),
+            weight,
+            part.get("oracle"),
+        )
+
+    def memory(self, moa):
+        """The memory [B, N, 2, E + 1] of the running matches, by the MOA as it is now."""
+        memories = []
+        for matches in self.running().split(64):  # all at once can take gigabytes
+            batch = self.read(matches)
+            step = moa.step_features(batch.own, batch.others, batch.actions, batch.active)
+            episode = step * ~batch.ended[..., None]
+            memories.append(stack([step.sum(1), episode.sum(1)], 2))
+        return cat(memories)
+
+
+# --------------------------------------------------------------------------------------------------
+# Agent and planner
+# --------------------------------------------------------------------------------------------------
 class TransitionNetwork(nn.Module):
-    """Reward and next value of (o_i, a_i, a_-i): one feed-forward network, no simulator. The own action
-    and each co-player's action select a block of the first layer's weights, so that a sampled joint action costs a sum
-    of rows and the layers above it."""
+    """Reward and next value of (o_i, a_i, a_-i), without a simulator. The own action and each
+    co-player's action select a block of the first layer's weights, so that a sampled joint action
+    costs a sum of rows and the layers above it."""
 
-    def __init__(self, own: int, other: int, num_actions: int, hidden: int):
+    def __init__(self, own, other, num_actions, hidden):
         super().__init__()
-        self.num_actions = num_actions
-        self.own, self.own_action = layer(own, hidden), layer(hidden, num_actions * hidden)
-        self.other, self.other_action = layer(other, hidden // 2), layer(hidden // 2, num_actions * hidden)
-        self.hidden, self.out = layer(hidden, hidden), layer(hidden, 2, 0.1)
+        self.own = layer(own, hidden)
+        self.own_action = layer(hidden, num_actions * hidden)
+        self.other = layer(other, hidden // 2)
+        self.other_action = layer(hidden // 2, num_actions * hidden)
+        self.hidden = layer(hidden, hidden)
+        self.out = layer(hidden, 2, 0.1)
 
-    def blocks(self, own: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """First-layer rows of every own action [.., A, H] and of every co-player's every action [.., N-1, A, H]."""
-        mine, theirs = self.own_action(F.relu(self.own(own))), self.other_action(F.relu(self.other(others)))
-        return mine.unflatten(-1, (self.num_actions, -1)), theirs.unflatten(-1, (self.num_actions, -1))
+    def blocks(self, own, others):
+        """First-layer rows of each own action [R, A, H], each co-player's action [R, N-1, A, H]."""
+        shape = (-1, self.hidden.in_features)
+        mine = self.own_action(F.relu(self.own(own))).unflatten(-1, shape)
+        return mine, self.other_action(F.relu(self.other(others))).unflatten(-1, shape)
 
-    def outcome(self, first: Tensor) -> tuple[Tensor, Tensor]:
+    def outcome(self, first):
         """Reward [..] and next value [..] from summed first-layer rows [.., H]."""
         return self.out(F.relu(self.hidden(F.relu(first)))).unbind(-1)
 
-    def forward(self, own: Tensor, others: Tensor, action: Tensor, other_actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward [R] and next value [R] for own [R, X], others [R, N-1, Y], action [R], other_actions [R, N-1]."""
-        mine, theirs = self.blocks(own, others)
-        rows, slots = torch.arange(len(own), device=own.device), torch.arange(others.shape[1], device=own.device)
-        return self.outcome(mine[rows, action] + theirs[rows[:, None], slots, other_actions].sum(1))
+    def forward(self, rows):
+        """Reward [R] and next value [R] of transitions."""
+        mine, theirs = self.blocks(rows["own"], rows["others"])
+        index = arange(len(mine), device=mine.device)
+        slots = arange(theirs.shape[1], device=mine.device)
+        theirs = theirs[index[:, None], slots, rows["other_actions"]].sum(1)
+        return self.outcome(mine[index, rows["action"]] + theirs)
 
 
-def centred(q_plan: Tensor, mask: Tensor) -> Tensor:
-    """`q_plan` [.., A] less its mean over the legal actions of bool `mask` [.., A]; 0 for the others."""
-    return (q_plan - (q_plan * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)) * mask
+class Agent(nn.Module):
+    """The learned player: policy, value, MOA, and the transition network of its planner."""
+
+    def __init__(self, game, args):
+        super().__init__()
+        self.game = game
+        self.args = args
+        self.moa = MOA(game, args)
+        goal = self.moa.goal_size
+        sizes = (game.own_size, game.other_size + goal)
+        self.actor = PlayerNetwork(*sizes, goal, game.num_actions, args.hidden_size)
+        self.critic = PlayerNetwork(*sizes, goal, 1, args.hidden_size, 1.0)
+        nn.init.constant_(self.critic.out.bias, 1.0)  # optimism: the search goes on
+        self.transition = TransitionNetwork(*sizes, game.num_actions, args.hidden_size)
+        self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
+        self.register_buffer("plan_rms", tensor(0.1))  # running, of Q_plan
+        self.plan_mode = args.plan_update  # "none" after --plan-until
+        self.to(game.device)
+
+    def infer(self, memory, own, others, state, co_players):
+        """Mean and log standard deviation [B, N, Z] of every seat's goal."""
+        if self.args.goal == "inferred":
+            return self.moa.encode(memory, own, others)
+        goal = own.new_zeros(*own.shape[:2], self.moa.goal_size)
+        if self.args.goal == "oracle":
+            goal = co_players.oracle(state)
+        return goal, torch.full_like(goal, -30.0)
+
+    def inputs(self, own, others, goal):
+        """What policy and value read: own [B, N, X], co-players' features with their goals
+        [B, N, N-1, Y + Z], and these goals' sum [B, N, Z]."""
+        theirs = goal[:, self.game.others]
+        return own, cat([others, theirs], -1), theirs.sum(-2)
+
+    def value(self, memory, state, co_players):
+        """V [B, N] of every seat."""
+        own, others = self.game.features(state)
+        goal, _ = self.infer(memory, own, others, state, co_players)
+        return self.critic(*self.inputs(own, others, goal)).squeeze(-1)
+
+    def empty_memory(self, batch):
+        """The memory of matches that begin."""
+        size = self.args.moa_hidden_size + 1
+        return self.plan_rms.new_zeros(batch, self.game.num_players, 2, size)
+
+    def remember(self, memory, decision, actions):
+        """The memory with the step of a Decision added, in which `actions` [B, N] were played."""
+        if self.args.goal != "inferred":
+            return memory
+        others = decision.others[..., : self.game.other_size]
+        step = self.moa.step_features(decision.own, others, actions, decision.alive)
+        return memory + step[:, :, None]
 
 
-def root_mean_square(q_plan: Tensor, mask: Tensor) -> Tensor:
-    """Root mean square of centred `q_plan` [.., A], over legal actions where there is a choice."""
-    choice = mask.sum(-1) > 1
-    squares = centred(q_plan, mask)[choice].square().sum()
-    return (squares / mask[choice].sum().clamp(min=1)).sqrt().clamp(min=1e-3)
+def forget(memory, ended, match_ended):
+    """`memory` [B, N, 2, ..] emptied where the episode or the match ended, bool [B]."""
+    return memory.masked_fill(stack([match_ended, ended], 1)[:, None, :, None], 0.0)
 
 
 class Decision(NamedTuple):
-    """What the policy of every seat saw, thought and did in one step of B games."""
+    """What every seat saw, thought and did in one step of B games."""
 
     action: Tensor  # int64 [B, N]
     log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
     value: Tensor  # float32 [B, N] of returns times reward_scale
     own: Tensor  # float32 [B, N, X]
-    others: Tensor  # float32 [B, N, N-1, Y]
-    goal: Tensor  # float32 [B, N, Z] inferred of every seat
+    others: Tensor  # float32 [B, N, N-1, Y + Z] with goals
+    goal: Tensor  # float32 [B, N, Z] sum of the co-players' goals
     mask: Tensor  # bool [B, N, A]
-    q_plan: Tensor  # float32 [B, N, A] the planner's scores of legal actions; 0 where it did not run
-    offset: Tensor  # float32 [B, N, A] beta * (q_plan - its mean over legal actions): the planner in the logits
+    alive: Tensor  # bool [B, N]
+    q_plan: Tensor  # float32 [B, N, A] scores of legal actions; 0 where the planner did not run
+    offset: Tensor  # float32 [B, N, A] beta * (q_plan - its mean): the planner in the logits
     prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
 
 
-PLAYED = ("plan_update", "plan_beta", "plan_samples", "transition")  # options that may change when an agent is played
+def decide(agent, state, mask, memory, seats, co_players):
+    """A Decision for every seat; the planner runs only where bool `seats` [B, N] is True."""
+    args = agent.args
+    generator = co_players.generator
+    alive = agent.game.alive(state)
+    with record_function("goal inference"):
+        own, others = agent.game.features(state)
+        goal, log_std = agent.infer(memory, own, others, state, co_players)
+    with record_function("policy and value"):
+        inputs = agent.inputs(own, others, goal)
+        prior = masked(agent.actor(*inputs), mask).log_softmax(-1)
+        value = agent.critic(*inputs).squeeze(-1)
+    q_plan = zeros_like(prior)
+    offset = q_plan
+    if agent.plan_mode != "none":
+        with record_function("planner"):
+            joint = sample_joint_actions(agent, own, others, goal, log_std, mask, generator)
+            chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
+            q_plan[chosen] = scores(agent, state, inputs, goal, mask, joint, *chosen)
+            beta = args.plan_beta * agent.plan_slope.clamp(0.0, 1.0) / agent.plan_rms
+            offset = beta * centred(q_plan, mask)
+    logits = offset if agent.plan_mode == "hop" else prior + offset
+    policy = masked(logits, mask).log_softmax(-1)
+    action = sample(policy, generator)
+    log_prob = pick(policy, action)
+    return Decision(action, log_prob, value, *inputs, mask, alive, q_plan, offset, prior)
 
 
-class Agent(nn.Module):
-    """The learned player, for every seat of B games at once: policy, value, MOA, and what chooses with them."""
-
-    def __init__(self, game: GridGame, args: Args):
-        super().__init__()
-        self.game, self.args, self.relative = game, args, RelativeFeatures(game)
-        own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
-        self.moa = MOA(self.relative, args.moa_hidden_size, args.goal_size, args.goal)
-        other, goal = self.relative.other_size + self.moa.goal_size, self.moa.goal_size
-        self.actor = RelativeNetwork(own, other, goal, actions, hidden, 0.01)
-        self.critic = RelativeNetwork(own, other, goal, 1, hidden, 1.0)
-        self.transition = TransitionNetwork(own, other, actions, hidden)
-        self.register_buffer("plan_slope", torch.tensor(0.0))  # running regression of (return - V) on Q_plan
-        self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of centred Q_plan
-        self.plan_mode, self.timer = args.plan_update, Timer(False)  # the mode is "none" after --plan-until
-        self.to(game.device)
-
-    @property
-    def uses_moa(self) -> bool:
-        """Whether anything reads the MOA: its goals, or the co-players' actions that it predicts."""
-        return self.args.goal == "inferred" or self.args.plan_update != "none"
-
-    @property
-    def plan_beta(self) -> Tensor:
-        """What multiplies centred q_plan: `--plan-beta` over its root mean square, times the slope clipped to 0..1."""
-        return self.args.plan_beta * self.plan_slope.clamp(0.0, 1.0) / self.plan_rms
-
-    def on_game(self, env_id: str) -> GridGame:
-        """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
-        game = GridGame(env_id, self.game.device)
-        if game.family != self.game.family:
-            raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
-        self.game, self.relative = game, RelativeFeatures(game)
-        self.moa.relative = self.relative
-        return game
-
-    def turn_planner(self, mode: str) -> None:
-        """Sets the planner's mode, to play. One that was off is trusted (slope 1), and the root mean square of its
-        scores is measured in 16 games that pi_theta plays with itself."""
-        was, self.plan_mode = self.plan_mode, mode
-        if mode == "none" or was != "none":
-            return
-        self.plan_mode = "offset"
-        self.plan_slope.fill_(1.0)
-        self.plan_rms.fill_(1e9)  # the scores are looked at, and do not count
-        game, generator, seen = self.game, Generator(self.game.device).manual_seed(0), []
-        state, memory = game.initial_state(16, generator), self.moa.initial_memory(16)
-        for _ in range(game.horizon):
-            mask, every = game.action_mask(state), torch.ones_like(state.players, dtype=torch.bool)
-            decision = self.act(state, mask, memory, every, generator, None)
-            after, _, terminated, truncated = game.step(state, decision.action)
-            memory = self.remember(memory, state, decision.action, *[terminated | truncated] * 2)
-            state = after.replaced(terminated | truncated, game.initial_state(16, generator))
-            seen.append((decision.q_plan, mask))
-        self.plan_mode = mode
-        self.plan_rms.copy_(root_mean_square(*(torch.stack(x) for x in zip(*seen, strict=True))))
-
-    @torch.no_grad()
-    def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
-        """The memory after `actions` [B, N] in `state`; emptied where the episode or the match ended (bool [B])."""
-        if self.args.goal != "inferred":
-            return memory
-        step = self.moa.features(self.moa.seen(*self.relative(state)), actions, state.players >= 0)
-        clear = [which.view(-1, 1, 1) for which in (match_ended, ended)]
-        return Memory(*((total + step).masked_fill(c, 0.0) for total, c in zip(memory, clear, strict=True)))
-
-    def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation [B, N, Z] of every seat's goal: inferred, zero, or the truth `oracle`."""
-        if self.args.goal == "inferred":
-            return self.moa.encode(memory, self.moa.seen(own, others))
-        goal = own.new_zeros(*own.shape[:2], self.moa.goal_size) if oracle is None else oracle
-        return goal, torch.full_like(goal, -30.0)
-
-    def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Co-players' features with their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z]."""
-        theirs = goal[..., self.relative.others, :]
-        return torch.cat([others, theirs], -1), theirs.sum(-2)
-
-    @torch.no_grad()
-    def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
-        """V [B, N] of every seat."""
-        own, others = self.relative(state)
-        return self.critic(own, *self.with_goals(others, self.infer(memory, own, others, oracle)[0])).squeeze(-1)
-
-    @torch.no_grad()
-    def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
-        """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True. bool `mask`
-        [B, N, A] has the legal actions; `memory` is this agent's; `oracle` [B, N, Z] is for `--goal oracle`."""
-        with self.timer("goal inference"):
-            own, others = self.relative(state)
-            goal, log_std = self.infer(memory, own, others, oracle)
-        with self.timer("policy and value"):
-            joined, total = self.with_goals(others, goal)
-            prior = masked(self.actor(own, joined, total), mask).log_softmax(-1)
-            value = self.critic(own, joined, total).squeeze(-1)
-        q_plan = torch.zeros_like(prior)
-        if self.plan_mode != "none":
-            with self.timer("planner"):
-                games, seat = (seats & (state.players >= 0) & (mask.sum(-1) > 1)).nonzero(as_tuple=True)  # D decisions
-                with self.timer("MOA sampling"):
-                    joint = self.sample_joint_actions(own, others, goal, log_std, mask, generator)
-                if self.args.transition == "simulator":
-                    q_plan[games, seat] = self.score_simulator(state, mask, goal, joint, games, seat)
-                else:
-                    q_plan[games, seat] = self.score_network(own, joined, mask, joint, games, seat)
-        offset = self.plan_beta * centred(q_plan, mask)
-        policy = masked(offset if self.plan_mode == "hop" else prior + offset, mask).log_softmax(-1)
-        action = sample(policy, generator)
-        log_prob = policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        return Decision(action, log_prob, value, own, others, goal, mask, q_plan, offset, prior)
-
-    def sample_goals(self, goal: Tensor, log_std: Tensor, samples: int, generator: Generator) -> Tensor:
-        """float32 [B, N, K, Z]: K draws of every seat's z ~ q, whose mean is `goal`."""
-        shape = (*goal.shape[:2], samples, goal.shape[2])
-        noise = torch.randn(shape, generator=generator, device=goal.device)
-        return goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)
-
-    def sample_joint_actions(self, own, others, goal, log_std, mask, generator) -> Tensor:
-        """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of samples serves every
-        own action (common random numbers) and every observer, since what is inferred of j is the same for all."""
-        goals = self.sample_goals(goal, log_std, self.args.plan_samples, generator)
-        return sample(masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2)), generator).transpose(1, 2)
-
-    def chunks(self, count: int) -> tuple[Tensor, ...]:
-        """Indices 0..count-1 of rows of K samples, in parts: on a CPU few enough at a time to stay in its cache."""
-        size = max(1, 4096 // self.args.plan_samples) if self.game.device.type == "cpu" else max(1, count)
-        return torch.arange(count, device=self.game.device).split(size)
-
-    def score_network(self, own, others, mask, joint, games, seat) -> Tensor:
-        """[D, A]: mean over the K joint actions of r_hat + gamma V_hat', by the transition network."""
-        mine, theirs = self.transition.blocks(own[games, seat], others[games, seat])  # [D, A, H], [D, N-1, A, H]
-        slots = self.relative.others[seat].unsqueeze(1).expand(-1, joint.shape[1], -1)
-        taken = joint[games].gather(2, slots).transpose(1, 2).unsqueeze(3)  # [D, N-1, K, 1]
-        theirs = theirs.gather(2, taken.expand(-1, -1, -1, theirs.shape[3])).sum(1)  # [D, K, H]
-        which, action = mask[games, seat].nonzero(as_tuple=True)  # P legal (decision, action) pairs
-        scores = own.new_zeros(len(games), self.game.num_actions)
-        for p in self.chunks(len(which)):
-            reward, value = self.transition.outcome(mine[which[p], action[p]].unsqueeze(1) + theirs[which[p]])
-            scores[which[p], action[p]] = (reward + self.args.gamma * value).mean(1)
-        return scores
-
-    def score_simulator(self, state, mask, goal, joint, games, seat) -> Tensor:
-        """[D, A]: mean over the K joint actions of r + gamma V(o'), by exact steps of the game. A move changes
-        nothing but the own cell: so the game is stepped once for all the own moves of a decision, and once for the
-        interaction if the player stands on an item. These V steps show the outcomes of all P legal pairs."""
-        game, relative, samples = self.game, self.relative, joint.shape[1]
-        with self.timer("transition"):
-            which, action = mask[games, seat].nonzero(as_tuple=True)  # P legal (decision, action) pairs
-            taking = action > STAY
-            v = torch.where(taking, len(games) + taking.cumsum(0) - 1, which)  # [P] which step shows the outcome
-            at, me = (torch.cat([x, x[which[taking]]]) for x in (games, seat))  # [V]
-            own = torch.cat([torch.full_like(games, STAY), action[taking]])  # [V]
-            slot, own = (x.view(-1, 1, 1).expand(-1, samples, 1) for x in (me, own))
-            actions = joint[at].scatter(2, slot, own).flatten(0, 1)  # [V * K, N]
-            after, reward, ended, _ = game.step(state.rows(at.repeat_interleave(samples)), actions)
-            outcome = after.players, after.items, game.clock(after), reward, ended
-            players, items, clock, reward, ended = (x.unflatten(0, (-1, samples)) for x in outcome)  # [V, K, ..]
-            share = self.args.prosocial
-            reward = (1.0 - share) * reward.gather(2, slot).squeeze(2) + share * reward.mean(2)
-            reward = reward * self.args.reward_scale
-            moved = game.next_cell[state.players[games, seat][which], action].unsqueeze(1)
-            cell = torch.where(taking.unsqueeze(1), players.gather(2, slot).squeeze(2)[v], moved)  # [P, K]
-        with self.timer("value"):
-            others = players.gather(2, relative.others[me].unsqueeze(1).expand(-1, samples, -1))  # [V, K, N-1]
-            seen = relative.items(others, items.unsqueeze(2).expand(-1, -1, others.shape[2], -1))
-            theirs = goal[at.unsqueeze(1), relative.others[me]].unsqueeze(1)  # [V, 1, N-1, Z]
-            seen = torch.cat([seen, theirs.expand(-1, samples, -1, -1)], 3)
-            by_cell, by_step = self.critic.other_parts(relative, seen)
-            scores, total = goal.new_zeros(len(games), game.num_actions), theirs.sum(2)
-            for p in self.chunks(len(v)):
-                step = v[p]
-                pair = by_cell[relative.index(cell[p].unsqueeze(2), others[step])].add_(by_step[step]).relu_().sum(2)
-                own = relative.clock_and_walls(cell[p], clock[step]), relative.items(cell[p], items[step])
-                lives = (cell[p] >= 0) & ~ended[step]  # nothing follows a termination or for who has left
-                value = self.critic.head(torch.cat(own, 2), pair, total[step]).squeeze(2) * lives
-                scores[which[p], action[p]] = (reward[step] + self.args.gamma * value).mean(1)
-        return scores
+def centred(q_plan, mask):
+    """`q_plan` [.., A] less its mean over the legal actions of `mask` [.., A]; 0 for others."""
+    mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
+    return (q_plan - mean) * mask
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Buffer
-# ---------------------------------------------------------------------------------------------------------------------
-class MatchBatch(NamedTuple):
-    """S matches of L steps for the MOA."""
-
-    state: GameState  # of S * L games
-    actions: Tensor  # int64 [S, L, N]
-    active: Tensor  # bool [S, L, N] the step is within the match and the player has not left
-    start: Tensor  # int64 [S, L] index of the first step of the same episode
-    subgoal: Tensor  # int64 [S, L, N] item of the next successful interaction, M for none
-    weight: Tensor  # float32 [S, L, N] what the rule of collection gives the step's loss
-    oracle: Tensor | None  # float32 [S, L, N, Zo] true goals
+def gaussian(mean, log_std, generator):
+    """float32 [..]: draws by reparametrisation."""
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return mean + log_std.exp() * noise
 
 
-class MOABuffer:
-    """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are
-    rebuilt. Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive`
-    those with reward > 0, as the original does; `balanced` keeps every one, and weighs its steps by how rare its class
-    of outcome is (nothing taken, an item of the first kind, of the second; for drifts: none, one, more), by at most a
-    factor `most`: each class has the same weight in episodes, and a longer episode has more steps of that weight. Those
-    that are not kept still serve as history of the others. A match in which none is kept is not stored."""
-
-    def __init__(self, game: GridGame, batch: int, capacity: int, match_episodes: int, rule: str, most: float = 4.0):
-        self.game, self.batch, self.capacity, self.episodes = game, batch, capacity, match_episodes
-        self.rule, self.most, self.stored = rule, most, 0  # matches ever stored
-        self.kept, self.offered = 0, 0  # players' episodes ever kept, and ever played
-        n, length = game.num_players, match_episodes * game.horizon
-        shapes = {"script": (n,), "length": (), "born": (), "episode_reward": (match_episodes, n)}
-        shapes["taken"] = (match_episodes, n, 2)  # items of the first kind, and of the other
-        shapes |= dict.fromkeys(("players", "actions", "subgoal", "target"), (length, n))
-        shapes |= {**dict.fromkeys(("time", "first_hunt", "episode"), (length,)), "items": (length, game.num_items)}
-        wide = {"length": torch.int64, "born": torch.int64, "episode_reward": torch.float32}
-        rows = batch + capacity  # the first B rows hold the running matches, the others a ring of ended ones
-        zeros = {name: torch.zeros(rows, *shape, device=game.device) for name, shape in shapes.items()}
-        self.data = {name: zero.to(wide.get(name, torch.int16)) for name, zero in zeros.items()}
-
-    def add(self, state: GameState, actions: Tensor, co_players: CoPlayers, reward: Tensor, after: GameState):
-        """Takes one step of the B running matches; call before `co_players.observe`."""
-        data, games, episode = self.data, torch.arange(self.batch, device=self.game.device), co_players.episode
-        wins = self.game.hits(state, actions) & (after.items < 0).unsqueeze(1)  # [B, N, M]
-        subgoal, first = torch.where(wins.any(2), wins.int().argmax(2), -1), (wins & (self.game.item_kind == 0)).sum(2)
-        values = {**state._asdict(), "actions": actions, "episode": episode, "subgoal": subgoal}
-        for name, value in {**values, "target": co_players.target}.items():
-            data[name][games, data["length"][games]] = value.short()
-        data["script"][games] = (co_players.script + len(SCRIPTED) * co_players.noisy)[co_players.kind].short()
-        data["episode_reward"][games, episode] += reward
-        data["taken"][games, episode] += torch.stack([first, wins.sum(2) - first], 2).short()
-        data["length"][games] += 1
-
-    def end(self, ended: Tensor, step: int) -> None:
-        """Stores the running matches of bool [B] `ended`, played until game step `step`, by the rule of collection."""
-        data, rows = self.data, ended.nonzero(as_tuple=True)[0]
-        keep = self.keep(rows).flatten(1)
-        kept = rows[keep.any(1)][-self.capacity :]
-        self.offered, self.kept = self.offered + keep.numel(), self.kept + int(keep.sum())
-        if len(kept):
-            slots = self.batch + (self.stored + torch.arange(len(kept), device=rows.device)) % self.capacity
-            self.stored += len(kept)
-            data["born"][kept] = step
-            for value in data.values():
-                value[slots] = value[kept]
-            # the next successful interaction at or after each step, if it lies in the same episode
-            event, episode = data["subgoal"][slots], data["episode"][slots].unsqueeze(2)
-            steps = torch.arange(event.shape[1], device=rows.device).view(1, -1, 1)
-            live = (event >= 0) & (steps < data["length"][slots].view(-1, 1, 1))
-            coming = torch.where(live, steps, event.shape[1]).flip(1).cummin(1).values.flip(1)
-            at = coming.clamp(max=event.shape[1] - 1)
-            same = (coming == at) & (episode.expand_as(event).gather(1, at) == episode)
-            data["subgoal"][slots] = torch.where(same, event.gather(1, at), self.game.num_items).short()
-        for name in ("length", "episode_reward", "taken"):
-            data[name][rows] = 0
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """bool [rows, episodes, N]: which players' episodes the rule keeps."""
-        return (self.data["episode_reward"][rows] > 0) | (self.rule != "positive")
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """float32 [rows, episodes, N]: the weight of each player's episode in the loss."""
-        if self.rule != "balanced":
-            return self.keep(rows).float()
-        held = self.batch + torch.arange(len(self), device=rows.device)
-        count = torch.bincount(self.outcome(held).flatten(), minlength=3).float()
-        weight = (count.sum() / ((count > 0).sum() * count.clamp(min=1))).clamp(max=self.most)
-        return weight[self.outcome(rows)]
-
-    def outcome(self, rows: Tensor) -> Tensor:
-        """int64 [rows, episodes, N] in 0..2: class of the outcome of each player's episode."""
-        first, other = self.data["taken"][rows].long().unbind(-1)
-        return torch.where(first > 0, 1, 2 * (other > 0)) if self.game.family == "msh" else first.clamp(max=2)
-
-    def __len__(self) -> int:
-        return min(self.stored, self.capacity)
-
-    def statistics(self, step: int) -> dict[str, float]:
-        """Fill (players' episodes held, of what would fit), their share of those played, mean age in game steps."""
-        held = self.batch + torch.arange(len(self), device=self.game.device)
-        fill = float(self.keep(held).sum()) / (self.capacity * self.episodes * self.game.num_players)
-        age = float((step - self.data["born"][held].float()).mean()) if len(self) else 0.0
-        return {"moa/buffer_fill": fill, "moa/buffer_kept": self.kept / max(1, self.offered), "moa/buffer_age": age}
-
-    def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: Generator) -> MatchBatch:
-        """`matches` ended matches, uniformly, with replacement."""
-        rows = torch.randint(len(self), (matches,), generator=generator, device=self.game.device)
-        return self.batch_of(self.batch + rows, relative, oracle)
-
-    def batch_of(self, rows: Tensor, relative: RelativeFeatures, oracle: bool = False) -> MatchBatch:
-        """The matches at `rows`, cut to the longest of them."""
-        data, length, goals = self.data, self.data["length"][rows], None
-        most = max(1, int(length.max()))
-        part = {k: data[k][rows, :most].long() for k in (*GameState._fields, "actions", "episode", "subgoal", "target")}
-        state = GameState(*(part[k].flatten(0, 1) for k in GameState._fields))
-        steps = torch.arange(most, device=rows.device)
-        active = (steps < length.unsqueeze(1)).unsqueeze(2) & (part["players"] >= 0)
-        start = torch.where(part["time"] == 0, steps, 0).cummax(1).values
-        weight = self.weights(rows).gather(1, part["episode"].unsqueeze(2).expand_as(active)) * active
-        if oracle:
-            script = data["script"][rows].long().unsqueeze(1).expand_as(active).flatten(0, 1)
-            known = torch.where(script < 0, -1, script % len(SCRIPTED))
-            goals = true_goals(relative, state, known, script >= len(SCRIPTED), part["target"].flatten(0, 1))
-            goals = goals.unflatten(0, (-1, most))
-        return MatchBatch(state, part["actions"], active, start, part["subgoal"], weight, goals)
-
-    @torch.no_grad()
-    def memory(self, moa: MOA, episode: Tensor) -> Memory:
-        """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
-        parts = []
-        for rows in torch.arange(self.batch, device=self.game.device).split(64):  # all at once can take gigabytes
-            batch = self.batch_of(rows, moa.relative)
-            own, others = moa.relative(batch.state)
-            step = moa.features(moa.seen(own, others), batch.actions.flatten(0, 1), batch.active.flatten(0, 1))
-            step = step.unflatten(0, batch.start.shape)  # [rows, L, N, E + 1]
-            running = self.data["episode"][rows, : step.shape[1]] == episode[rows].unsqueeze(1)
-            parts.append((step.sum(1), (step * running[..., None, None]).sum(1)))
-        return Memory(*(torch.cat(part) for part in zip(*parts, strict=True)))
+def sample_joint_actions(agent, own, others, goal, log_std, mask, generator):
+    """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of
+    samples serves every own action (common random numbers) and every observer, since what is
+    inferred of j is the same for all."""
+    shape = (-1, -1, agent.args.plan_samples, -1)
+    goals = goal[:, :, None].expand(shape)  # [B, N, K, Z]
+    goals = gaussian(goals, log_std[:, :, None], generator)
+    logits = agent.moa.decoder(own, others, goals)
+    return sample(masked(logits, mask[:, :, None]), generator).transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def scores(agent, state, inputs, goal, mask, joint, games, seats):
+    """[D, A]: mean over the K joint actions of r + gamma V', for every legal own action, by the
+    transition network or by exact steps of the game."""
+    own, others, _ = inputs
+    simulates = agent.args.transition == "simulator"
+    if not simulates:
+        mine, theirs = agent.transition.blocks(own[games, seats], others[games, seats])
+        taken = joint[games[:, None], :, agent.game.others[seats]]  # [D, N-1, K]
+        theirs = theirs.take_along_dim(taken[..., None], 2).sum(1)  # [D, K, H]
+    decision, action = mask[games, seats].nonzero(as_tuple=True)  # P legal pairs
+    result = own.new_zeros(len(games), mask.shape[2])
+    size = 256 if own.device.type == "cpu" else len(action) + 1  # few enough to stay in a cache
+    for d, a in zip(decision.split(size), action.split(size)):
+        if simulates:
+            reward, value = simulated(agent, state, goal, joint, games[d], seats[d], a)
+        else:
+            reward, value = agent.transition.outcome(mine[d, a][:, None] + theirs[d])
+        result[d, a] = (reward + agent.args.gamma * value).mean(1)
+    return result
+
+
+def simulated(agent, state, goal, joint, games, seats, action):
+    """Reward and next value [P, K] of P own actions with K joint actions, by steps of the game."""
+    args = agent.args
+    actions = joint[games]  # [P, K, N]
+    actions[arange(len(games)), :, seats] = action[:, None]
+    games = games.repeat_interleave(joint.shape[1])
+    at = (arange(len(games)), seats.repeat_interleave(joint.shape[1]))
+    before = type(state)(*(field[games] for field in state))
+    after, reward, terminated, _ = agent.game.step(before, actions.flatten(0, 1))
+    reward = args.reward_scale * (reward + args.prosocial * (reward.mean(1, True) - reward))
+    inputs = agent.inputs(*agent.game.features(after), goal[games])
+    value = agent.critic(*(x[at] for x in inputs)).squeeze(1) * ~terminated[at]
+    shape = actions.shape[:2]
+    return reward[at].view(shape), value.view(shape)
+
+
+def calibration(rows, mode):
+    """E_pi Q_plan [R]; slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows, and Q_plan's
+    root mean square, which set beta."""
+    mask = rows["mask"]
+    q_plan = rows["q_plan"]
+    logits = rows["offset"] + (0.0 if mode == "hop" else rows["prior"])
+    expected = (masked(logits, mask).softmax(1) * q_plan).sum(1)
+    gain = pick(q_plan, rows["action"]) - expected
+    slope = (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
+    rms = (centred(q_plan, mask).square().sum() / mask.sum().clamp(min=1)).sqrt().clamp(min=1e-3)
+    return expected, slope, rms
+
+
+RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
+
+
+def surprising(network, rows, reservoir, generator):
+    """The reservoir of transitions, by name [RESERVOIR, ..], with those in `rows` [R, ..] offered:
+    weighted by the squared error of the reward (A-Res, Efraimidis and Spirakis 2006). Joint hunts
+    are too rare at first to be learnt as they come."""
+    error = (network(rows)[0] - rows["reward"]).square() + 1e-9
+    key = uniform(error.shape, generator).clamp(min=1e-20).log() / error
+    pool = {}
+    for name, value in {**rows, "key": key}.items():
+        pool[name] = cat([reservoir.get(name, value[:0]), value])
+    keep = pool["key"].topk(min(len(pool["key"]), RESERVOIR)).indices
+    return {name: value[keep] for name, value in pool.items()}
+
+
+def transition_loss(network, rows, reservoir, generator):
+    """Squared errors of the reward, on rows [R, ..] and a quarter as many of the reservoir, and of
+    the next value (TD) on the rows."""
+    count = len(rows["reward"])
+    size = (math.ceil(count / 4),)
+    drawn = (uniform(size, generator) * len(reservoir["key"])).long()
+    both = {name: cat([value, reservoir[name][drawn]]) for name, value in rows.items()}
+    reward, value = network(both)
+    reward_loss = F.mse_loss(reward, both["reward"])
+    value_loss = F.mse_loss(value[:count], rows["next_value"])
+    terms = {"losses/transition_reward": reward_loss, "losses/transition_value": value_loss}
+    return reward_loss + value_loss, terms
+
+
+# --------------------------------------------------------------------------------------------------
 # PPO
-# ---------------------------------------------------------------------------------------------------------------------
-def generalised_advantages(rewards, values, next_values, goes_on, gamma: float, gae_lambda: float) -> Tensor:
-    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments [T, B, N].
-    `next_values`: V of the player's next state; 0 where the player left or the game terminated; V of the final state if
-    it was truncated. bool `goes_on`: the next row continues the player's episode."""
+# --------------------------------------------------------------------------------------------------
+def generalised_advantages(rewards, values, next_values, goes_on, gamma, gae_lambda):
+    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments
+    [T, B, N]. `next_values`: V of the player's next state; 0 where it was terminated; V of the
+    final state if it was truncated. bool `goes_on`: the next row continues the player's episode."""
     advantages = rewards + gamma * next_values - values
     for t in reversed(range(len(advantages) - 1)):
         advantages[t] += gamma * gae_lambda * goes_on[t] * advantages[t + 1]
     return advantages
 
 
-def ppo_loss(actor, critic, rows, args: Args, ent_coef: Tensor, imitate: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a minibatch of R rows, and its terms [R]. Clipped PPO on the policy that acted: log pi_theta plus the
-    planner's stored offset, so that the ratio is exact. Where the planner acted alone, `imitate`: cross-entropy towards
-    its policy (HOP, Huang et al. 2024)."""
-    own, others, goal, mask, offset = (rows[name] for name in ("own", "others", "goal", "mask", "offset"))
-    prior = masked(actor(own, others, goal), mask)
+def ppo_loss(agent, rows, ent_coef, imitate):
+    """Loss of a minibatch [R, ..], and its terms. Clipped PPO on the policy that acted: log
+    pi_theta plus the planner's stored offset, so that the ratio is exact. Where the planner acted
+    alone, `imitate`: cross-entropy towards its policy (HOP, Huang et al. 2024)."""
+    args = agent.args
+    mask = rows["mask"]
+    offset = rows["offset"]
+    inputs = (rows["own"], rows["others"], rows["goal"])
+    prior = masked(agent.actor(*inputs), mask)
     log_policy = (prior if imitate else prior + offset).log_softmax(-1)
-    entropy = -(log_policy.exp() * log_policy).sum(-1)
-    terms = {"value": 0.5 * (critic(own, others, goal).squeeze(-1) - rows["return"]).square(), "entropy": entropy}
+    entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
+    value_loss = 0.5 * (agent.critic(*inputs).squeeze(-1) - rows["return"]).square().mean()
+    terms = {"losses/value": value_loss, "losses/entropy": entropy}
     if imitate:
-        terms["policy"] = -(masked(offset, mask).softmax(-1) * log_policy).sum(-1)
+        policy_loss = -(masked(offset, mask).softmax(-1) * log_policy).sum(-1).mean()
+        entropy = 0.0
     else:
-        log_ratio = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - rows["log_prob"]
-        ratio, advantage = log_ratio.exp(), rows["advantage"]
-        if args.norm_adv:
-            advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+        ratio = (pick(log_policy, rows["action"]) - rows["log_prob"]).exp()
+        advantage = rows["advantage"]
+        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
         clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-        terms["policy"] = -torch.minimum(advantage * ratio, advantage * clipped)
-        terms |= {"approx_kl": ratio - 1.0 - log_ratio, "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float()}
-    loss = terms["policy"].mean() + args.vf_coef * terms["value"].mean()
-    return loss if imitate else loss - ent_coef * entropy.mean(), {name: term.detach() for name, term in terms.items()}
+        policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
+        terms["losses/approx_kl"] = (ratio - 1.0 - ratio.log()).mean()
+    terms["losses/policy"] = policy_loss
+    return policy_loss + args.vf_coef * value_loss - ent_coef * entropy, terms
 
 
-def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
-    """`epochs` passes over `rows` [R, ..], each in `parts` random parts."""
+def minibatches(rows, epochs, parts, generator):
+    """`epochs` passes over `rows`, by name [R, ..], each in `parts` random parts."""
     some = next(iter(rows.values()))
     for _ in range(epochs):
-        order = torch.randperm(len(some), generator=generator, device=some.device)
-        for index in filter(len, order.tensor_split(parts)):
-            yield {name: value.index_select(0, index) for name, value in rows.items()}
+        order = uniform((len(some),), generator).argsort()
+        for index in order.tensor_split(parts):
+            if len(index):
+                yield {name: value.index_select(0, index) for name, value in rows.items()}
 
 
-KEPT = {  # attributes in a checkpoint besides weights, games and matches
-    "trainer": ["returns", "surprising", "global_step", "iteration", "pretrained"],
-    "co_players": ["seat", "kind", "target", "episode"],
-    "buffer": ["stored", "kept", "offered"],
-}
-FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name
-    wandb_entity exp_name evaluate eval_episodes""".split()  # options that a resumed run may change
-TRANSITION = ("own", "others", "action", "other_actions", "reward")  # what the transition network reads and predicts
+def descend(optimizer, group, loss, max_norm, terms, sums):
+    """One step of the optimiser on its parameter group `group`, whose gradient is clipped; adds
+    `terms` to the lists `sums` by name."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[group]["params"], max_norm)
+    optimizer.step()
+    for name, term in terms.items():
+        sums[name].append(term.detach())
 
 
-class Trainer:
-    """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
-
-    def __init__(self, args: Args):
-        self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
-        torch.manual_seed(args.seed)
-        self.game = game = GridGame(args.env_id, self.device)
-        self.generator = Generator(self.device).manual_seed(args.seed)
-        self.agent = agent = Agent(game, args)
-        nets = {"policy": nn.ModuleList([agent.actor, agent.critic]), "moa": agent.moa, "transition": agent.transition}
-        lr = {"policy": args.learning_rate, "moa": args.moa_learning_rate, "transition": args.transition_learning_rate}
-        self.optimizers = {k: torch.optim.Adam(net.parameters(), lr[k], eps=1e-5) for k, net in nets.items()}
-        pool = args.co_players.split(",")
-        self.co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, self.generator)
-        self.buffer = MOABuffer(game, args.num_envs, args.moa_capacity, args.match_episodes, args.moa_buffer)
-        self.state = game.initial_state(args.num_envs, self.generator)
-        self.memory = agent.moa.initial_memory(args.num_envs)
-        self.returns = torch.zeros(args.num_envs, game.num_players, device=self.device)  # of the running episodes
-        self.global_step, self.iteration, self.pretrained = 0, 0, 0
-        self.log: dict[str, list[float]] = collections.defaultdict(list)  # of the episodes that ended in this iteration
-        self.surprising: dict[str, Tensor] = {}  # transitions of the whole run that were predicted badly, [rows, ..]
-        self.ppo_loss = ppo_loss
-        hot = [(self, "ppo_loss"), (agent.critic, "head"), (agent.transition, "outcome")]
-        for owner, name in [*hot, *((game, name) for name in ("step", "hits", "action_mask"))] if args.compile else []:
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
-
-    def rollout(self) -> dict[str, Tensor]:
-        """Plays `--num-steps` steps of every game, ended ones anew; fields of Decision and more, [T, B, N, ..]."""
-        args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
-        steps: list[dict[str, Tensor]] = []
-        if args.goal == "inferred" and not args.freeze_moa:
-            with timer("memory"):
-                self.memory = self.buffer.memory(agent.moa, co_players.episode)
-        for _ in range(args.num_steps):
-            state, learner, mask = self.state, co_players.learner, game.action_mask(self.state)
-            with timer("co-players"):
-                actions = co_players.act(state, mask)
-            with timer("compute_action"):
-                oracle = co_players.oracle(agent, state)
-                decision = agent.act(state, mask, self.memory, learner, self.generator, oracle)
-            actions = torch.where(learner, decision.action, actions)
-            with timer("game"):
-                after, reward, terminated, truncated = game.step(state, actions)
-            ended, here, stays = terminated | truncated, state.players >= 0, after.players >= 0
-            match_ended, final_value = ended & (co_players.episode + 1 >= args.match_episodes), torch.zeros_like(reward)
-            if truncated.any():
-                with timer("compute_action"):
-                    memory = agent.remember(self.memory, state, actions, *[torch.zeros_like(ended)] * 2)
-                    oracle = co_players.oracle(agent, after)
-                    final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & stays)
-            with timer("memory"):
-                self.memory = agent.remember(self.memory, state, actions, ended, match_ended)
-            if agent.uses_moa:
-                with timer("MOA buffer"):
-                    self.buffer.add(state, actions, co_players, reward, after)
-                    self.buffer.end(match_ended, self.global_step + self.pretrained)
-            mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
-            fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
-            fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
-            steps.append({**fields, "learner": learner & here, "final_value": final_value})
-            self.state, self.returns, self.global_step = after, self.returns + reward, self.global_step + args.num_envs
-            if ended.any():
-                self.record(ended)
-                self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
-            co_players.observe(state, actions, ended)
-        with timer("compute_action"):
-            last = agent.value(self.state, self.memory, co_players.oracle(agent, self.state))
-        rows = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-        following = torch.cat([rows["value"][1:], last.unsqueeze(0)])  # [T, B, N]
-        return {**rows, "next_value": torch.where(rows["goes_on"], following, rows["final_value"])}
-
-    def record(self, ended: Tensor) -> None:
-        """Notes the returns of episodes that ended, in games bool [B] `ended`, by kind and by the learner's seat."""
-        seats = torch.arange(self.game.num_players, device=self.device).expand_as(self.returns)
-        columns = (x[ended].flatten().tolist() for x in (self.co_players.kind, seats, self.returns))
-        for kind, seat, total in zip(*columns, strict=True):
-            own = [f"returns/seat_{seat}", "charts/episodic_return"] if kind == 0 else []
-            for name in (f"returns/{self.co_players.names[kind]}", *own):
-                self.log[name].append(total)
-        self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
-        self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
-
-    def iterate(self) -> dict[str, Tensor]:
-        """One iteration, rollout and updates; returns metrics."""
-        args, agent, timer = self.args, self.agent, self.agent.timer
-        done = self.global_step / args.total_timesteps
-        agent.plan_mode = agent.plan_mode if done < args.plan_until else "none"  # and stays off if a run is made longer
-        rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
-        ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
-        self.optimizers["policy"].param_groups[0]["lr"] = rate
-        metrics = {"charts/learning_rate": torch.tensor(rate)}
-        with timer("rollout"):
-            rows = self.rollout()
-        with timer("update"):
-            if agent.uses_moa:
-                metrics |= self.buffer.statistics(self.global_step + self.pretrained)
-                with timer("MOA"):
-                    metrics |= {} if args.freeze_moa else self.update_moa(pretraining=False)
-            rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
-            if agent.plan_mode != "none" and args.transition == "network":
-                with timer("transition"):
-                    metrics |= self.update_transition(rows)
-            with timer("PPO"):
-                metrics |= self.update_policy(rows, ent_coef)
-        self.iteration += 1
-        return metrics
-
-    def descend(self, name: str, loss: Tensor, max_norm: float) -> Tensor:
-        """One step of the optimiser `name`, its gradient clipped; returns the gradient's norm."""
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
-        optimizer.step()
-        return norm
-
-    def update_policy(self, rows: dict[str, Tensor], ent_coef: float) -> dict[str, Tensor]:
-        """PPO, or imitation of the planner, on the learner's rows in a rollout; means over minibatches, and by seat."""
-        args, agent, n = self.args, self.agent, self.game.num_players
-        steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
-        rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
-        rows["return"] = rows["advantage"] + rows["value"]
-        rows["seat"] = torch.arange(n, device=self.device).expand(rows["value"].shape)
-        if not rows["learner"].any():
-            return {}
-        unused = ("learner", "active", "goes_on", "final_value", "next_value", "other_actions", "reward")
-        rows = {name: value[rows["learner"]] for name, value in rows.items() if name not in unused}  # [R, ..]
-        metrics = {} if agent.plan_mode == "none" else self.calibrate(rows)
-        residual, spread = rows["advantage"].var(correction=0), rows["return"].var(correction=0).clamp(min=1e-9)
-        metrics["losses/explained_variance"] = 1.0 - residual / spread
-        if imitate := agent.plan_mode == "hop":
-            expected = (masked(rows["offset"], rows["mask"]).softmax(-1) * rows["q_plan"]).sum(-1)
-            rows["return"] = torch.where(rows["mask"].sum(-1) > 1, 0.5 * (rows["return"] + expected), rows["return"])
-        sums: dict[str, Tensor | float] = collections.defaultdict(float)  # [2, N]: sums and counts by seat
-        for part in minibatches(rows, args.update_epochs, args.num_minibatches, self.generator):
-            loss, terms = self.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(ent_coef), imitate)
-            terms["grad_norm"] = self.descend("policy", loss, args.max_grad_norm).expand(len(part["seat"]))
-            seats = F.one_hot(part["seat"], n).float()
-            for name, term in terms.items():
-                sums[name] = sums[name] + torch.stack([term @ seats, seats.sum(0)])
-        metrics |= {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
-        by_seat = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in ("policy", "value")}  # [N] each
-        return metrics | {f"losses/{name}_seat_{i}": mean[i] for name, mean in by_seat.items() for i in range(n)}
-
-    def calibrate(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Regression of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows, and Q_plan's scale; both set beta."""
-        agent, q_plan, mask = self.agent, rows["q_plan"], rows["mask"]
-        choice = mask.sum(-1) > 1
-        policy = masked(rows["offset"] + (0.0 if agent.plan_mode == "hop" else rows["prior"]), mask).softmax(-1)
-        gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
-        slope = (gain * rows["advantage"])[choice].sum() / gain[choice].square().sum().clamp(min=1e-9)
-        rms = root_mean_square(q_plan, mask)
-        agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
-        agent.plan_rms.lerp_(rms, 0.2)
-        return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
-
-    def update_transition(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Regression of the reward and TD of the next value, on all seats in a rollout; returns means over minibatches.
-        The reward is learnt on surprising transitions of the whole run as well: a weighted reservoir (Efraimidis and
-        Spirakis 2006, A-Res) weighted by squared error. Joint hunts are too rare at first to be learnt as they come."""
-        args, network, sums = self.args, self.agent.transition, collections.Counter()
-        part_of = {name: rows[name][rows["active"]] for name in (*TRANSITION, "next_value")}
-        with torch.no_grad():
-            error = (network(*(part_of[name] for name in TRANSITION[:4]))[0] - part_of["reward"]).square() + 1e-9
-            draw = torch.rand(error.shape, generator=self.generator, device=self.device).clamp(min=1e-20)
-            pool = {"key": draw.log() / error, **{name: part_of[name] for name in TRANSITION}}
-            pool = {name: torch.cat([self.surprising.get(name, value[:0]), value]) for name, value in pool.items()}
-            keep = pool["key"].topk(min(len(pool["key"]), args.transition_reservoir)).indices
-            self.surprising = {name: value[keep] for name, value in pool.items()}
-        for part in minibatches(part_of, args.transition_epochs, args.transition_minibatches, self.generator):
-            size = (math.ceil(len(part["reward"]) / 4),)
-            some = torch.randint(len(keep), size, generator=self.generator, device=self.device)
-            *inputs, target = (torch.cat([part[name], self.surprising[name][some]]) for name in TRANSITION)
-            reward, value = network(*inputs)
-            losses = F.mse_loss(reward, target), F.mse_loss(value[: len(part["reward"])], part["next_value"])
-            self.descend("transition", sum(losses), math.inf)
-            fresh = F.mse_loss(reward.detach()[: len(part["reward"])], part["reward"])  # no surprising ones
-            sums.update({"reward": fresh, "value": losses[1].detach(), "parts": 1})
-        return {f"losses/transition_{name}": sums[name] / sums["parts"] for name in ("reward", "value")}
-
-    def update_moa(self, pretraining: bool) -> dict[str, Tensor]:
-        """`--moa-updates` minibatches of matches from the buffer; returns means over them."""
-        args, moa, sums = self.args, self.agent.moa, collections.Counter()
-        for _ in range(args.moa_updates if len(self.buffer) else 0):
-            batch = self.buffer.sample(args.moa_matches, self.agent.relative, args.goal == "oracle", self.generator)
-            loss, terms = moa_loss(moa, batch, args.moa_alpha, args.subgoal_coef, pretraining, self.generator)
-            self.descend("moa", loss, 1.0)
-            sums.update(terms)
-        return {name: total / args.moa_updates for name, total in sums.items()}
-
-    def pretrain(self, stop: list) -> None:
-        """Plays `--pretrain-moa-steps` game steps with the first policy, and trains the VAE alone on them; ends early
-        when `stop` is no longer empty."""
-        while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps and not stop:
-            self.rollout()
-            self.update_moa(pretraining=True)
-            if self.args.goal == "inferred":
-                self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode)
-            self.pretrained += self.args.num_envs * self.args.num_steps
-            self.global_step = 0
-        if self.pretrained and not len(self.buffer):
-            print("--pretrain-moa-steps: no match has ended, so nothing was learnt; take more", file=sys.stderr)
-        self.log.clear()
-
-    def load_moa(self, path: str) -> None:
-        """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
-        content = load_checkpoint(path, self.device)
-        weights, args, goal = content["agent"].items(), content["args"], self.args.goal
-        if args["goal"] != goal or (goal != "inferred" and args.get("plan_update", "none") == "none"):
-            raise UsageError(f"--load-moa: {path} has no MOA that was trained with --goal {goal}")
-        try:
-            self.agent.moa.load_state_dict({k[len("moa.") :]: v for k, v in weights if k.startswith("moa.")})
-        except RuntimeError:
-            raise UsageError(f"--load-moa: the MOA of {path} is of another game, goal or size") from None
-
-    def model(self) -> dict:
-        """What a checkpoint needs to be played."""
-        head = {"script": SCRIPT, "game": self.game.id, "args": dataclasses.asdict(self.args)}
-        return {**head, "plan_mode": self.agent.plan_mode, "agent": self.agent.state_dict()}
-
-    def content(self) -> dict:
-        """All that the run needs to go on as if it had not stopped: tensors and plain Python values. What callable
-        co-players remember by themselves is not in it."""
-        held, parts = self.args.num_envs + len(self.buffer), {part: getattr(self, part, self) for part in KEPT}
-        return self.model() | {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "generator": self.generator.get_state(),
-            "kept": {part: {name: getattr(parts[part], name) for name in names} for part, names in KEPT.items()},
-            "games": [list(self.state), list(self.memory)],
-            "co_player_memory": {k: list(memory) for k, memory in self.co_players.memory.items()},
-            "matches": {name: value[:held].clone() for name, value in self.buffer.data.items()},
-        }
-
-    def load(self, content: dict) -> None:
-        """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or the options differ."""
-        if "optimizers" not in content or content["script"] != SCRIPT:
-            raise UsageError(f"--resume needs a checkpoint.pt of {SCRIPT}; a model.pt can only be played")
-        for name, value in dataclasses.asdict(self.args).items():
-            same_game = name == "env_id" and content["game"] == self.game.id  # in another spelling
-            if name not in FREE and content["args"][name] != value and not same_game:
-                raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
-        self.agent.load_state_dict(content["agent"])
-        self.agent.plan_mode = content["plan_mode"]
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
-        self.generator.set_state(content["generator"].cpu())
-        for part in KEPT:
-            vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
-        self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
-        for k, memory in self.co_players.memory.items():  # of this script, or of another
-            self.co_players.memory[k] = type(memory)(*content["co_player_memory"][k])
-        for name, value in content["matches"].items():
-            self.buffer.data[name][: len(value)] = value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watch: Callable | None = None) -> Tensor:
-    """Returns [B, episodes, N], by seat, of one match in each game. `watch(state, memory, episode)` sees each step."""
-    game, batch, episodes = co_players.game, co_players.batch, co_players.match_episodes
-    state, memory = game.initial_state(batch, generator), agent.moa.initial_memory(batch)
-    returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
-    games, playing = torch.arange(batch, device=game.device), torch.ones(batch, dtype=torch.bool, device=game.device)
-    while playing.any():
-        episode, learner, mask = co_players.episode, co_players.learner, game.action_mask(state)
-        if watch is not None:
-            watch(state, memory, episode)
-        actions = co_players.act(state, mask)
-        seats, oracle = learner & playing.unsqueeze(1), co_players.oracle(agent, state)
-        actions = torch.where(learner, agent.act(state, mask, memory, seats, generator, oracle).action, actions)
-        after, reward, terminated, truncated = game.step(state, actions)
-        returns[games, episode] += reward * playing.unsqueeze(1)
-        ended = terminated | truncated
-        match_ended = co_players.observe(state, actions, ended)
-        memory = agent.remember(memory, state, actions, ended, match_ended)
-        state, playing = after.replaced(ended, game.initial_state(batch, generator)), playing & ~match_ended
-    return returns
-
-
-def evaluate(
-    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
-) -> dict[str, float | list[float]]:
-    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
-    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
-    them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
-    the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
-    the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
-    episode of a match."""
-    if min(episodes, num_envs, match_episodes) < 1:
-        raise UsageError("episodes, num_envs and match_episodes must be at least 1")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device, play, env_id)
-    game, entries = agent.game, co_players.split(",") if isinstance(co_players, str) else co_players
-    entries = list(entries) if isinstance(entries, list | tuple) else [entries]
-    entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
-    matches, generator = math.ceil(episodes / match_episodes), Generator(device).manual_seed(seed)
-    returns, seats = [], []
-    for _ in range(math.ceil(matches / num_envs)):
-        players = CoPlayers(game, entries, min(num_envs, matches), match_episodes, generator, fixed=True)
-        seats.append(players.seat[:, :1])
-        returns.append(play_matches(agent, players, generator))
-    returns, seats = torch.cat(returns)[:matches], torch.cat(seats)[:matches]  # [matches, episodes, N], [matches, 1]
-    focal = returns.gather(2, seats.unsqueeze(1).expand(-1, match_episodes, 1)).squeeze(2)
-    company = (returns.sum(2) - focal) / max(1, game.num_players - 1)
-    kept = focal.flatten()[:episodes].tolist()
-    result = {"focal_return": float(np.mean(kept)), "focal_returns": kept, "by_episode": focal.mean(0).tolist()}
-    return {**result, "co_player_return": float(company.flatten()[:episodes].mean())}
-
-
-def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, path: Path) -> None:
-    """A GIF of a match's last episode: all players, the items, and what the focal player believes of the others."""
-    frames, focal = [], int(co_players.seat[0, 0])
-    kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
-    title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
-
-    def watch(state: GameState, memory: Memory, episode: Tensor) -> None:
-        if int(episode[0]) < co_players.match_episodes - 1:
-            return
-        own, others = agent.relative(state)
-        goal, _ = agent.infer(memory, own, others, co_players.oracle(agent, state))
-        items = state.items.unsqueeze(1).expand(-1, agent.game.num_players, -1)
-        probs = agent.moa.subgoal_logits(state.players, items, own, others, goal).softmax(-1)[0].tolist()
-        frames.append(Image.fromarray(render_frame(agent.game, state, {"focal": focal, "probs": probs}, title)))
-
-    play_matches(agent, co_players, generator, watch)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and logging
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and evaluation
+# --------------------------------------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
+PLAYED = ["plan_update", "plan_beta", "plan_samples", "transition"]  # what `evaluate` may change
+EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
-class Timer:
-    """`with timer("name"):` sums seconds and calls by nested path; a disabled timer does nothing."""
-
-    def __init__(self, enabled: bool, cuda: bool = False):
-        self.enabled, self.synchronize = enabled, torch.cuda.synchronize if cuda else lambda: None
-        self.seconds, self.calls = collections.Counter(), collections.Counter()  # by path: names, outermost part first
-        self.path: tuple[str, ...] = ()  # of the part that is running
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        if not self.enabled:
-            yield
-            return
-        outer, self.path = self.path, (*self.path, name)
-        self.synchronize()
-        start = time.perf_counter()
-        yield
-        self.synchronize()
-        self.seconds[self.path] += time.perf_counter() - start
-        self.calls[self.path] += 1
-        self.path = outer
-
-    def tree(self) -> str:
-        """Seconds, share of the whole and calls of every part, as an indented table."""
-        lines = [f"{'part':40}   seconds  share    calls"]
-        whole = sum(seconds for path, seconds in self.seconds.items() if len(path) == 1)
-        for path in sorted(self.seconds, key=lambda p: [(-self.seconds[p[: k + 1]], p[k]) for k in range(len(p))]):
-            label, seconds = "  " * (len(path) - 1) + path[-1], self.seconds[path]
-            lines.append(f"{label:40} {seconds:9.2f} {seconds / whole:6.1%} {self.calls[path]:8}")
-        return "\n".join(lines)
+def checkpoint_path(run):
+    """The checkpoint of a run's folder, or the path itself."""
+    return f"{run}/checkpoint.pt" if os.path.isdir(run) else f"{run}"
 
 
-@contextlib.contextmanager
-def refused(what: str):
-    """Turns whatever is raised inside (a damaged file and an import can raise anything) into a UsageError, one line."""
-    try:
-        yield
-    except Exception as error:
-        text = f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})"
-        raise UsageError(str(error) if type(error).__name__ == "UsageError" else text) from None  # of any script
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then renamed: a killed run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The content of a checkpoint of this script or of one beside it, or of its run's folder. Raises UsageError."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}")
+def load_checkpoint(run, device="cpu"):
+    """The content of a checkpoint, or of that in a run's folder. Raises UsageError."""
+    path = checkpoint_path(run)
+    if not os.path.isfile(path):
+        raise UsageError(f"no checkpoint at {path[:200]!r}")
     with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
         content = torch.load(path, map_location=device, weights_only=True)
-    script = content.get("script", "another program") if isinstance(content, dict) else "another program"
-    if not re.fullmatch(r"\w+", str(script)) or not Path(__file__).with_name(f"{script}.py").is_file():
-        raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT} or of a script beside it")
+        dict(content["args"], script=content["script"])  # raises if it is another file
     return content
 
 
-def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_id: str | None = None) -> Agent:
-    """The agent of a checkpoint, ready to play `env_id` (default: the game trained on), with `options` (of PLAYED, by
-    name) in place of the checkpoint's; that of another script plays by that script. Raises UsageError."""
-    content, options = load_checkpoint(path, device), options or {}
-    if content["script"] != SCRIPT:
-        with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device, options, env_id)
-    if set(options) - set(PLAYED):
-        raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
-    with refused(f"checkpoint {path} does not fit this version"):
-        args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
-        agent = Agent(GridGame(content["game"], device), args)
-        agent.load_state_dict(content["agent"])
-        agent.plan_mode = content["plan_mode"]
-    mode, was = options.get("plan_update", agent.plan_mode), content["args"]
-    planned = was["plan_update"] != "none" and was["plan_until"] > 0
-    simulated = was["goal"] == "inferred" and vars(args).get("transition") == "simulator"
-    if mode != "none" and not (planned or simulated):
-        raise UsageError(f"{path} was trained without a planner: it has not learnt what one needs")
-    agent.on_game(env_id or agent.game.id)
-    agent.eval()
-    agent.turn_planner(mode)
-    return agent
+def load_player(path, game, batch, play=None):
+    """The agent of a checkpoint, to play B games of `game`, with the options `play` in place of its
+    own; by this script if its networks fit, whatever it is called, else by the script beside this
+    one that wrote it. Raises UsageError."""
+    content = load_checkpoint(path, game.device)
+    options = {**content["args"], "plan_update": content["plan_mode"], **(play or {})}
+    with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
+        try:
+            agent = Agent(game, Args(**options))
+            agent.load_state_dict(content["agent"])
+        except (TypeError, RuntimeError):
+            if content["script"] == SCRIPT:
+                raise
+            return importlib.import_module(content["script"]).load_player(path, game, batch, play)
+    if agent.plan_mode != content["plan_mode"] and agent.plan_slope == 0.0:  # was never on
+        if agent.args.transition == "network":
+            raise UsageError(f"{path} has not learnt what a planner needs; take the simulator")
+        agent.plan_slope.fill_(1.0)
+    return Player(agent, batch)
 
 
-def played(content: dict) -> dict:
-    """The values of the options PLAYED with which a checkpoint's `content` is played."""
-    values = {**content["args"], "plan_update": content["plan_mode"]}
-    return {name: values[name] for name in PLAYED if name in values}
+@torch.no_grad()
+def evaluate(
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1,
+    device="cpu", watch=None, **play
+):  # fmt: skip
+    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players.
+
+    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of
+    them, or N-1 of them (a list, or separated by commas). `env_id`: by default the game trained on.
+    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options
+    in PLAYED) replaces the checkpoint's. Returns undiscounted sums of rewards of `episodes`
+    episodes: `focal_return`, the mean of `focal_returns` [episodes] in the order of matches,
+    `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th episode
+    of a match. `watch(**locals())` sees every state, the last of an episode included. Raises
+    UsageError."""
+    if min(episodes, num_envs, match_episodes, play.get("plan_samples", 1)) < 1:
+        raise UsageError("episodes, --num-envs, --match-episodes, --plan-samples: at least 1")
+    content = load_checkpoint(checkpoint, device)
+    with refused(f"{checkpoint} is a run of other options"):
+        args = Args(**content["args"])
+    if env_id not in (None, args.env_id):
+        args = dataclasses.replace(args, env_id=env_id, horizon=None)
+    game = make_game(args, device)
+    if watch and not game.simulates:
+        game.kwargs["render_mode"] = "rgb_array"
+    entries = co_players.split(",") if isinstance(co_players, str) else co_players
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    if len(entries) == 1:
+        entries = [*entries] * (game.num_players - 1)
+    generator = Generator(device).manual_seed(seed)
+    focal = torch.zeros(episodes, device=device)
+    others = torch.zeros(episodes, device=device)
+    matches = arange(0, episodes, match_episodes, device=device)  # number of the first episode
+    for starts in matches.split(num_envs):
+        players = CoPlayers(game, entries, len(starts), match_episodes, generator, fixed=True)
+        player = load_player(checkpoint, game, len(starts), play)
+        state = game.start(len(starts), generator)
+        returns = game.alive(state) * 0.0
+        ends = (starts + match_episodes).clamp(max=episodes)
+        number = starts  # of the running episode
+        bar = tqdm(desc=args.env_id, total=int((ends - starts).sum()), unit="episode")
+        while (number < ends).any():
+            if watch:
+                watch(**locals())
+            mask = game.action_mask(state)
+            learner = players.kind == 0
+            actions = players.act(state, mask)
+            seats = learner & (number < ends)[:, None]
+            actions = where(learner, player.act(state, mask, seats, players), actions)
+            state, reward, terminated, truncated = game.step(state, actions)
+            returns = returns + reward
+            ended = (terminated | truncated).all(1)
+            if watch and ended.any():
+                watch(**locals())
+            own = pick(returns, players.focal)
+            counted = ended & (number < ends)
+            focal[number[counted]] = own[counted]
+            company = (returns.sum(1) - own) / max(1, game.num_players - 1)
+            others[number[counted]] = company[counted]
+            bar.update(int(counted.sum()))
+            player.observe(actions, ended, players.observe(actions, ended))
+            number = number + ended
+            returns = returns.masked_fill(ended[:, None], 0.0)
+            state = game.restart(state, ended, generator)
+        bar.close()
+    by_episode = [float(focal[k::match_episodes].mean()) for k in range(match_episodes)]
+    return {
+        "focal_return": float(focal.mean()),
+        "focal_returns": focal.tolist(),
+        "co_player_return": float(others.mean()),
+        "by_episode": by_episode[:episodes],
+    }
 
 
-EVALUATED = """evaluate eval_episodes env_id co_players match_episodes num_envs seed
-    cuda""".split()  # options that `--evaluate` reads, besides PLAYED
+def print_evaluation(args):
+    """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
+    company = args.co_players or "self"
+    options = {name: getattr(args, name) for name in EVALUATED}
+    options["device"] = "cuda" if args.cuda else "cpu"
+    result = evaluate(args.evaluate, company, episodes=args.eval_episodes, **options)
+    returns = np.array(result["focal_returns"])
+    ends = range(args.match_episodes, len(returns), args.match_episodes)
+    means = [match.mean() for match in np.split(returns, ends)]
+    error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else math.inf
+    print(f"focal return      {returns.mean():7.3f} +- {1.96 * error:.3f}, {len(returns)} episodes")
+    print(f"co-player return  {result['co_player_return']:7.3f} of {company}")
+    print(f"by episode of a match {np.round(result['by_episode'], 2)}")
+    if args.capture_video:
+        record_video(args.evaluate, company, args.match_episodes)
 
 
-def print_evaluation(args: Args) -> None:
-    """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
-    sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
-    co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
-    options = {name: getattr(args, name) for name in PLAYED if getattr(args, name) not in (None, before[name])}
-    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
-    returns, length = result["focal_returns"], args.match_episodes
-    matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
-    error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
-    print(f"focal return      {np.mean(returns):7.3f} +- {error:.3f}  ({len(returns)} episodes, with {co_players})")
-    print(f"co-player return  {result['co_player_return']:7.3f}")
-    print("by episode of a match " + " ".join(f"{value:.2f}" for value in result["by_episode"]))
+def record_video(run, company, episodes):
+    """episode.gif in the run's folder: the last episode of a match, and what is believed of all."""
+    frames = []
+
+    def watch(game, player, players, state, returns, number, **rest):
+        if number < episodes - 1:
+            return
+        agent = player.agent
+        beliefs = None
+        if game.num_items and agent.args.goal == "inferred":
+            own, others = game.features(state)
+            goal, _ = agent.infer(player.memory, own, others, state, players)
+            beliefs = agent.moa.subgoal_logits(own, others, goal, *game.subgoals(state))[0].softmax(
+                1
+            )
+        text = f"focal {int(players.focal)}, others {company}; rewards {returns[0].tolist()}"
+        picture = game.draw(state, f"last episode of a match, {text}", beliefs)
+        frames.append(Image.fromarray(picture))
+
+    with refused(f"no video of {run}"):
+        sizes = {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
+        evaluate(run, company, watch=watch, **sizes)
+        path = os.path.join(os.path.dirname(checkpoint_path(run)), "episode.gif")
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
-def start_run(args: Args, step: int) -> tuple[Path, SummaryWriter]:
-    """The run's folder (that of `--resume`, or a new one), its args.json, and its TensorBoard writer from `step` on."""
-    with refused("--track needs wandb: pip install wandb"):
-        track = importlib.import_module("wandb").init if args.track else None
-    options, name = dataclasses.asdict(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or f"runs/{name}")
-    folder = folder.parent if folder.is_file() else folder
-    while True:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            break
-        folder = folder.with_name(folder.name + "+")
-    (folder / "args.json").write_text(json.dumps(options, indent=2) + "\n")
-    if track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-        track(**names, dir=str(folder), config=options, sync_tensorboard=True, reinit="finish_previous")
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    table = "".join(f"\n|{name}|{value}|" for name, value in options.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-    return folder, writer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
-def train(args: Args) -> dict[str, float]:
-    """The whole run; returns the final metrics, and `run`, its folder. Raises UsageError before anything is written."""
-    args = resolved(args)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.cuda)  # CUDA lacks some of them
-    if ":" in args.co_players:  # callables: others of their kind try one step, before anything is written
-        game, pool = GridGame(args.env_id, "cuda" if args.cuda else "cpu"), args.co_players.split(",")
-        with refused(f"co-players {args.co_players} cannot play"):
-            state, generator = game.initial_state(args.num_envs), Generator(game.device)
-            players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
-            players.act(state, game.action_mask(state))
-    trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
-    if args.pretrain_moa_steps and args.goal != "inferred":
-        raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
-    if (args.freeze_moa or args.load_moa) and not trainer.agent.uses_moa:
-        raise UsageError(f"--{'freeze' if args.freeze_moa else 'load'}-moa: nothing in this run reads the MOA")
-    with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
-        if args.resume:
-            trainer.load(load_checkpoint(args.resume, trainer.device))
-        elif args.load_moa:
-            trainer.load_moa(args.load_moa)
-    folder, writer = start_run(args, trainer.global_step)
+# --------------------------------------------------------------------------------------------------
+FREE = """total_timesteps checkpoint_every capture_video profile resume init load_moa track compile
+    wandb_project_name wandb_entity cuda exp_name evaluate eval_episodes env_workers""".split()
 
-    def on_signal(number: int, frame: object) -> None:
-        stop.append(signal.signal(number, signal.default_int_handler))  # after the iteration; a second Ctrl-C at once
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    trainer.agent.timer = timer = Timer(args.profile, args.cuda)
-    bar = tqdm(total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id)
+def report_profile(path, profiler):
+    """Writes the trace to `path`; prints seconds of every label and their share of the
+    iterations."""
+    profiler.export_chrome_trace(path)
+    spent = defaultdict(float)
+    for event in json.loads(Path(path).read_text())["traceEvents"]:
+        if event.get("cat") == "user_annotation":
+            spent[event["name"].partition("#")[0]] += event["dur"] / 1e6
+    for name in sorted(spent, key=spent.get, reverse=True):
+        print(f"{name:20} {spent[name]:8.3f} s {spent[name] / spent['ProfilerStep']:6.1%}")
+
+
+def check_login():
+    """Raises UsageError if W&B would ask for a login."""
+    with refused("--track"):
+        import wandb
+
+        if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False):
+            raise UsageError("--track: run `wandb login` first, or set WANDB_MODE=offline")
+
+
+def start_tracking(args, name, run_id):
+    """A W&B run, or that of `run_id` again. Raises UsageError."""
+    with refused("--track"):
+        import wandb
+
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
+        return wandb.init(**names, id=run_id, resume="allow", config=vars(args))
+
+
+def train(args, watch=None):
+    """The whole run; returns the last metrics, and `run`, its folder. `watch(**locals())` is called
+    after every iteration. Raises UsageError before anything is written."""
+    # ---- SETUP
+    device = torch.device("cuda" if args.cuda else "cpu")
+    resumes = args.resume is not None
+    source = args.resume if resumes else args.init
+    if args.track:
+        check_login()
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device is available")
+    content = {} if source is None else load_checkpoint(source, device)
+    game = make_game(args, device)
+    args = checked(args, game)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.manual_seed(args.seed)
+    generator = Generator(device).manual_seed(args.seed)
+    agent = Agent(game, args)
+    learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
+    moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
+    model = {"params": agent.transition.parameters(), "lr": 1e-3}
+    optimizer = torch.optim.Adam([learnt, moa, model], args.learning_rate, eps=1e-5)
+    loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
+    pool = args.co_players.split(",")
+    co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
+    state = game.start(args.num_envs, generator)
+    if co_players.callables:  # others of their kind try one step before anything is written
+        CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
+    buffer = MatchBuffer(game, args)
+    memory = agent.empty_memory(args.num_envs)
+    returns = game.alive(state) * 0.0  # [B, N] of running episodes
+    reservoir = {}  # surprising transitions
+    per_iteration = args.num_envs * args.num_steps
+    global_step = -math.ceil(args.pretrain_moa_steps / per_iteration) * per_iteration
+    iteration = 0
+    tracking_id = None
+    reads_moa = args.goal == "inferred" or args.plan_update != "none"
+    if args.load_moa is not None and not resumes:
+        weights = load_checkpoint(args.load_moa, device)["agent"]
+        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
+            names = [name for name in weights if name.startswith("moa.")]
+            agent.moa.load_state_dict({name[4:]: weights[name] for name in names})
+    with refused(f"{source} does not fit this run"):
+        if source is not None:
+            agent.load_state_dict(content["agent"])
+        if resumes:
+            for name, value in vars(args).items():
+                if name not in FREE and content["args"][name] != value:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"--resume: {option} was {content['args'][name]!r} there")
+            agent.plan_mode = content["plan_mode"]
+            optimizer.load_state_dict(content["optimizer"])
+            if content["args"]["cuda"] == args.cuda:
+                generator.set_state(content["generator"].cpu())
+            torch.set_rng_state(content["torch_generator"].cpu())
+            seats = content["seats"]
+            co_players.focal, co_players.kind, co_players.target, co_players.episode = seats
+            for k, player in co_players.agents.items():
+                player.memory = content["co_player_memory"][k]
+            buffer.now, buffer.start, buffer.episode_start, buffer.matches = content["matches"]
+            for name, field in content["ring"].items():
+                buffer.ring[name] = field.new_zeros(buffer.size, *field.shape[1:])
+                buffer.ring[name][: len(field)] = field
+            memory = content["memory"]
+            reservoir = content["reservoir"]
+            global_step = content["global_step"]
+            iteration = content["iteration"]
+            tracking_id = content["tracking_id"]
+            if game.simulates:
+                state = type(state)(*content["state"])
+                returns = content["returns"]
+            else:
+                print("--resume: episodes of this environment begin anew", file=sys.stderr)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+    folder = f"runs/{name}"
+    if resumes:
+        folder = os.path.dirname(checkpoint_path(args.resume)) or "."
+    with refused(f"cannot write {folder}, or another process does"):
+        while os.path.exists(folder) and not resumes:
+            folder += "+"
+        os.makedirs(folder, exist_ok=True)
+        lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    tracker = start_tracking(args, name, tracking_id) if args.track else None
+    if not resumes:
+        Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)
+    bar = tqdm(
+        desc=args.env_id, total=args.total_timesteps, unit="step", initial=max(0, global_step)
+    )
+    profiler = None
+    if args.profile:
+        window = torch.profiler.schedule(skip_first=1, wait=0, warmup=0, active=3, repeat=1)
+        report = functools.partial(report_profile, f"{folder}/trace.json")
+        profiler = torch.profiler.profile(schedule=window, on_trace_ready=report)
+        profiler.start()
+    metrics = {}
+    saved = 0.0  # when the last checkpoint was written
+    stop = []  # the number of a signal
+    handlers = {}
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.default_int_handler)  # a second one ends at once
+        print("ends after this iteration, with a checkpoint", file=sys.stderr)
+
     try:
-        with timer("pretraining"):
-            trainer.pretrain(stop)
-        save_atomically(trainer.content(), folder / "checkpoint.pt")
-        while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
-            trainer.log.clear()
-            start = time.perf_counter()
-            with timer("iteration"):
-                metrics = {name: float(value) for name, value in trainer.iterate().items()}
-            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
-            metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
-            metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, on_signal)
+        while True:
+            # ---- CHECKPOINT
+            last = stop or global_step + per_iteration > args.total_timesteps
+            if last or iteration % args.checkpoint_every == 0 or time.time() > saved + 60:
+                checkpoint = {
+                    "script": SCRIPT,
+                    "args": vars(args),
+                    "agent": agent.state_dict(),
+                    "plan_mode": agent.plan_mode,
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "torch_generator": torch.get_rng_state(),
+                    "seats": [
+                        co_players.focal,
+                        co_players.kind,
+                        co_players.target,
+                        co_players.episode,
+                    ],
+                    "co_player_memory": {k: p.memory for k, p in co_players.agents.items()},
+                    "matches": [buffer.now, buffer.start, buffer.episode_start, buffer.matches],
+                    "ring": {k: field[: buffer.now].clone() for k, field in buffer.ring.items()},
+                    "memory": memory,
+                    "reservoir": reservoir,
+                    "global_step": global_step,
+                    "iteration": iteration,
+                    "tracking_id": tracker.id if tracker else tracking_id,
+                    "state": [*state],
+                    "returns": returns,
+                }
+                torch.save(checkpoint, f"{folder}/.checkpoint.pt")  # whole, then renamed
+                os.replace(f"{folder}/.checkpoint.pt", f"{folder}/checkpoint.pt")
+                saved = time.time()
+            if last:
+                break
+
+            # ---- SCHEDULES
+            started = time.perf_counter()
+            pretraining = global_step < 0
+            done = max(0, global_step) / args.total_timesteps
+            left = 1.0 - done if args.anneal else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            ent_coef = tensor(args.ent_coef * max(left, 0.1), device=device)
+            if done >= args.plan_until:
+                agent.plan_mode = "none"  # and stays off if the run is made longer
+
+            # ---- ROLLOUT
+            storage = defaultdict(list)  # [T, B, N, ..]
+            sums = defaultdict(list)  # terms of the losses, by minibatch
+            finished = []  # length, kinds and returns of episodes that ended
+            with torch.no_grad(), record_function("rollout"):
+                if args.goal == "inferred" and not args.freeze_moa and iteration > 0:
+                    memory = buffer.memory(agent.moa)
+                for _ in range(args.num_steps):
+                    mask = game.action_mask(state)
+                    kind = co_players.kind
+                    with record_function("co-players"):
+                        actions = co_players.act(state, mask)
+                    decision = decide(agent, state, mask, memory, kind == 0, co_players)
+                    actions = where(kind == 0, decision.action, actions)
+                    with record_function("game"):
+                        after, reward, terminated, truncated = game.step(state, actions)
+                    memory = agent.remember(memory, decision, actions)
+                    final_value = zeros_like(reward)
+                    if truncated.any():
+                        final_value = agent.value(memory, after, co_players) * truncated
+                    mixed = args.prosocial * reward.mean(1, keepdim=True)
+                    mixed = mixed + (1.0 - args.prosocial) * reward
+                    transition = {
+                        **decision._asdict(),
+                        "action": actions,
+                        "other_actions": actions[:, game.others],
+                        "reward": mixed * args.reward_scale,
+                        "goes_on": ~(terminated | truncated),
+                        "final_value": final_value,
+                        "learner": (kind == 0) & decision.alive,
+                    }
+                    for name, value in transition.items():
+                        storage[name].append(value)
+                    ended = (terminated | truncated).all(1)
+                    step = {
+                        "actions": actions,
+                        "alive": decision.alive,
+                        "reward": reward,
+                        "reached": game.reached(state, actions, after, reward),
+                    }
+                    if args.goal == "oracle":
+                        step["oracle"] = co_players.oracle(state)
+                    match_ended = co_players.observe(actions, ended)
+                    if reads_moa:
+                        buffer.add(state, step, ended, match_ended)
+                    memory = forget(memory, ended, match_ended)
+                    returns = returns + reward
+                    state = after
+                    if ended.any():
+                        length = after.time.unsqueeze(1).expand_as(kind)
+                        finished.append(stack([length, kind, returns])[:, ended])
+                        returns = returns.masked_fill(ended.unsqueeze(1), 0.0)
+                        state = game.restart(after, ended, generator)
+                rows = {name: stack(values) for name, values in storage.items()}
+                last_value = agent.value(memory, state, co_players)
+                following = cat([rows["value"][1:], last_value.unsqueeze(0)])
+                rows["next_value"] = where(rows["goes_on"], following, rows["final_value"])
+            global_step += per_iteration
+            iteration += 1
+
+            # ---- MOA
+            with record_function("MOA"):
+                learns_moa = reads_moa and not args.freeze_moa and len(buffer.held())
+                for _ in range(args.moa_updates if learns_moa else 0):
+                    batch = buffer.sample(args.moa_matches, generator)
+                    loss, terms = moa_loss(agent, batch, pretraining, generator)
+                    descend(optimizer, 1, loss, 1.0, terms, sums)
+
+            # ---- TRANSITION NETWORK
+            with record_function("transition"):
+                if agent.plan_mode != "none" and args.transition == "network" and not pretraining:
+                    names = "own others action other_actions reward next_value".split()
+                    moves = {name: rows[name][rows["alive"]] for name in names}
+                    with torch.no_grad():
+                        reservoir = surprising(agent.transition, moves, reservoir, generator)
+                    for part in minibatches(moves, 2, 16, generator):
+                        loss, terms = transition_loss(agent.transition, part, reservoir, generator)
+                        descend(optimizer, 2, loss, math.inf, terms, sums)
+
+            # ---- PPO
+            with record_function("PPO"):
+                rows["advantage"] = generalised_advantages(
+                    rows["reward"],
+                    rows["value"],
+                    rows["next_value"],
+                    rows["goes_on"],
+                    args.gamma,
+                    args.gae_lambda,
+                )
+                rows["return"] = rows["advantage"] + rows["value"]
+                names = """own others goal mask offset q_plan prior action log_prob advantage
+                    return""".split()
+                rows = {name: rows[name][rows["learner"]] for name in names}  # [R, ..]
+                unexplained = rows["advantage"].var() / rows["return"].var().clamp(min=1e-9)
+                sums["losses/explained_variance"].append((1.0 - unexplained).nan_to_num())
+                imitate = agent.plan_mode == "hop"
+                if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
+                    expected, slope, rms = calibration(rows, agent.plan_mode)
+                    agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
+                    agent.plan_rms.lerp_(rms, 0.2)
+                    sums["losses/plan_slope"].append(slope)
+                    sums["losses/plan_rms"].append(rms)
+                    if imitate:  # V towards the mean of the lambda-return and E_pi Q_plan
+                        rows["return"] = 0.5 * (rows["return"] + expected)
+                epochs = 0 if pretraining else args.update_epochs
+                for part in minibatches(rows, epochs, args.num_minibatches, generator):
+                    loss, terms = loss_of(agent, part, ent_coef, imitate)
+                    descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
+
+            # ---- LOG
+            metrics = {name: float(stack(terms).mean()) for name, terms in sums.items()}
+            metrics["charts/learning_rate"] = args.learning_rate * left
+            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - started)
+            metrics["moa/buffer_fill"] = min(1.0, buffer.now / buffer.size)
+            if finished:
+                lengths, kinds, totals = cat(finished, 1)  # [episodes, N]
+                own = totals.masked_fill(kinds != 0, math.nan)
+                seats = {f"returns/seat_{i}": x for i, x in enumerate(own.unbind(1))}
+                names = {f"returns/{x}": totals[kinds == k] for k, x in enumerate(co_players.names)}
+                means = {"charts/episodic_length": lengths, "charts/episodic_return": own}
+                for name, values in {**means, **names, **seats}.items():
+                    if values.isfinite().any():
+                        metrics[name] = float(values.nanmean())
             for name, value in metrics.items():
                 if not math.isfinite(value):
-                    raise FloatingPointError(f"{name} is {value} at step {trainer.global_step}, see {folder}")
-                writer.add_scalar(name, value, trainer.global_step)
-            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}", refresh=False)
-            bar.update(per_iteration)
-            if trainer.iteration % args.checkpoint_every == 0:
-                save_atomically(trainer.content(), folder / "checkpoint.pt")
-        save_atomically(trainer.content(), folder / "checkpoint.pt")
-        if args.save_model:
-            save_atomically(trainer.model(), folder / "model.pt")
-        if args.capture_video and not stop:
-            generator = Generator(trainer.device).manual_seed(args.seed)
-            players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
-            with timer("video"):
-                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
+                    raise FloatingPointError(f"{name} is {value} at step {global_step} of {folder}")
+                if not pretraining:
+                    writer.add_scalar(name, value, global_step)
+            if tracker and not pretraining:
+                tracker.log(metrics, step=global_step)
+            shown = f"return {metrics.get('charts/episodic_return', math.nan):.2f}"
+            bar.set_postfix_str(shown, refresh=False)
+            bar.update(0 if pretraining else per_iteration)
+            if profiler:
+                profiler.step()
+            if watch:
+                watch(**locals())
     finally:
         bar.close()
         writer.close()
+        lock.close()
+        game.close()
+        if profiler:
+            profiler.stop()
+        if tracker:
+            tracker.finish()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if args.profile:
-        print(timer.tree())
-    print(f"{'stopped' if stop else 'done'} at step {trainer.global_step}: {folder}")
-    return {**metrics, "run": str(folder)}
+    if stop:
+        print(f"stopped at step {global_step}: {folder}")
+        raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+    print(f"done at step {global_step}: {folder}")
+    if args.capture_video:
+        record_video(folder, pool[-1], args.match_episodes)
+    return {**metrics, "run": folder}
 
 
-def parse_arguments(arguments: list[str]) -> Args:
-    """Args from the command line, over the options of a run to resume or the game of one to play. Raises UsageError."""
-
-    def parse(default: Args) -> Args:
-        captured = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(captured):
-                return tyro.cli(Args, args=arguments, default=default, description=__doc__)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            # tyro's box: a title, the message, then hints, with rules or empty lines between them
-            text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", captured.getvalue()).partition("\n")[2]
-            blocks = [" ".join(block.split()) for block in re.split(r"(?m)^[ ─-]*$", text)]
-            raise UsageError(next(filter(None, blocks), "bad command line")) from None
-
-    args = parse(Args())
-    path = args.evaluate or args.resume
-    if path is None:
-        return args
-    content = load_checkpoint(path)
-    with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
-    args = parse(default)
-    given = [name for name, value in vars(args).items() if value != getattr(default, name)]
-    read = *EVALUATED, *(PLAYED if vars(args).get("plan_update") != "none" else ["plan_update"])
-    idle = [f"--{name.replace('_', '-')}" for name in given if args.evaluate and name not in read]
-    if idle:
-        raise UsageError(f"--evaluate has no use for {', '.join(idle)}")
+def parse_arguments(arguments):
+    """Args from the command line, over the options of a run to resume, start from or play; `--flag
+    False` is read as `--no-flag`. Raises UsageError; tyro itself exits with status 2."""
+    line = re.sub(r"(?i)--([^\0]+)\0false(?=\0|$)", r"--no-\1", "\0".join(arguments))
+    words = re.findall(r"[^\0]+", re.sub(r"(?i)\0true(?=\0|$)", "", line))
+    args = tyro.cli(Args, args=words, description=__doc__)
+    for path in (args.evaluate, args.resume, args.init):
+        if path is not None:
+            content = load_checkpoint(path)
+            options = {**content["args"], "resume": None}
+            if args.init is not None:
+                options |= {"init": None, "load_moa": None, "pretrain_moa_steps": 0}
+            if args.evaluate is not None:
+                options = {name: options[name] for name in ("env_id", *PLAYED)}
+                options["plan_update"] = content["plan_mode"]
+            with refused(f"{path} is a run of other options"):
+                return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
     return args
 
 
-def main() -> None:
-    """Command line: trains, or evaluates with `--evaluate`. Exit status 2 and one line for what cannot be done."""
+def main():
+    """Command line: trains, or evaluates with `--evaluate`."""
     try:
         args = parse_arguments(sys.argv[1:])
-        print_evaluation(args) if args.evaluate else train(args)
+        if args.evaluate is None:
+            train(args)
+        else:
+            print_evaluation(args)
     except (UsageError, FloatingPointError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

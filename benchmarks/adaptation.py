@@ -25,6 +25,8 @@ measured in the same way; it is trained by few steps, so above 1 is possible. Th
 the same: beside three `cleaner`s on `msg` a random learner gets nearly the most there is, and only helping costs.
 Kinds are averaged first, so that none is trimmed; interquartile means are over games and seeds, as in `learning.py`.
 
+Players that hop_onestep.py cannot load are left out: at present, those of all other scripts.
+
 Cross-play: one player of each method with three of each method, all trained in self-play, of different seeds where
 there are several, all with their planners: mean return of the one, in matches of ten episodes.
 """
@@ -114,35 +116,35 @@ def company(game, entries: list[str], matches: int, steps: int, generator):
     steps or later."""
     script = importlib.import_module("hop_onestep")
     players = script.CoPlayers(game, entries, matches * len(entries), steps + 1, generator)
-    of_match = players.pool.repeat_interleave(matches).unsqueeze(1).expand(-1, game.num_players - 1)
-    players.kind = players.kind.zero_().scatter(1, players.seat[:, 1:], of_match)
+    of_match = players.pool.repeat_interleave(matches).unsqueeze(1).expand(-1, game.num_players)
+    players.kind = of_match.scatter(1, players.focal.unsqueeze(1), 0)
     return players
 
 
-def long_match(agent, companies: list, steps: int, generator) -> tuple[np.ndarray, np.ndarray]:
-    """One match of the focal player `agent` in each game of all `companies` (CoPlayers), whose games it plays side by
+def long_match(game, player, companies: list, steps: int, generator) -> tuple[np.ndarray, np.ndarray]:
+    """One match of the focal `player` in each game of all `companies` (CoPlayers), whose games it plays side by
     side. Returns its rewards, float [steps, B], and whether the step was an episode's last, bool [steps, B]."""
     import torch
 
-    script = importlib.import_module("hop_onestep")
-    game, batch = agent.game, sum(players.batch for players in companies)
-    ends = list(itertools.accumulate(players.batch for players in companies))
-    parts = [slice(end - players.batch, end) for players, end in zip(companies, ends, strict=True)]
-    state, memory = game.initial_state(batch, generator), agent.moa.initial_memory(batch)
-    seat = torch.cat([players.seat[:, :1] for players in companies])
-    learner = torch.cat([players.learner for players in companies])
-    never, rewards, lasts = torch.zeros(batch, dtype=torch.bool), [], []
+    ends = list(itertools.accumulate(len(players.focal) for players in companies))
+    parts = [slice(end - len(players.focal), end) for players, end in zip(companies, ends, strict=True)]
+    state = game.start(ends[-1], generator)
+    seat = torch.cat([players.focal for players in companies]).unsqueeze(1)
+    learner = torch.arange(game.num_players) == seat
+    never, rewards, lasts = torch.zeros(ends[-1], dtype=torch.bool), [], []
     for _ in range(steps):
         mask = game.action_mask(state)
-        theirs = [players.act(state.rows(p), mask[p]) for players, p in zip(companies, parts, strict=True)]
-        own = agent.act(state, mask, memory, learner, generator, None).action
+        theirs = []
+        for players, p in zip(companies, parts, strict=True):
+            theirs.append(players.act(type(state)(*(field[p] for field in state)), mask[p]))
+        own = player.act(state, mask, learner, companies[0])  # for its generator
         actions = torch.where(learner, own, torch.cat(theirs))
         after, reward, terminated, truncated = game.step(state, actions)
-        ended = terminated | truncated
+        ended = (terminated | truncated).all(1)
         for players, p in zip(companies, parts, strict=True):
-            players.observe(script.GameState(*(field[p] for field in state)), actions[p], ended[p])
-        memory = agent.remember(memory, state, actions, ended, never)
-        state = after.replaced(ended, game.initial_state(batch, generator))
+            players.observe(actions[p], ended[p])
+        player.observe(actions, ended, never)
+        state = game.restart(after, ended, generator)
         rewards.append(reward.gather(1, seat).squeeze(1))
         lasts.append(ended)
     return torch.stack(rewards).numpy(), torch.stack(lasts).numpy()
@@ -181,12 +183,13 @@ def adapted(path: str, kinds: dict[str, str], job: dict) -> dict:
     import torch
 
     script = importlib.import_module("hop_onestep")
-    agent, generator = script.load_agent(path), torch.Generator().manual_seed(1000 + job["seed"])
+    game, generator = script.GridGame(job["game"]), torch.Generator().manual_seed(1000 + job["seed"])
     scripted = [entry for entry in kinds.values() if not entry.endswith(".pt")]
     frozen = [entry for entry in kinds.values() if entry.endswith(".pt")]
     together = [entries for entries in (scripted, *([entry] for entry in frozen)) if entries]
-    companies = [company(agent.game, entries, job["games"], job["steps"], generator) for entries in together]
-    rewards, last = long_match(agent, companies, job["steps"], generator)
+    companies = [company(game, entries, job["games"], job["steps"], generator) for entries in together]
+    player = script.load_player(path, game, job["games"] * len(kinds))
+    rewards, last = long_match(game, player, companies, job["steps"], generator)
     names, found = {entry: name for name, entry in kinds.items()}, {}
     for k, entry in enumerate([*scripted, *frozen]):
         of_kind = slice(k * job["games"], (k + 1) * job["games"])
@@ -221,11 +224,9 @@ def policy_alone(path: str) -> str:
 
     kept = str(CHECKPOINTS / "adaptation" / f"policy_of_{Path(path).name}")
     if not (ROOT / kept).is_file() or (ROOT / kept).stat().st_mtime < (ROOT / path).stat().st_mtime:
-        script = importlib.import_module("hop_onestep")
         content = torch.load(ROOT / path, map_location="cpu", weights_only=True)
-        (ROOT / kept).parent.mkdir(parents=True, exist_ok=True)
-        content = {name: content[name] for name in ("script", "game", "args", "agent")} | {"plan_mode": "none"}
-        script.save_atomically(content, ROOT / kept)
+        content = {name: content[name] for name in ("script", "args", "agent")} | {"plan_mode": "none"}
+        runs.save(content, ROOT / kept)
     return kept
 
 
@@ -240,7 +241,9 @@ def players_of(job: dict) -> dict[str, str]:
 def all_jobs(options: Options) -> list[dict]:
     """Seeds outermost within a part: everything has one seed before anything has two."""
     quick, jobs, references, missing = options.quick, [], {}, []
-    methods = list(METHODS)[1::2] if quick else list(METHODS)
+    scripts = {name: importlib.import_module(script) for name, (script, *_) in METHODS.items()}
+    methods = [name for name, script in scripts.items() if hasattr(script, "load_player")]
+    methods = methods[::2] if quick else methods
     for seed, game, group, method in itertools.product(options.seeds, GAMES, GROUPS, methods):
         if quick and game == "msh-4h1s":
             continue

@@ -15,7 +15,7 @@ import sys
 
 from runs import ROOT
 
-COMPARISON = ("learning", "adaptation", "scaling", "goals", "moa_buffer")  # of all scripts; what asks for time
+COMPARISON = ("learning", "adaptation", "scaling", "goals")  # of all scripts; what asks for time
 SCRIPTS = {"onestep": ("selfplay", "goals", "main"), "mcts": ("selfplay", "untrained", "top")}
 SCRIPTS |= {"latent_model": ("selfplay", "offline"), "discrete_goals": ("model", "selfplay", "goals", "speed")}
 

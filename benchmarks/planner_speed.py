@@ -22,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,24 @@ class Options:
     quick: bool = False  # one small setting, to see that all works
 
 
+class OneStep:
+    """hop_onestep.py's agent with the trained networks that fit it, asked as the tree search's is."""
+
+    def __init__(self, args: onestep.Args, trained: dict[str, torch.Tensor]):
+        self.game = onestep.GridGame(args.env_id)
+        self.agent = onestep.Agent(self.game, onestep.checked(args, self.game)).eval()
+        self.args = self.agent.args
+        sizes = {name: value.shape for name, value in self.agent.state_dict().items()}
+        fitting = {name: value for name, value in trained.items() if value.shape == sizes.get(name)}
+        self.agent.load_state_dict(fitting, strict=False)  # the transition network keeps its first weights
+
+    def act(self, state, mask, memory, seats, generator, oracle):
+        company = types.SimpleNamespace(generator=generator)
+        memory = torch.stack(list(memory), 2)
+        with torch.no_grad():
+            return onestep.decide(self.agent, onestep.GridState(*state), mask, memory, seats, company)
+
+
 class Situation:
     """Agents of all methods, and games under way to decide in."""
 
@@ -87,8 +106,11 @@ class Situation:
             settings |= {"transition": name.removeprefix("one step, "), "plan_samples": options.plan_samples}
             known = {field.name for field in dataclasses.fields(method.Args)}
             args = method.Args(**{k: v for k, v in (common | settings).items() if k in known})
+            if method is onestep:
+                self.agents[name] = OneStep(args, trained)
+                continue
             agent = method.Agent(method.GridGame(options.env_id), method.resolved(args)).eval()
-            agent.load_state_dict(trained, strict=False)  # the transition network keeps its first weights
+            agent.load_state_dict(trained, strict=False)
             self.agents[name] = agent
         one_at_a_time = self.agents["sequential search"]
         one_at_a_time.plan = functools.partial(sequential_search.plan, one_at_a_time)
@@ -96,9 +118,9 @@ class Situation:
     def inputs(self, name: str, games: int, decisions: int) -> tuple:
         """The arguments of Agent.act in `games` fresh games, where all seats decide; or as many as `decisions`, spread
         over the games and seats. And how many these are."""
-        agent, generator = self.agents[name], torch.Generator().manual_seed(2)
-        state = agent.game.initial_state(games, generator)
-        mask, seats = agent.game.action_mask(state), torch.zeros_like(state.players, dtype=torch.bool)
+        game, generator = self.trainer.game, torch.Generator().manual_seed(2)
+        state = game.initial_state(games, generator)
+        mask, seats = game.action_mask(state), torch.zeros_like(state.players, dtype=torch.bool)
         spread = torch.linspace(0, seats.numel() - 1, min(decisions, seats.numel())).round().long()
         seats.view(-1)[spread] = True
         memory = script.Memory(*(total[:games] for total in self.trainer.memory))

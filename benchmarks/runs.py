@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,10 +98,10 @@ def work(job: dict) -> dict:
     result["train_cpu_seconds"] = round(time.process_time() - began, 1)
     content = script.load_checkpoint(metrics["run"])
     if job.get("keep"):
-        (ROOT / job["keep"]).parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: content[name] for name in ("script", "game", "args", "agent", "plan_mode")}  # as --save-model
-        script.save_atomically(kept, ROOT / job["keep"])
-    n = script.GridGame(content["game"]).num_players
+        names = ("script", "game", "args", "agent", "plan_mode")  # what playing needs
+        kept = {name: content[name] for name in names if name in content}
+        save(kept, ROOT / job["keep"])
+    n = script.GridGame(content["args"]["env_id"]).num_players
     for name in ("returns", "by_episode", "all_seats"):
         result[name] = {}
     kinds = job.get("kinds") or {kind: kind for kind in kinds_of(job["options"])}
@@ -117,6 +116,15 @@ def work(job: dict) -> dict:
     result["curves"] = {name: curve(metrics["run"], name) for name in job.get("curves", [])}
     result["metrics"] = {k: v for k, v in metrics.items() if k != "run" and not k.startswith("time/")}
     return result | about(start)
+
+
+def save(content: dict, path: Path) -> None:
+    """A kept checkpoint; a killed benchmark leaves the whole of it or nothing."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 def curve(run: str, name: str = "charts/episodic_return") -> list[list[float]]:
@@ -383,24 +391,29 @@ def random_return(game: str, company: str, matches: int = 200) -> float:
 
     import hop_onestep as script
 
-    class RandomPlayer:
-        args = types.SimpleNamespace(goal="none")
-        moa = types.SimpleNamespace(initial_memory=lambda batch: None)
-
-        def act(self, state, mask, memory, seats, generator, oracle):
-            flat = torch.multinomial(mask.flatten(0, 1).float(), 1, generator=generator)
-            return types.SimpleNamespace(action=flat.view(mask.shape[:2]))
-
-        def remember(self, memory, state, actions, ended, match_ended):
-            return None
-
     world, generator = script.GridGame(game), torch.Generator().manual_seed(1)
     pool = company.split(",")
     pool = pool * (world.num_players - 1) if len(pool) == 1 else pool
     players = script.CoPlayers(world, pool, matches, 10, generator, fixed=True)
-    seat = players.seat[:, :1].unsqueeze(1).expand(-1, 10, 1)
-    returns = script.play_matches(RandomPlayer(), players, generator)
-    return float(returns.mean() if company == "self" else returns.gather(2, seat).mean())
+    state = world.start(matches, generator)
+    running = torch.zeros(matches, world.num_players)  # returns of the running episodes
+    focal, everyone = [], []  # returns of the episodes that ended, at most ten of each match
+    left = torch.full((matches,), 10)
+    while (left > 0).any():
+        mask, seat, learner = world.action_mask(state), players.focal, players.kind == 0
+        random = torch.multinomial(mask.flatten(0, 1).float(), 1, generator=generator).view(learner.shape)
+        actions = torch.where(learner, random, players.act(state, mask))
+        state, reward, terminated, truncated = world.step(state, actions)
+        running = running + reward
+        ended = (terminated | truncated).all(1)
+        counted = ended & (left > 0)
+        focal.append(running[counted, seat[counted]])
+        everyone.append(running[counted].mean(1))
+        left = left - ended.long()
+        running[ended] = 0.0
+        players.observe(actions, ended)
+        state = world.restart(state, ended, generator)
+    return float(torch.cat(everyone if company == "self" else focal).mean())
 
 
 def best_return(game: str) -> float:

@@ -1,13 +1,13 @@
 """Where time goes, and what parallel games bring: in speed, and in learning.
 
     python benchmarks/scaling.py                          # all three parts, what is not there yet; about 45 minutes
-    python benchmarks/scaling.py --part profile           # shares of an iteration by part, all scripts side by side
+    python benchmarks/scaling.py --part profile           # shares of an iteration by part, scripts side by side
     python benchmarks/scaling.py --part sps --only "| 64 games | cpu 1 thread"   # speed with 64 games
     python benchmarks/scaling.py --part parallel          # learning against the number of games
     python benchmarks/scaling.py --report                 # tables and docs/scaling_*.png of the results so far
 
 Parts:
-- `profile`: what `--profile` counts, among the default mixture of co-players, with 64 games.
+- `profile`: what `--profile` counts, among the default mixture of co-players, with 64 games. Not of hop_onestep.py.
 - `sps`: game steps a second of training in self-play against the number of parallel games. All methods of one number
   of games take turns in one process, so that their ratios hold on a machine that has other work; medians of turns,
   bars from the slowest to the fastest. On one thread of a CPU the clock is CPU time, else the wall's. Two threads are
@@ -55,6 +55,7 @@ METHODS = {  # name: script, options, colour (Okabe and Ito)
     "latent model": ("latent_world_model", {}, "#E69F00"),
     "tree search": ("hop_mcts", {}, "#0072B2"),
 }
+TIMED = ("discrete goals", "latent model", "tree search")  # methods of `profile` and `sps`; some results have more
 PROFILED = {"msh-4h1s": 2, "msg": 2}  # game: turns
 NUM_STEPS = 64  # default of all scripts
 BEFORE = 8  # iterations before anything is timed: a match of the longest episodes
@@ -96,8 +97,7 @@ def profile_jobs(options: Options) -> list[dict]:
     return [
         {"part": "profile", "setting": f"{game} | profile | {method}", "seed": seed, "game": game, "method": method}
         | {"num_envs": 16 if options.quick else 64, "turns": 1 if options.quick else turns}
-        for seed, (game, turns), method in itertools.product(seeds(options), games.items(), METHODS)
-        if method != "plain PPO"
+        for seed, (game, turns), method in itertools.product(seeds(options), games.items(), TIMED)
     ]
 
 
@@ -254,9 +254,9 @@ def speed(job: dict) -> dict:
     cuda, n = device == "cuda", job["num_envs"]
     set_up(int(threads), cuda)
     start, steps = time.time(), max(2, min(NUM_STEPS, 4096 // n))
-    rates: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in METHODS}
+    rates: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in TIMED}
     failed, trainers, spent = {}, {}, {}
-    for name in METHODS:
+    for name in TIMED:
         before = run_before(name, SPEED_GAME, "self", job["seed"], cuda)
         trainers[name] = continued(before, name, n, steps)
         spent[name] = count_once(trainers[name])
@@ -265,7 +265,7 @@ def speed(job: dict) -> dict:
     for turn in range(first + most):
         if turn >= first + least and time.process_time() - began > MOST_SECONDS:
             break
-        for name in [name for name in METHODS if name not in failed]:
+        for name in [name for name in TIMED if name not in failed]:
             iterations, once = iterations_of_a_turn(name), spent[name].copy()
             before = seconds_now(cuda)
             try:
@@ -331,7 +331,8 @@ def report_profile(runs_of: dict[str, list[dict]]) -> None:
 
 def rates_of(result: dict, method: str) -> list[float]:
     """Game steps a second of every turn: by CPU time with one thread on a CPU, else by the wall's."""
-    return result["rates"][method]["cpu" if result["device"] == "cpu 1 thread" else "wall"]
+    clock = "cpu" if result["device"] == "cpu 1 thread" else "wall"
+    return result["rates"].get(method, {}).get(clock, [])
 
 
 def axis_of_games(axis: plt.Axes, several: tuple[int, ...], label: str) -> None:
@@ -353,7 +354,7 @@ def report_sps(results: list[dict], pictures: bool) -> None:
         )
         print("|-|" + "-:|" * len(rows))
         for method in METHODS:
-            cells = [f"{statistics.median(v):,.0f}" if (v := rates_of(r, method)) else "no memory" for r in rows]
+            cells = [f"{statistics.median(v):,.0f}" if (v := rates_of(r, method)) else "-" for r in rows]
             print(f"| {method} | {' | '.join(cells)} |")
         cells = [f"{r['megabytes'] / 1024:.1f}" for r in rows]
         print(f"| gigabytes of memory at most, all methods together | {' | '.join(cells)} |")

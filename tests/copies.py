@@ -1,125 +1,160 @@
-"""Code that the scripts share is copied on purpose: what has the same name has the same text in all of them.
+"""Code that scripts share is copied on purpose: what has the same name has the same text in all.
 
-    python tests/copies.py                                       # what differs, and the lines that siblings keep
-    python tests/copies.py --repair hop_onestep                  # copy from hop_onestep.py what differs in the others
-    python tests/copies.py --repair hop_onestep --into hop_mcts  # ... in one of them
+    python tests/copies.py                                       # what differs
+    python tests/copies.py --repair hop_onestep                  # copy it where it differs
+    python tests/copies.py --repair hop_onestep --into hop_mcts  # ... into one script
 
-A definition is a statement at the top level of a script, or in the body of a class, a method or a field. Where it is a
-script's own method, a comment line above it says so, `# method: <what differs>`; then it may differ. A class with such
-members, or with other members than elsewhere, says so as well. The text of a definition includes its decorators, and
-the comment lines directly above it.
-"""
+A definition is a statement at the top level of a script, or a member of a class, with its
+decorators and the comment lines directly above it. Where it is what is new in a script, one of
+these comment lines says so, `# ours: <what differs>`, and it may differ. Above a class the line
+speaks of its head and docstring, and of which members it has; they are compared one by one. The
+docstring of a script and its imports are not compared."""
 
 import argparse
 import ast
-import difflib
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
-BASE = NAMES[0]  # its lines are what siblings keep
-MARK = "# method:"
+SCRIPTS = ["hop_onestep"]  # of the present shape; a sibling that is rebuilt is added here
+MARK = "# ours:"
 
 
 class Definition(NamedTuple):
-    text: str  # without its mark
-    mark: str  # the line of the mark, or nothing
-    start: int  # first line of the text, from 0, with the mark if there is one
-    end: int  # line after the text
+    text: str  # with the comment lines above it
+    start: int  # its first line, from 0
+    end: int  # the line after it
+    ours: bool  # it may differ
+    members: tuple[str, ...]  # of a class
 
 
-def names_of(node: ast.stmt) -> list[str]:
-    """The names that a statement defines."""
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        return [leaf.id for target in targets for leaf in ast.walk(target) if isinstance(leaf, ast.Name)]
-    return [node.name] if hasattr(node, "name") else [ast.unparse(node).splitlines()[0]]
+def name_of(node: ast.stmt) -> str:
+    """What a statement defines; of one that defines nothing, its first line."""
+    targets = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+        targets = [node.target]
+    if targets:
+        operator = "+" if isinstance(node, ast.AugAssign) else ""
+        return ", ".join(ast.unparse(target) for target in targets) + operator
+    return getattr(node, "name", None) or ast.unparse(node).splitlines()[0]
+
+
+def first_line(node: ast.stmt, lines: list[str]) -> int:
+    """Where the text of a statement begins, from 0: with its decorators, and the comment lines
+    above. A banner is none of them."""
+    first = node.lineno - 1
+    for decorator in getattr(node, "decorator_list", []):
+        first = min(first, decorator.lineno - 1)
+    while first > 0:
+        above = lines[first - 1].strip()
+        if not above.startswith("# ") or above.startswith("# --"):
+            break
+        first -= 1
+    return first
 
 
 def definitions(source: str) -> dict[str, Definition]:
-    """The definitions of a script by name; those of classes as `Class.member`, `Class` itself being head and docstring.
-    The script's docstring and its imports are left out: they say what it is, and what it needs."""
-    lines, found = source.splitlines(), {}
+    """The definitions of a script by name. A class is there as `Class`, its head and docstring, and
+    its members as `Class.member`. Raises ValueError for a name that is there twice."""
+    lines = source.splitlines()
+    found = {}
 
-    def add(name: str, first: int, end: int) -> None:
-        while lines[first - 1].lstrip().startswith("# ") and not lines[first - 1].lstrip().startswith("# ---"):
-            first -= 1
-        above = next((k for k in range(first, end) if lines[k].lstrip().startswith(MARK)), None)
-        text = [line for k, line in enumerate(lines[first:end], first) if k != above]
-        assert name not in found, f"{name} is defined twice"
-        found[name] = Definition("\n".join(text), lines[above] if above is not None else "", first, end)
+    def add(name: str, start: int, end: int, members: tuple[str, ...] = ()) -> None:
+        text = lines[start:end]
+        ours = any(line.strip().startswith(MARK) for line in comments(text))
+        if name in found:
+            raise ValueError(f"{name} is defined twice")
+        found[name] = Definition("\n".join(text), start, end, ours, members)
 
-    def walk(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
-            end = node.end_lineno
-            if isinstance(node, ast.ClassDef):
-                described = ast.get_docstring(node) is not None
-                add(prefix + node.name, first, node.body[0].end_lineno if described else node.lineno)
-                walk(node.body[described:], f"{prefix}{node.name}.")
-            else:
-                add(prefix + ",".join(names_of(node)), first, end)
-
-    tree = ast.parse(source)
-    walk([n for n in tree.body[1:] if not isinstance(n, ast.Import | ast.ImportFrom)], "")
+    for node in ast.parse(source).body:
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if docstring or isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        start = first_line(node, lines)
+        if not isinstance(node, ast.ClassDef):
+            add(name_of(node), start, node.end_lineno)
+            continue
+        body = node.body
+        head = first_line(body[0], lines)
+        if ast.get_docstring(node) is not None:
+            head = body[0].end_lineno
+            body = body[1:]
+        members = tuple(name_of(member) for member in body)
+        add(node.name, start, head, members)
+        for member in body:
+            add(f"{node.name}.{name_of(member)}", first_line(member, lines), member.end_lineno)
     return found
 
 
+def comments(text: list[str]) -> list[str]:
+    """The comment lines at the top of a text."""
+    count = 0
+    while count < len(text) and text[count].strip().startswith("# "):
+        count += 1
+    return text[:count]
+
+
 def differences(sources: dict[str, str]) -> list[str]:
-    """What breaks the rule in `sources` (text by script name), a line each: definitions without a mark that differ, and
-    marks on a text that does not."""
-    found, problems = {script: definitions(source) for script, source in sources.items()}, []
-    for name in dict.fromkeys(name for definitions_of in found.values() for name in definitions_of):
-        having = {script: d[name] for script, d in found.items() if name in d}
-        plain = {script: d.text for script, d in having.items() if not d.mark}
-        if len(set(plain.values())) > 1:
-            problems.append(f"{name} differs: {', '.join(plain)}")
-        inside = {s: {k: bool(d.mark) for k, d in found[s].items() if k.startswith(f"{name}.")} for s in having}
-        alike = [list(inside[script]) for script in plain]  # the members of a class that has no mark
-        for script, definition in having.items():
-            own = any(inside[script].values()) or list(inside[script]) not in alike
-            if definition.mark and definition.text in plain.values() and not own:
+    """What breaks the rule in `sources`, text by script, a line each: texts that differ without a
+    mark, and marks that mark nothing."""
+    found = {script: definitions(source) for script, source in sources.items()}
+    names = []
+    for script_definitions in found.values():
+        names += script_definitions
+    problems = []
+    for name in dict.fromkeys(names):
+        having = {script: parts[name] for script, parts in found.items() if name in parts}
+        shared = {script: part for script, part in having.items() if not part.ours}
+        if len({part.text for part in shared.values()}) > 1:
+            problems.append(f"{name} differs: {', '.join(shared)}")
+        if len({part.members for part in shared.values()}) > 1:
+            problems.append(f"{name} has other members: {', '.join(shared)}")
+        for script, part in having.items():
+            alike = [(other.text, other.members) for other in shared.values()]
+            if part.ours and (without_mark(part), part.members) in alike:
                 problems.append(f"{name} of {script} is marked as its own, and is not")
-            if not definition.mark and (any(inside[script].values()) or alike[0] != list(inside[script])):
-                problems.append(f"{name} of {script} has members of its own, and no mark")
     return problems
 
 
+def without_mark(definition: Definition) -> str:
+    lines = definition.text.splitlines()
+    return "\n".join(line for line in lines if not line.strip().startswith(MARK))
+
+
 def repaired(source: str, target: str) -> str:
-    """`target` with the text of `source` in every definition of both that neither marks as its own."""
-    theirs, lines = definitions(source), target.splitlines()
-    for name, definition in sorted(definitions(target).items(), key=lambda item: -item[1].start):
-        if name in theirs and not definition.mark and not theirs[name].mark:
+    """`target` with the text of `source` in every definition of both that neither marks."""
+    theirs = definitions(source)
+    lines = target.splitlines()
+    for name, definition in reversed(sorted(definitions(target).items(), key=start_of)):
+        if name in theirs and not definition.ours and not theirs[name].ours:
             lines[definition.start : definition.end] = theirs[name].text.splitlines()
     return "\n".join(lines) + "\n"
 
 
-def lines_kept(base: str, sibling: str) -> float:
-    """Share of the lines of `base` that recur in `sibling`, in order; empty lines left out."""
-    a, b = ([line for line in text.splitlines() if line.strip()] for text in (base, sibling))
-    return sum(block.size for block in difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()) / len(
-        a
-    )
+def start_of(item: tuple[str, Definition]) -> int:
+    return item[1].start
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = [name for name in NAMES if (ROOT / f"{name}.py").is_file()]
-    parser.add_argument("--repair", choices=here, help="the script to copy from")
-    parser.add_argument("--into", choices=here, nargs="*", help="the scripts to copy into (default: all others)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repair", choices=SCRIPTS, help="the script to copy from")
+    parser.add_argument(
+        "--into", choices=SCRIPTS, nargs="*", help="the scripts to copy into (default: all others)"
+    )
     options = parser.parse_args()
-    sources = {name: (ROOT / f"{name}.py").read_text() for name in here}
-    for name in (options.into or here) if options.repair else []:
-        if name != options.repair:
-            sources[name] = repaired(sources[options.repair], sources[name])
-            (ROOT / f"{name}.py").write_text(sources[name])
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+    if options.repair:
+        for name in options.into or SCRIPTS:
+            if name != options.repair:
+                sources[name] = repaired(sources[options.repair], sources[name])
+                (ROOT / f"{name}.py").write_text(sources[name])
     problems = differences(sources)
-    print("\n".join(problems))
-    for name in here:
-        kept = lines_kept(sources[BASE], sources[name])
-        print(f"{name}.py: {len(sources[name].splitlines())} lines, keeps {kept:.0%} of {BASE}.py")
+    print(*problems, sep="\n")
     return 1 if problems else 0
 
 

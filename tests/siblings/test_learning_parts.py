@@ -7,18 +7,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-from conftest import shake
+from siblings.conftest import shake
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
-
-
-@pytest.fixture
-def vae(script):
-    """The scripts whose goals are a VAE's continuous z."""
-    if not hasattr(script.MOA, "encode"):
-        assert script.__name__ == "hop_ppo_gumbel"
-        pytest.skip("discrete goals")
-    return script
 
 
 def no_imitation(script):
@@ -104,6 +95,7 @@ def watched(trainer):
     return shown
 
 
+@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
 @pytest.mark.parametrize(
     "options",
     [
@@ -209,6 +201,7 @@ def test_only_the_learners_rows_are_learnt_from(script, small):
     assert [part["value"].tolist() for part in parts[:3]] != [part["value"].tolist() for part in parts[3:6]]
 
 
+@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
 def test_relabelled_seats_give_the_same_training_data(script, small):
     """The same games with the seats in another order and the same actions: the same rows in that order."""
     options = {"env_id": "msh-4x4-4h1s", "co_players": "self,nh,ns", "plan_update": "none", "reward_scale": 0.3}
@@ -274,6 +267,7 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
 # ---------------------------------------------------------------------------------------------------------------------
 # PPO's loss
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
 @pytest.mark.parametrize("norm_adv", [True, False])
 def test_ppo_loss_row_by_row(script, lively, norm_adv):
     """Clipped surrogate, value loss, entropy, approximate KL and share of clipped ratios, in plain Python."""
@@ -390,9 +384,9 @@ def play(script, small, matches=5, likely=6.0, **options):
     return trainer, [match for match, _ in ended], [step for _, step in ended], running
 
 
-def test_memory_is_the_same_by_steps_and_from_the_buffer(vae, small):
+def test_memory_is_the_same_by_steps_and_from_the_buffer(script, small):
     """`remember` step by step, `MOABuffer.memory`, and sums over the match and over the episode in a plain loop."""
-    trainer, matches, _, running = play(vae, small, env_id=SMALL_HUNT, co_players="self", match_episodes=3)
+    trainer, matches, _, running = play(script, small, env_id=SMALL_HUNT, co_players="self", match_episodes=3)
     agent, rebuilt = trainer.agent, trainer.buffer.memory(trainer.agent.moa, trainer.co_players.episode)
     for whole, other in zip(trainer.memory, rebuilt, strict=True):
         torch.testing.assert_close(whole, other, rtol=1e-4, atol=1e-4)
@@ -427,6 +421,7 @@ def test_value_at_the_time_limit_is_one_that_is_trained(lively, env_id):
     assert (at_limit != relative.clock_and_walls(cells, torch.tensor([[horizon, 2]]))).any()
 
 
+@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
 def test_memory_of_many_games(script, small):
     """Rebuilt from the buffer, whose games are read in several parts, the memory is that of `remember` step by step."""
     options = {"env_id": SMALL_HUNT, "co_players": "ns,nh", "num_envs": 150, "num_steps": 60, "match_episodes": 3}
@@ -458,11 +453,11 @@ def all_matches(trainer, count):
     return buffer.batch_of(buffer.batch + torch.arange(count), trainer.agent.relative, trainer.args.goal == "oracle")
 
 
-def test_the_loss_reads_the_history_that_the_agent_had(vae, small):
+def test_the_loss_reads_the_history_that_the_agent_had(script, small):
     """For every step and seat, the encoder's input in training is that in acting: strictly before the action."""
-    trainer, matches, _, _ = play(vae, small, env_id=SMALL_HUNT, co_players="self", match_episodes=3)
+    trainer, matches, _, _ = play(script, small, env_id=SMALL_HUNT, co_players="self", match_episodes=3)
     batch = all_matches(trainer, len(matches))
-    _, _, history, now, _ = captured_loss(vae, trainer, batch)
+    _, _, history, now, _ = captured_loss(script, trainer, batch)
     expected, seen, steps = [], [], 0
     for s, match in enumerate(matches):
         steps += len(match)
@@ -478,16 +473,16 @@ def test_the_loss_reads_the_history_that_the_agent_had(vae, small):
     assert steps > 60
 
 
-def test_encodings_know_nothing_of_the_present_or_the_future(vae, small):
+def test_encodings_know_nothing_of_the_present_or_the_future(script, small):
     """Other actions from step t on leave all encodings up to t as they are; the loss's gradient says the same."""
-    trainer, matches, _, _ = play(vae, small, env_id=SMALL_HUNT, co_players="self", match_episodes=3)
+    trainer, matches, _, _ = play(script, small, env_id=SMALL_HUNT, co_players="self", match_episodes=3)
     batch = all_matches(trainer, len(matches))
     where = batch.active.nonzero()  # [R, 3]
-    _, _, _, _, (mean, log_std) = captured_loss(vae, trainer, batch)
+    _, _, _, _, (mean, log_std) = captured_loss(script, trainer, batch)
     for t in (0, 3, 11):
         changed = batch.actions.clone()
         changed[:, t:] = (changed[:, t:] + 1) % 7
-        _, _, _, _, (other, other_std) = captured_loss(vae, trainer, batch._replace(actions=changed))
+        _, _, _, _, (other, other_std) = captured_loss(script, trainer, batch._replace(actions=changed))
         past = where[:, 1] <= t
         torch.testing.assert_close(other[past], mean[past], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(other_std[past], log_std[past], rtol=1e-4, atol=1e-4)
@@ -495,17 +490,17 @@ def test_encodings_know_nothing_of_the_present_or_the_future(vae, small):
         assert ((other[after] - mean[after]).abs().max(1).values > 1e-3).all()
     changed = batch.actions.clone()
     changed[:, 2, 0] = (changed[:, 2, 0] + 1) % 7
-    _, _, _, _, (other, _) = captured_loss(vae, trainer, batch._replace(actions=changed))
+    _, _, _, _, (other, _) = captured_loss(script, trainer, batch._replace(actions=changed))
     elsewhere = where[:, 2] != 0  # what is inferred of a seat depends on its own actions alone
     torch.testing.assert_close(other[elsewhere], mean[elsewhere])
 
 
 @pytest.mark.parametrize("pretraining", [False, True])
-def test_moa_loss_is_its_formula(vae, small, pretraining):
+def test_moa_loss_is_its_formula(script, small, pretraining):
     """-log pi_hat + alpha KL(q || N(0, I)) + c * reconstruction, a weighted mean; without the first in pretraining."""
-    trainer, matches, _, _ = play(vae, small, env_id=SMALL_HUNT, co_players="self", moa_buffer="balanced")
+    trainer, matches, _, _ = play(script, small, env_id=SMALL_HUNT, co_players="self", moa_buffer="balanced")
     batch, moa, relative = all_matches(trainer, len(matches)), trainer.agent.moa, trainer.agent.relative
-    loss, terms, _, _, (mean, log_std) = captured_loss(vae, trainer, batch, pretraining)
+    loss, terms, _, _, (mean, log_std) = captured_loss(script, trainer, batch, pretraining)
     weight = batch.weight[batch.active]
     weight = weight / weight.sum()
     assert weight.std() > 0
@@ -541,9 +536,9 @@ def test_moa_loss_is_its_formula(vae, small, pretraining):
 
 
 @pytest.mark.parametrize("env_id, likely", [("msh-3x3-3p-2h2s", 6.0), (SMALL_DRIFTS, 2.0)])
-def test_subgoals_are_the_next_items_taken(vae, small, env_id, likely):
+def test_subgoals_are_the_next_items_taken(script, small, env_id, likely):
     """The item of each seat's next successful interaction in the episode, this step's included, or none."""
-    trainer, matches, _, _ = play(vae, small, likely=likely, env_id=env_id, co_players="self", match_episodes=3)
+    trainer, matches, _, _ = play(script, small, likely=likely, env_id=env_id, co_players="self", match_episodes=3)
     batch, found = all_matches(trainer, len(matches)), defaultdict(int)
     taking = {m: int(a) for m, a in enumerate(trainer.game.item_action)}
     for s, match in enumerate(matches):
@@ -563,11 +558,11 @@ def test_subgoals_are_the_next_items_taken(vae, small, env_id, likely):
     assert len(found) == trainer.game.num_items + 1 and min(found.values()) > 2
 
 
-def test_subgoal_logits(vae, lively):
+def test_subgoal_logits(script, lively):
     """Gone items have no probability; the order of items of a kind is that of their logits; the rest is untouched."""
     agent = lively(env_id="msh-4x4-3p-3h2s")
     players, items = torch.tensor([[5, 0, 7]]), torch.tensor([[1, 14, 3, -1, 9]])
-    state = vae.GameState(players, items, torch.tensor([4]), torch.tensor([0]))
+    state = script.GameState(players, items, torch.tensor([4]), torch.tensor([0]))
     own, others = agent.relative(state)
     goal = torch.randn(1, 3, agent.moa.goal_size, generator=torch.Generator().manual_seed(0))
     items = state.items.unsqueeze(1).expand(-1, 3, -1)
@@ -603,10 +598,10 @@ def outcome(family, match, episode, seat, game):
 
 @pytest.mark.parametrize("rule", ["all", "positive", "balanced"])
 @pytest.mark.parametrize("env_id", ["msh-3x3-3p-1h1s", "msh-2x2-2p-0h1s", "msg-2x3-3p-2d", "msg-2x2-3p-1d"])
-def test_rules_of_collection(vae, small, env_id, rule):
+def test_rules_of_collection(script, small, env_id, rule):
     """Which episodes are kept and with what weight, by counting; fill, share kept and age with them."""
     options = {"co_players": "self", "match_episodes": 1, "moa_buffer": rule, "moa_capacity": 200}
-    trainer, matches, steps, _ = play(vae, small, matches=12, likely=2.0, env_id=env_id, **options)
+    trainer, matches, steps, _ = play(script, small, matches=12, likely=2.0, env_id=env_id, **options)
     buffer, game, n = trainer.buffer, trainer.game, trainer.game.num_players
     results = [[outcome(game.family, match, 0, i, game) for i in range(n)] for match in matches]
     if rule == "positive":
@@ -639,10 +634,10 @@ def test_rules_of_collection(vae, small, env_id, rule):
         assert number < len(matches) * n and (len(stored) < len(matches) or env_id != "msh-2x2-2p-0h1s")
 
 
-def test_episodes_that_are_not_kept_still_serve_as_history(vae, small):
+def test_episodes_that_are_not_kept_still_serve_as_history(script, small):
     """`positive` in matches of three episodes: weight 0 or 1 by a player's episode, and the match stored whole."""
     trainer, matches, _, _ = play(
-        vae, small, likely=2.0, env_id="msh-3x3-3p-1h1s", co_players="self", match_episodes=3, moa_buffer="positive"
+        script, small, likely=2.0, env_id="msh-3x3-3p-1h1s", co_players="self", match_episodes=3, moa_buffer="positive"
     )
     game, n, seen = trainer.game, trainer.game.num_players, set()
     stored = [m for m in matches if any(outcome("msh", m, e, i, game)[0] > 0 for e in range(3) for i in range(n))]
@@ -657,10 +652,10 @@ def test_episodes_that_are_not_kept_still_serve_as_history(vae, small):
     assert seen == {True, False}
 
 
-def test_the_buffer_is_a_ring(vae, small):
+def test_the_buffer_is_a_ring(script, small):
     """With room for three matches it holds the three last."""
     trainer, matches, steps, _ = play(
-        vae, small, matches=11, env_id=SMALL_HUNT, co_players="self", match_episodes=1, moa_capacity=3
+        script, small, matches=11, env_id=SMALL_HUNT, co_players="self", match_episodes=1, moa_capacity=3
     )
     buffer = trainer.buffer
     assert len(buffer) == 3 and buffer.statistics(500)["moa/buffer_fill"] == 1.0
@@ -675,10 +670,10 @@ def test_the_buffer_is_a_ring(vae, small):
     assert set(ways) == held and all(abs(k - 2000 / 3) < 5 * (2000 * 2 / 9) ** 0.5 for k in ways.values())
 
 
-def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
+def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(script, small):
     """Kinds and targets of scripted co-players, as the agent was told them at each step; nothing of the learner's."""
     options = {"env_id": "msh-4x4-3p-2h1s", "co_players": "ns,nh-noisy,self,random", "goal": "oracle"}
-    trainer, matches, _, _ = play(vae, small, matches=12, **options)
+    trainer, matches, _, _ = play(script, small, matches=12, **options)
     batch, relative, told = all_matches(trainer, len(matches)), trainer.agent.relative, defaultdict(int)
     names = trainer.co_players.names
     for s, match in enumerate(matches):
@@ -686,9 +681,9 @@ def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
             for i in (state.players[0] >= 0).nonzero().flatten().tolist():
                 name, target = names[int(kinds[i])], int(targets[i])
                 truth = batch.oracle[s, t, i]
-                kind, flags, cell = truth.split([len(vae.SCRIPTED) + 1, 2, relative.size])
+                kind, flags, cell = truth.split([len(script.SCRIPTED) + 1, 2, relative.size])
                 stem = name.removesuffix("-noisy")
-                assert kind.tolist() == [float(stem == k) for k in ("self", *vae.SCRIPTED)]
+                assert kind.tolist() == [float(stem == k) for k in ("self", *script.SCRIPTED)]
                 walks = stem in ("ns", "nh") and target >= 0
                 assert flags.tolist() == [float(name.endswith("-noisy")), float(walks)]
                 item = state.items[0, target] if walks else torch.tensor(-1)
@@ -700,7 +695,7 @@ def test_oracle_goals_in_the_buffer_are_those_that_were_acted_on(vae, small):
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
 # ---------------------------------------------------------------------------------------------------------------------
-def test_inferred_goals_predict_better_than_none(vae, small):
+def test_inferred_goals_predict_better_than_none(script, small):
     """Hunters of stags, hunters of hares and random players: after a match's first episode the MOA knows who is who, if
     z is inferred from it or told, and without z it does not. Judged on matches that it never saw."""
     options = {"env_id": "msh-5x5-3p-2h2s", "co_players": "ns,nh,random", "match_episodes": 3, "total_timesteps": 10**6}
@@ -715,7 +710,7 @@ def test_inferred_goals_predict_better_than_none(vae, small):
     nll = {}
     for goal in ("inferred", "none", "oracle"):
         args = small(goal=goal, seed=3, moa_matches=16, **options)
-        trainer, test = vae.Trainer(args), vae.Trainer(vae.dataclasses.replace(args, seed=4))
+        trainer, test = script.Trainer(args), script.Trainer(script.dataclasses.replace(args, seed=4))
         for one in (trainer, test):
             one.agent.plan_mode = "none"  # plays by the first policy, almost at random
             for _ in range(4):
@@ -726,6 +721,6 @@ def test_inferred_goals_predict_better_than_none(vae, small):
         counted = batch.active & (script_of >= 0) & (batch.start > 0).unsqueeze(2)
         batch = batch._replace(weight=counted.float())
         with torch.no_grad():
-            _, terms = vae.moa_loss(trainer.agent.moa, batch, 0.0, 0.0, False, torch.Generator().manual_seed(0))
+            _, terms = script.moa_loss(trainer.agent.moa, batch, 0.0, 0.0, False, torch.Generator().manual_seed(0))
         nll[goal] = float(terms["moa/nll"])
     assert nll["inferred"] < nll["none"] - 0.08 and nll["oracle"] < nll["none"] - 0.15, nll

@@ -7,17 +7,10 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
-
-
-@pytest.fixture
-def discrete(script):
-    """The scripts with discrete goals."""
-    if not hasattr(script.MOA, "log_likelihood"):
-        assert script.__name__ != "hop_ppo_gumbel"
-        pytest.skip("continuous goals")
-    return script
+pytestmark = pytest.mark.scripts("hop_ppo_gumbel")
 
 
 def shaken(trainer, scale=0.5):
@@ -66,7 +59,7 @@ def goal_probabilities(script, agent, state):
 # ---------------------------------------------------------------------------------------------------------------------
 # Likelihoods and beliefs
 # ---------------------------------------------------------------------------------------------------------------------
-def test_all_goals_in_one_call(discrete, lively):
+def test_all_goals_in_one_call(script, lively):
     """`every`, and forward with goals [.., Z] and [.., K, Z], against one goal after the other; no more is read."""
     agent = lively(env_id=SMALL_HUNT)
     state = agent.game.initial_state(6, torch.Generator().manual_seed(0))
@@ -89,10 +82,10 @@ def test_all_goals_in_one_call(discrete, lively):
 
 @pytest.mark.parametrize("env_id", [SMALL_HUNT, SMALL_DRIFTS])
 @pytest.mark.parametrize("rule", ["posterior", "count"])
-def test_beliefs_in_closed_form(discrete, small, env_id, rule):
+def test_beliefs_in_closed_form(script, small, env_id, rule):
     """Prior times the product of the likelihoods of the actions played, over the sum; between episodes HOP's equation
     2; step by step in plain Python, and the same from the buffer."""
-    trainer, log = play(discrete, small, env_id=env_id, co_players="self", match_episodes=3, inter_om=rule,
+    trainer, log = play(script, small, env_id=env_id, co_players="self", match_episodes=3, inter_om=rule,
                         inter_om_alpha=0.3)  # fmt: skip
     agent, batch, n = trainer.agent, 5, trainer.game.num_players
     prior = [[[0.25] * 4 for _ in range(n)] for _ in range(batch)]
@@ -102,7 +95,7 @@ def test_beliefs_in_closed_form(discrete, small, env_id, rule):
         given = agent.moa.log_belief(memory).exp()
         torch.testing.assert_close(given, torch.tensor(belief), rtol=1e-3, atol=1e-5)
         moved = max(moved, float((given - 0.25).abs().max()))
-        probs = goal_probabilities(discrete, agent, state)
+        probs = goal_probabilities(script, agent, state)
         for b, i in itertools.product(range(batch), range(n)):
             if state.players[b, i] >= 0:
                 product = [p * float(probs[b, i, g, actions[b, i]]) for g, p in enumerate(belief[b][i])]
@@ -125,7 +118,7 @@ def test_beliefs_in_closed_form(discrete, small, env_id, rule):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 0.995, 1.0])
-def test_count_of_episodes(discrete, lively, alpha):
+def test_count_of_episodes(script, lively, alpha):
     """k episodes with one goal: p_k = alpha^k / G + (1 - alpha^k) onehot, but for the share that no goal loses."""
     agent = lively(inter_om="count", inter_om_alpha=alpha)
     prior, likelihood = torch.full((2, 3, 4), 0.25).log(), torch.tensor([-9.0, -2.0, -8.0, -4.0]).expand(2, 3, -1)
@@ -142,7 +135,7 @@ def test_count_of_episodes(discrete, lively, alpha):
 
 
 @pytest.mark.parametrize("rule", ["posterior", "count"])
-def test_beliefs_are_robust(discrete, lively, rule):
+def test_beliefs_are_robust(script, lively, rule):
     """Impossible and endless evidence: never all zero, never nan, and a goal once ruled out comes back."""
     agent = lively(inter_om=rule)
     moa, memory = agent.moa, agent.moa.initial_memory(2)
@@ -157,11 +150,11 @@ def test_beliefs_are_robust(discrete, lively, rule):
         assert moa.log_belief(all_bad).exp().isfinite().all()
 
 
-def test_other_beliefs(discrete, small):
+def test_other_beliefs(script, small):
     """`none` is uniform whatever happens; `encoder` is the encoder's guess from sums that the buffer gives as well."""
-    trainer, log = play(discrete, small, env_id=SMALL_HUNT, co_players="self", belief="none")
+    trainer, log = play(script, small, env_id=SMALL_HUNT, co_players="self", belief="none")
     assert torch.allclose(trainer.agent.moa.log_belief(trainer.memory).exp(), torch.tensor(0.25))
-    trainer, log = play(discrete, small, env_id=SMALL_HUNT, co_players="self", belief="encoder", match_episodes=3)
+    trainer, log = play(script, small, env_id=SMALL_HUNT, co_players="self", belief="encoder", match_episodes=3)
     agent = trainer.agent
     rebuilt = trainer.buffer.memory(agent.moa, trainer.co_players.episode, trainer.memory)
     for now, again in zip(trainer.memory, rebuilt, strict=True):
@@ -176,9 +169,9 @@ def test_other_beliefs(discrete, small):
     assert agent.moa.log_belief(trainer.memory).exp().std(1).max() > 0.01
 
 
-def test_beliefs_are_computed_anew_after_training(discrete, small):
+def test_beliefs_are_computed_anew_after_training(script, small):
     """After the MOA was trained the next rollout starts from beliefs under its new parameters, and only then."""
-    trainer = shaken(discrete.Trainer(small(env_id=SMALL_HUNT, num_steps=60, moa_every=2, total_timesteps=10**5)))
+    trainer = shaken(script.Trainer(small(env_id=SMALL_HUNT, num_steps=60, moa_every=2, total_timesteps=10**5)))
     rebuild, made = trainer.buffer.memory, []
     trainer.buffer.memory = lambda *inputs: made.append(trainer.iteration) or rebuild(*inputs)
     for k in range(5):
@@ -192,22 +185,21 @@ def test_beliefs_are_computed_anew_after_training(discrete, small):
 # Assignment
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("players, goals", [(3, 3), (4, 4), (3, 5)])
-def test_exclusive_assignment_is_optimal(discrete, lively, players, goals):
+def test_exclusive_assignment_is_optimal(script, lively, players, goals):
     """One-to-one, and of the largest joint probability, by scipy's optimal assignment."""
-    assigning = pytest.importorskip("scipy.optimize").linear_sum_assignment
     agent = lively(env_id=f"msh-3x3-{players}p-2h1s", assignment="exclusive", goals=goals)
     belief = (3 * torch.randn(200, players, goals, generator=torch.Generator().manual_seed(0))).log_softmax(2)
     shares = agent.assign(belief)
     assert ((shares == 0) | (shares == 1)).all() and (shares.sum(2) == 1).all() and (shares.sum(1) <= 1).all()
     different = 0
     for b in range(200):
-        rows, columns = assigning(-belief[b].numpy())
+        rows, columns = linear_sum_assignment(-belief[b].numpy())
         assert shares[b].argmax(1).tolist() == columns.tolist()
         different += columns.tolist() != belief[b].argmax(1).tolist()
     assert different > 50
 
 
-def test_assignments(discrete, lively):
+def test_assignments(script, lively):
     """soft: the beliefs; hard: the likeliest goal; exclusive without evidence: no seat before the others."""
     belief = torch.tensor([[[0.5, 0.3, 0.1, 0.1], [0.1, 0.2, 0.6, 0.1], [0.4, 0.35, 0.15, 0.1]]]).log()
     expected = {"hard": [0, 2, 0], "exclusive": [0, 2, 1]}
@@ -225,7 +217,7 @@ def test_assignments(discrete, lively):
     torch.testing.assert_close(goal, belief.exp() @ soft.moa.table)
 
 
-def test_goals_are_drawn_from_the_belief(discrete, lively):
+def test_goals_are_drawn_from_the_belief(script, lively):
     agent, samples = lively(env_id=SMALL_HUNT), 8000
     belief = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.6, 0.1], [0.25, 0.25, 0.25, 0.25]]).log().unsqueeze(0)
     drawn = agent.sample_goals(torch.zeros(1, 3, 3), belief, samples, torch.Generator().manual_seed(0))
@@ -239,17 +231,17 @@ def test_goals_are_drawn_from_the_belief(discrete, lively):
     assert torch.equal(oracle.sample_goals(truth, belief, 5, None), truth.unsqueeze(2).expand(-1, -1, 5, -1))
 
 
-def test_a_player_with_an_encoder_can_be_played_by_bayes_and_not_the_other_way(discrete, small, tmp_path):
+def test_a_player_with_an_encoder_can_be_played_by_bayes_and_not_the_other_way(script, small, tmp_path):
     sizes = {"episodes": 4, "match_episodes": 2, "num_envs": 2}
     for trained, played in (("encoder", "bayes"), ("encoder", "none"), ("bayes", "none"), ("bayes", "encoder")):
-        trainer = discrete.Trainer(small(env_id=SMALL_HUNT, belief=trained))
-        discrete.save_atomically(trainer.model(), tmp_path / "model.pt")
+        trainer = script.Trainer(small(env_id=SMALL_HUNT, belief=trained))
+        script.save_atomically(trainer.model(), tmp_path / "model.pt")
         if played == "encoder":
-            with pytest.raises(discrete.UsageError, match="without an encoder"):
-                discrete.evaluate(tmp_path / "model.pt", "nh", **sizes, belief=played)
+            with pytest.raises(script.UsageError, match="without an encoder"):
+                script.evaluate(tmp_path / "model.pt", "nh", **sizes, belief=played)
             continue
-        assert len(discrete.evaluate(tmp_path / "model.pt", "nh", **sizes, belief=played)["focal_returns"]) == 4
-        agent = discrete.load_agent(tmp_path / "model.pt", options={"belief": played})
+        assert len(script.evaluate(tmp_path / "model.pt", "nh", **sizes, belief=played)["focal_returns"]) == 4
+        agent = script.load_agent(tmp_path / "model.pt", options={"belief": played})
         assert agent.args.belief == agent.moa.args.belief == played
 
 
@@ -263,19 +255,19 @@ def test_a_player_with_an_encoder_can_be_played_by_bayes_and_not_the_other_way(d
         ({"moa_share": 0.0}, "--moa-share must be positive"),
     ],
 )
-def test_what_does_not_go_together(discrete, small, options, fragment):
-    with pytest.raises(discrete.UsageError, match=fragment):
-        discrete.Trainer(small(**options))
+def test_what_does_not_go_together(script, small, options, fragment):
+    with pytest.raises(script.UsageError, match=fragment):
+        script.Trainer(small(**options))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training of goals
 # ---------------------------------------------------------------------------------------------------------------------
-def test_straight_through_draws(discrete):
+def test_straight_through_draws(script):
     """One-hot, as often as the probabilities say, with the gradient of the exact expectation at a low temperature."""
     logits, cost = torch.tensor([0.5, -1.0, 1.2]), torch.tensor([1.0, -2.0, 0.7])
     many = logits.expand(400_000, 3).clone().requires_grad_()
-    drawn = discrete.straight_through(many, 0.2, torch.Generator().manual_seed(0))
+    drawn = script.straight_through(many, 0.2, torch.Generator().manual_seed(0))
     hard = drawn.detach()
     assert torch.allclose(hard.sum(1), torch.ones(())) and torch.allclose(hard.amax(1), torch.ones(()))
     probs = logits.softmax(0)
@@ -284,7 +276,7 @@ def test_straight_through_draws(discrete):
     exact = probs * (cost - (probs * cost).sum())  # of sum_g p_g c_g
     error = gradient.std(0) / 400_000**0.5
     assert ((gradient.mean(0) - exact).abs() < 4.5 * error + 0.02).all() and exact.abs().min() > 0.05
-    warm = discrete.straight_through(many, 5.0, torch.Generator().manual_seed(0))
+    warm = script.straight_through(many, 5.0, torch.Generator().manual_seed(0))
     (other,) = torch.autograd.grad((warm @ cost).sum(), many)
     assert other.mean(0).abs().max() < 0.6 * exact.abs().max()  # a high temperature is smoother, and biased
 
@@ -294,22 +286,22 @@ def stored(trainer):
     return rows, trainer.buffer.batch_of(rows, trainer.agent.relative, trainer.args.goal == "oracle")
 
 
-def summed(discrete, trainer, batch):
+def summed(script, trainer, batch):
     """Log-likelihood of whole matches [S, N, G], steps weighted, in plain Python, and each step's [S, L, N, G]."""
-    probs = goal_probabilities(discrete, trainer.agent, batch.state)
+    probs = goal_probabilities(script, trainer.agent, batch.state)
     index = batch.actions.flatten(0, 1)[..., None, None].expand(-1, -1, probs.shape[2], 1)
     steps = probs.gather(3, index).squeeze(3).log().unflatten(0, batch.start.shape)
     return torch.where(batch.active.unsqueeze(3), batch.weight.unsqueeze(3) * steps, 0.0).sum(1), steps
 
 
 @pytest.mark.parametrize("rule", ["all", "positive", "balanced"])
-def test_em_is_the_likelihood_of_whole_matches(discrete, small, rule):
+def test_em_is_the_likelihood_of_whole_matches(script, small, rule):
     """The loss is -log of the mean over goals of a match's weighted likelihood, a step; so is its gradient."""
-    trainer, _ = play(discrete, small, env_id=SMALL_HUNT, co_players="self", match_episodes=2, goal_training="em",
+    trainer, _ = play(script, small, env_id=SMALL_HUNT, co_players="self", match_episodes=2, goal_training="em",
                       moa_share=1.0, moa_buffer=rule)  # fmt: skip
     moa, (_, batch) = trainer.agent.moa, stored(trainer)
-    loss, terms = discrete.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(0))
-    total, _ = summed(discrete, trainer, batch)
+    loss, terms = script.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(0))
+    total, _ = summed(script, trainer, batch)
     seats, steps = (batch.weight > 0).any(1), float(batch.weight.sum())
     assert bool((batch.weight == batch.active).all()) == (rule == "all")
     marginal = -(total.logsumexp(2) - math.log(4))[seats].sum() / steps
@@ -322,36 +314,36 @@ def test_em_is_the_likelihood_of_whole_matches(discrete, small, rule):
         for sign in (1, -1):
             with torch.no_grad():
                 moa.table[place] += sign * 1e-2
-                moved.append(-float(summed(discrete, trainer, batch)[0].logsumexp(2)[seats].sum()) / steps)
+                moved.append(-float(summed(script, trainer, batch)[0].logsumexp(2)[seats].sum()) / steps)
                 moa.table[place] -= sign * 1e-2
         assert float(gradient[place]) == pytest.approx((moved[0] - moved[1]) / 2e-2, rel=0.05, abs=2e-4)
 
 
-def test_share_of_the_steps(discrete, small):
+def test_share_of_the_steps(script, small):
     """A share of the steps is read, each time others; the loss is the one of a batch that has only those."""
-    trainer, _ = play(discrete, small, env_id=SMALL_HUNT, co_players="self", match_episodes=2, goal_training="em")
+    trainer, _ = play(script, small, env_id=SMALL_HUNT, co_players="self", match_episodes=2, goal_training="em")
     moa, (_, batch) = trainer.agent.moa, stored(trainer)
     losses = []
     for seed in (0, 1):
         read = torch.rand(batch.start.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
         moa.args.moa_share = 0.4
-        some, _ = discrete.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(seed))
+        some, _ = script.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(seed))
         moa.args.moa_share = 1.0
         part = batch._replace(active=batch.active & read.unsqueeze(2), weight=batch.weight * read.unsqueeze(2))
-        same, _ = discrete.moa_loss(moa, part, 0.0, 1.0, torch.Generator().manual_seed(seed))
-        whole, _ = discrete.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(seed))
+        same, _ = script.moa_loss(moa, part, 0.0, 1.0, torch.Generator().manual_seed(seed))
+        whole, _ = script.moa_loss(moa, batch, 0.0, 1.0, torch.Generator().manual_seed(seed))
         assert float(some.detach()) == pytest.approx(float(same.detach()), rel=1e-5) != float(whole.detach())
         losses.append(float(some.detach()))
     assert 0.2 < float(read[batch.active.any(2)].float().mean()) < 0.6 and losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("way", ["gumbel", "amortised"])
-def test_drawn_goals_are_one_for_a_seat_and_match(discrete, small, way, monkeypatch):
+def test_drawn_goals_are_one_for_a_seat_and_match(script, small, way, monkeypatch):
     """The loss at the goals drawn: each step's -log pi_hat at its seat's and match's goal, the KL once a match, and the
     subgoals' reconstruction; weights as the buffer gives them."""
     options = {"env_id": SMALL_HUNT, "co_players": "self", "moa_buffer": "balanced", "goal_training": way}
     options["moa_share"] = 1.0
-    trainer, _ = play(discrete, small, **options)
+    trainer, _ = play(script, small, **options)
     moa, (_, batch) = trainer.agent.moa, stored(trainer)
     shape = batch.actions.shape[0], trainer.game.num_players
     drawn, asked = torch.randint(4, shape, generator=torch.Generator().manual_seed(5)), []
@@ -360,9 +352,9 @@ def test_drawn_goals_are_one_for_a_seat_and_match(discrete, small, way, monkeypa
         asked.append((logits.detach(), temperature))
         return torch.nn.functional.one_hot(drawn, 4).float()
 
-    monkeypatch.setattr(discrete, "straight_through", dealt)
-    loss, terms = discrete.moa_loss(moa, batch, 0.7, 0.4, torch.Generator().manual_seed(0))
-    total, steps = summed(discrete, trainer, batch)
+    monkeypatch.setattr(script, "straight_through", dealt)
+    loss, terms = script.moa_loss(moa, batch, 0.7, 0.4, torch.Generator().manual_seed(0))
+    total, steps = summed(script, trainer, batch)
     (logits, temperature), weight = asked[0], batch.weight / batch.weight.sum()
     assert temperature == 0.4 and weight[batch.active].std() > 0
     if way == "gumbel":
@@ -387,19 +379,19 @@ def test_drawn_goals_are_one_for_a_seat_and_match(discrete, small, way, monkeypa
     assert float(terms["moa/recon"]) == pytest.approx(recon, rel=1e-4)
 
 
-def test_guesses_know_nothing_of_the_future(discrete, small):
+def test_guesses_know_nothing_of_the_future(script, small):
     """The encoder's guess before a step does not read that step; the match's guess reads all of it."""
     options = {"env_id": SMALL_HUNT, "co_players": "self", "goal_training": "amortised", "match_episodes": 2}
-    trainer, _ = play(discrete, small, **options)
+    trainer, _ = play(script, small, **options)
     moa, (_, batch) = trainer.agent.moa, stored(trainer)
     with torch.no_grad():
-        past, whole = discrete.guesses(moa, batch)
+        past, whole = script.guesses(moa, batch)
         past = past[batch.active]
         where = batch.active.nonzero()
         for t in (0, 3, 11):
             changed = batch.actions.clone()
             changed[:, t:] = (changed[:, t:] + 1) % 7
-            other, other_whole = discrete.guesses(moa, batch._replace(actions=changed))
+            other, other_whole = script.guesses(moa, batch._replace(actions=changed))
             other = other[batch.active]
             before = where[:, 1] <= t
             torch.testing.assert_close(other[before], past[before], rtol=1e-4, atol=1e-4)
@@ -409,38 +401,37 @@ def test_guesses_know_nothing_of_the_future(discrete, small):
 
 
 @pytest.mark.parametrize("way", ["em", "gumbel"])
-def test_goals_do_not_collapse(discrete, small, way):
+def test_goals_do_not_collapse(script, small, way):
     """Hunters of stags and hunters of hares, and the learner among them, which plays at random: each kind has goals of
     its own from the second episode on, on matches that were never trained on; goals know nothing of seats."""
     options = {"env_id": "msh-5x5-3p-2h2s", "co_players": "ns,nh", "match_episodes": 3, "total_timesteps": 10**6}
     options |= {"num_envs": 32, "num_steps": 64, "goals": 3, "moa_hidden_size": 32, "moa_learning_rate": 5e-3}
     options["moa_share"] = 1.0
-    for seed in (1, 2):
-        args = small(seed=seed, moa_updates=120, moa_matches=16, goal_training=way, moa_capacity=300, **options)
-        trainer = discrete.Trainer(args)
-        for _ in range(4):
-            trainer.rollout()
-        for temperature in (1.0, 0.5):
-            trainer.update_moa(temperature)
-        moa, players = trainer.agent.moa, trainer.co_players
-        trainer.memory = trainer.buffer.memory(moa, players.episode, trainer.memory)
-        for _ in range(2):  # matches that were not in the buffer
-            trainer.iteration = 2
-            trainer.rollout()
-        known = (players.episode > 0).unsqueeze(1) & (players.kind > 0)
-        goal, kind = moa.log_belief(trainer.memory).argmax(2)[known], players.kind[known]
-        votes = torch.zeros(3, 3).index_put((goal, kind), torch.ones(len(goal)), accumulate=True)
-        assert len(goal) > 20 and float(votes.amax(1).sum()) / len(goal) > 0.9, (seed, votes)
-        statistics = {name: float(value) for name, value in trainer.goal_statistics().items()}
-        kinds = torch.bincount(kind) / len(kind)
-        most = -float((kinds * kinds.clamp(min=1e-9).log()).sum())  # what can be known, by who happens to play
-        assert statistics["moa/usage_entropy"] > 0.5 and statistics["moa/kind_information"] > 0.8 * most > 0.2
-        assert statistics["moa/seat_information"] < 0.2
+    args = small(seed=1, moa_updates=120, moa_matches=16, goal_training=way, moa_capacity=300, **options)
+    trainer = script.Trainer(args)
+    for _ in range(4):
+        trainer.rollout()
+    for temperature in (1.0, 0.5):
+        trainer.update_moa(temperature)
+    moa, players = trainer.agent.moa, trainer.co_players
+    trainer.memory = trainer.buffer.memory(moa, players.episode, trainer.memory)
+    for _ in range(2):  # matches that were not in the buffer
+        trainer.iteration = 2
+        trainer.rollout()
+    known = (players.episode > 0).unsqueeze(1) & (players.kind > 0)
+    goal, kind = moa.log_belief(trainer.memory).argmax(2)[known], players.kind[known]
+    votes = torch.zeros(3, 3).index_put((goal, kind), torch.ones(len(goal)), accumulate=True)
+    assert len(goal) > 20 and float(votes.amax(1).sum()) / len(goal) > 0.9, votes
+    statistics = {name: float(value) for name, value in trainer.goal_statistics().items()}
+    kinds = torch.bincount(kind) / len(kind)
+    most = -float((kinds * kinds.clamp(min=1e-9).log()).sum())  # what can be known, by who happens to play
+    assert statistics["moa/usage_entropy"] > 0.5 and statistics["moa/kind_information"] > 0.8 * most > 0.2
+    assert statistics["moa/seat_information"] < 0.2
 
 
-def test_goal_statistics_by_hand(discrete, small):
+def test_goal_statistics_by_hand(script, small):
     """Goals that are the kinds: their use and their information are the entropy of the kinds."""
-    trainer = discrete.Trainer(small(env_id=SMALL_HUNT, co_players="nh,ns,self", num_envs=40, num_steps=1))
+    trainer = script.Trainer(small(env_id=SMALL_HUNT, co_players="nh,ns,self", num_envs=40, num_steps=1))
     players, count = trainer.co_players, defaultdict(int)
     players.episode = torch.arange(40) % 2
     likelihood = torch.zeros(40, 3, 4)
@@ -468,7 +459,7 @@ def test_goal_statistics_by_hand(discrete, small):
 # ---------------------------------------------------------------------------------------------------------------------
 # Policy
 # ---------------------------------------------------------------------------------------------------------------------
-def test_plain_policy_gradient(discrete, lively):
+def test_plain_policy_gradient(script, lively):
     """`--pg`: the gradient is that of -mean(A log pi), whatever the policy that acted; the value loss is PPO's."""
     agent = lively(env_id=SMALL_HUNT, pg=True, norm_adv=False, vf_coef=0.7)
     state = agent.game.initial_state(30, torch.Generator().manual_seed(0))
@@ -478,7 +469,7 @@ def test_plain_policy_gradient(discrete, lively):
     rows = {"own": d.own, "others": joined, "goal": total, "mask": mask, "action": d.action, "log_prob": d.log_prob - 3}
     rows = {name: value.flatten(0, 1) for name, value in rows.items()}
     rows["advantage"], rows["return"] = torch.randn(90), torch.randn(90)
-    loss, terms = discrete.ppo_loss(agent.actor, agent.critic, rows, agent.args, torch.tensor(0.02))
+    loss, terms = script.ppo_loss(agent.actor, agent.critic, rows, agent.args, torch.tensor(0.02))
     logits = agent.actor(rows["own"], rows["others"], rows["goal"]).masked_fill(~rows["mask"], -1e9)
     policy = torch.distributions.Categorical(logits=logits)
     value = agent.critic(rows["own"], rows["others"], rows["goal"]).squeeze(1)
@@ -489,11 +480,11 @@ def test_plain_policy_gradient(discrete, lively):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_own_goals_are_kept_for_a_period(discrete, small):
+def test_own_goals_are_kept_for_a_period(script, small):
     """Drawn at the start of each episode and every third step, by the policy's probabilities; kept in between; and
     after the MOA was trained."""
     options = {"env_id": SMALL_HUNT, "co_players": "self,nh", "own_goal": True, "goal_period": 3, "moa_every": 1}
-    trainer = shaken(discrete.Trainer(small(num_envs=32, num_steps=50, total_timesteps=10**5, **options)), 0.3)
+    trainer = shaken(script.Trainer(small(num_envs=32, num_steps=50, total_timesteps=10**5, **options)), 0.3)
     agent, act, shown = trainer.agent, trainer.agent.act, []
 
     def acting(state, mask, memory, *rest):
@@ -514,7 +505,7 @@ def test_own_goals_are_kept_for_a_period(discrete, small):
     assert started > 500 and len(shown) == 100
 
 
-def test_own_goals_follow_the_policy_and_nobody_else_sees_them(discrete, lively):
+def test_own_goals_follow_the_policy_and_nobody_else_sees_them(script, lively):
     agent = lively(env_id=SMALL_HUNT, own_goal=True)
     state = agent.game.initial_state(3000, torch.Generator().manual_seed(0)).rows(torch.zeros(3000, dtype=torch.int64))
     (own, others), memory = agent.relative(state), agent.moa.initial_memory(3000)
@@ -542,12 +533,12 @@ def test_own_goals_follow_the_policy_and_nobody_else_sees_them(discrete, lively)
     assert not torch.equal(drawn_later, chosen)
 
 
-def test_own_goals_are_drawn_anew_in_every_batch_and_seed(discrete, lively):
+def test_own_goals_are_drawn_anew_in_every_batch_and_seed(script, lively):
     """Memories have random numbers of their own; an agent that is made again, the same ones."""
 
     def keys(seed):
-        agent = discrete.Agent(discrete.GridGame(SMALL_HUNT), lively(env_id=SMALL_HUNT, own_goal=True).args)
-        agent.moa = discrete.MOA(agent.relative, dataclasses.replace(agent.args, seed=seed))
+        agent = script.Agent(script.GridGame(SMALL_HUNT), lively(env_id=SMALL_HUNT, own_goal=True).args)
+        agent.moa = script.MOA(agent.relative, dataclasses.replace(agent.args, seed=seed))
         return [agent.moa.initial_memory(50).key.flatten() for _ in range(3)]
 
     assert all(torch.equal(a, b) for a, b in zip(keys(1), keys(1), strict=True))
@@ -555,9 +546,9 @@ def test_own_goals_are_drawn_anew_in_every_batch_and_seed(discrete, lively):
     assert len(drawn) == len(drawn.unique()) == 6 * 50 * 3
 
 
-def test_uniform_numbers(discrete):
+def test_uniform_numbers(script):
     """Uniform, different for different counters, uncorrelated between neighbours."""
-    numbers = discrete.uniform_numbers(torch.arange(-50_000, 50_000).unsqueeze(1), 4)
+    numbers = script.uniform_numbers(torch.arange(-50_000, 50_000).unsqueeze(1), 4)
     assert numbers.min() > 0 and numbers.max() < 1 and numbers.shape == (100_000, 4)
     counts = torch.histc(numbers, 20, 0, 1)
     assert ((counts - 20_000) ** 2 / 20_000).sum() < 19 + 5 * (2 * 19) ** 0.5
@@ -567,12 +558,12 @@ def test_uniform_numbers(discrete):
 
 
 @pytest.mark.parametrize("own_goal", [False, True])
-def test_first_ratio_is_one(discrete, small, own_goal, monkeypatch):
+def test_first_ratio_is_one(script, small, own_goal, monkeypatch):
     """Before the first update of the policy the recomputed log-probability is that of the policy that acted, though
     the MOA has been trained in between; own goals count where they were drawn."""
-    monkeypatch.setattr(discrete, "minibatches", lambda rows, epochs, parts, generator: itertools.repeat(rows, epochs))
+    monkeypatch.setattr(script, "minibatches", lambda rows, epochs, parts, generator: itertools.repeat(rows, epochs))
     args = small(env_id=SMALL_HUNT, own_goal=own_goal, update_epochs=2, goal_period=4, moa_every=1, num_envs=6)
-    trainer, calls = shaken(discrete.Trainer(args), 0.2), []
+    trainer, calls = shaken(script.Trainer(args), 0.2), []
     loss = trainer.ppo_loss
 
     def watched(actor, critic, part, *rest):

@@ -22,6 +22,8 @@ import torch
 from PIL import Image, ImageSequence
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from siblings.conftest import SCRIPTS, load_script
+
 ENV_ID = "msh-3x3-3p-2h1s"
 RUN = {"env_id": ENV_ID, "co_players": "self,nh,ns-noisy", "num_envs": 4, "num_steps": 40, "total_timesteps": 480}
 RUN |= {"checkpoint_every": 1, "match_episodes": 2, "plan_update": "offset", "plan_until": 1.0, "anneal": False}
@@ -108,6 +110,7 @@ def files_of(run):
     return {"events" if "tfevents" in path.name else path.name for path in Path(run).iterdir()}
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_a_run_learns(script, done):
     """Updates happened: every network changed, every optimiser counted its steps, and nothing is nan."""
     content = content_of(script, done.folder)
@@ -124,6 +127,7 @@ def test_a_run_learns(script, done):
         assert max(steps) >= 3 and len(optimizer["state"]) == len(optimizer["param_groups"][0]["params"]), name
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_figures_are_logged_by_their_names(script, done):
     logged = scalars(done.folder)
     wanted = {"charts/SPS", "charts/episodic_return", "charts/episodic_length", "charts/learning_rate"}
@@ -245,15 +249,33 @@ def outcomes(script):
     return outcome
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_every_option_is_tested(script):
     assert fields_of(script) <= {*CHANGES, *OUTSIDE}
 
 
-@pytest.mark.parametrize("name", CHANGES)
+SEARCH = """num_simulations num_goal_samples puct_c max_depth goal_refresh dirichlet_alpha dirichlet_fraction
+    policy_target co_player_model""".split()
+
+
+def without_planner(name, script):
+    """The options that switch the planner off, which takes most of the time, where `name` is none of its options."""
+    planner = name.startswith("plan_") or name in SEARCH or script.__name__ != "hop_mcts"
+    return {} if planner else {"plan_update": "none"}
+
+
+def own_options():
+    """(script, option), each option in one script that has it."""
+    found = {}
+    for script in SCRIPTS:
+        for name in fields_of(load_script(script)) & set(CHANGES):
+            found.setdefault(name, script)
+    return [(found[name], name) for name in sorted(found)]
+
+
+@pytest.mark.parametrize("script, name", own_options(), indirect=["script"])
 def test_option_changes_the_outcome(script, outcomes, name):
-    if name not in fields_of(script):
-        pytest.skip("not an option of this script")
-    base = NEEDS.get(name, {})
+    base = {**NEEDS.get(name, {}), **without_planner(name, script)}
     before, after = outcomes(**base), outcomes(**{**base, name: CHANGES[name]})
     same = [n for n in before if before[n].shape == after[n].shape and torch.equal(before[n], after[n])]
     assert "actor" not in same and len(same) < len(before)
@@ -299,6 +321,7 @@ def test_schedules(script, anneal):
             assert {mode for *_, mode in seen} == {"offset" if k < 3 else "none"}  # 0, 0.2, 0.4 of the run are done
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_numbers_of_updates(script, monkeypatch):
     """Passes, minibatches, the MOA's updates and matches, and the samples of the planner."""
     options = {"update_epochs": 3, "num_minibatches": 5, "moa_updates": 7, "moa_matches": 6, "plan_samples": 9}
@@ -328,6 +351,7 @@ def test_numbers_of_updates(script, monkeypatch):
         assert agent.moa.decoder.out.weight.shape == (7, 10) and rows["goal"].shape == (40, 4, 3, 5)
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_learning_rates_of_the_other_networks(script):
     options = {"moa_learning_rate": 0.0123, "transition_learning_rate": 0.0456, "model_learning_rate": 0.0789}
     trainer = trainer_of(script, **{name: v for name, v in options.items() if name in fields_of(script)})
@@ -350,20 +374,7 @@ def test_gradients_are_clipped(script):
     assert max(norms) <= 1.001e-3 and float(metrics["losses/grad_norm"]) > 1e-2
 
 
-@pytest.mark.parametrize("transition", ["network", "simulator"])
-def test_where_the_planner_gets_its_outcomes(script, transition):
-    if not hasattr(script.Agent, "score_simulator"):
-        pytest.skip("another planner")
-    trainer, calls = trainer_of(script, transition=transition), Counter()
-    for name in ("score_network", "score_simulator"):
-        score = getattr(trainer.agent, name)
-        setattr(trainer.agent, name, lambda *inputs, name=name, score=score: calls.update([name]) or score(*inputs))
-    before = networks(trainer.agent)["transition"].clone()
-    trainer.iterate()
-    assert calls == {f"score_{transition}": 40}
-    assert torch.equal(before, networks(trainer.agent)["transition"]) == (transition == "simulator")
-
-
+@pytest.mark.scripts(*SCRIPTS)
 def test_goal_sources(script):
     """`none` sees zeros, `oracle` the truth, `inferred` something of each player's own."""
     for goal in ("inferred", "none", "oracle"):
@@ -450,8 +461,6 @@ def test_memories_and_ages_after_pretraining(script, freeze_moa):
 
 def test_pretraining_trains_the_vae_alone(script):
     """Steps besides the run's own; encoder and subgoals learn, the rest of the agent does not."""
-    if not hasattr(script.MOA, "encode"):
-        pytest.skip("no VAE")
     trainer = trainer_of(script, pretrain_moa_steps=350)
     before, played = copy.deepcopy(trainer.agent), []
     rollout = trainer.rollout
@@ -536,7 +545,7 @@ def test_compiled_parts_give_the_same_run(script, tmp_path, monkeypatch):
     )
     weights = []
     for switch in (False, True):
-        metrics, _ = train(script, tmp_path, compile=switch, total_timesteps=320, num_envs=2)
+        metrics, _ = train(script, tmp_path, compile=switch, total_timesteps=160, num_envs=2)
         weights.append(networks(script.load_agent(metrics["run"])))
         assert bool(compiled) == switch
     for name in weights[0]:
@@ -613,8 +622,6 @@ def test_a_finished_run_can_be_made_longer(script, tmp_path):
 
 def test_a_planner_that_is_off_stays_off(script, tmp_path, monkeypatch):
     """Also where a longer run makes `--plan-until` lie ahead again; one that is on goes on."""
-    if "plan_until" not in fields_of(script):
-        pytest.skip("no planner")
     modes, rollout = [], script.Trainer.rollout
     monkeypatch.setattr(script.Trainer, "rollout", lambda self: modes.append(self.agent.plan_mode) or rollout(self))
     short, _ = train(script, tmp_path, total_timesteps=480, plan_until=0.5)
@@ -712,6 +719,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, monkeypatch, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.scripts(*SCRIPTS)
 def test_evaluation_keys_and_sizes(script, done):
     result = script.evaluate(done.folder, "nh", episodes=10, num_envs=2, match_episodes=4)
     assert set(result) == {"focal_return", "focal_returns", "co_player_return", "by_episode"}
@@ -826,6 +834,7 @@ def test_the_focal_player_sits_on_every_seat(script, done, monkeypatch):
     assert (learner.sum(1) == 1).all() and (learner.sum(0) >= 5).all()
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_other_games_of_the_family(script, done):
     """No network depends on the size of the world or on the numbers of players and items."""
     for env_id, players in (("msh-5x2-2p-3h2s", 2), ("msh-4x4-5p-1h2s", 5)):
@@ -855,6 +864,7 @@ NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrai
 NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_wrong_values(script):
     """Every number is checked, whole or not, and every choice."""
     checked = 0
@@ -944,6 +954,7 @@ def test_checkpoints_of_other_runs(script, done, tmp_path, monkeypatch, capsys):
         refused(script, monkeypatch, capsys, *words)
 
 
+@pytest.mark.scripts(*SCRIPTS)
 def test_options_that_an_evaluation_does_not_read(script, done, tmp_path, monkeypatch, capsys):
     """All of them are named, and those that it reads are not."""
     monkeypatch.chdir(tmp_path)

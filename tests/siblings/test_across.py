@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from conftest import SCRIPTS, SMALL, load_script
-from test_runs import refused
+from siblings.conftest import SCRIPTS, SMALL, load_script
+from siblings.test_runs import refused
 
+pytestmark = pytest.mark.scripts(*SCRIPTS)
 ENV_ID = "msh-3x3-3p-2h1s"
 SIZES = {"episodes": 6, "match_episodes": 2, "num_envs": 3}
 
@@ -29,10 +30,6 @@ def runs(tmp_path_factory):
             run = module.train(module.Args(env_id=ENV_ID, co_players="self,nh", **options))["run"]
         folders[name] = folder / run
     return folders
-
-
-def planning(script):
-    return hasattr(script.Agent, "turn_planner")
 
 
 @pytest.mark.parametrize("other", SCRIPTS)
@@ -99,10 +96,9 @@ def test_a_run_with_another_scripts_checkpoint_is_resumed(script, runs, small, o
     assert first.co_players.memory and all(torch.equal(a, b) for a, b in weights)
 
 
+@pytest.mark.scripts("hop_mcts", "latent_world_model")
 def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, runs):
     """It would plan by what its networks were initialised with."""
-    if not planning(script):
-        pytest.skip("no planner")
     content = torch.load(runs[script.__name__] / "checkpoint.pt", weights_only=True)
 
     untold = {"goal": "none", "plan_update": "none"}  # nothing trains the MOA
@@ -110,18 +106,14 @@ def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, r
     fine = [({"plan_update": "none"}, {}), ({"plan_until": 0.0}, {}), (untold, {"co_player_model": "uniform"})]
     if script.__name__ != "hop_mcts":  # what happens is learnt by planning
         refused_ones, fine = refused_ones + fine[:2], []
-    if "transition" in script.Args.__dataclass_fields__:
-        refused_ones += [(untold, {"transition": "simulator"})]
-        fine += [({"plan_update": "none"}, {"transition": "simulator"})]
     for options, play in refused_ones + fine:
         torch.save({**content, "args": {**content["args"], **options}}, tmp_path / "checkpoint.pt")
         with contextlib.nullcontext() if (options, play) in fine else pytest.raises(script.UsageError, match="trained"):
             assert script.load_agent(tmp_path, options={"plan_update": "hop", **play}).plan_mode == "hop"
 
 
+@pytest.mark.scripts("hop_mcts", "latent_world_model")
 def test_the_planner_can_be_switched_off_and_on(script, runs):
-    if not planning(script):
-        pytest.skip("no planner")
     path = runs[script.__name__]
     trained = script.load_agent(path)
     off = script.load_agent(path, options={"plan_update": "none"})
@@ -136,10 +128,9 @@ def test_the_planner_can_be_switched_off_and_on(script, runs):
     assert results[0] == results[1] != results[2]
 
 
+@pytest.mark.scripts("hop_mcts", "latent_world_model")
 def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs):
     """Scores are divided by the root mean square that they have where the policy plays alone and has a choice."""
-    if not planning(script):
-        pytest.skip("no planner")
     agent = script.load_agent(runs[script.__name__], options={"plan_update": "offset"})
     generator, squares, count, measured = torch.Generator().manual_seed(5), 0.0, 0, float(agent.plan_rms)
     agent.plan_rms.fill_(1e9)  # the scores do not count in play
@@ -157,9 +148,8 @@ def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs)
     assert measured == pytest.approx((squares / count) ** 0.5, rel=0.25)
 
 
+@pytest.mark.scripts("hop_mcts", "latent_world_model")
 def test_the_scale_is_measured_on_the_game_that_is_played(script, runs, monkeypatch):
-    if not planning(script):
-        pytest.skip("no planner")
     path, env_id, play, seen = runs[script.__name__], "msh-6x6-2p-4h3s", script.play_matches, []
     monkeypatch.setattr(script, "play_matches", lambda agent, *rest: seen.append(agent) or play(agent, *rest))
     for game in (None, env_id):
@@ -191,7 +181,6 @@ def test_played_options_on_the_command_line(script, runs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
-@pytest.mark.skipif("hop_mcts" not in SCRIPTS, reason="no tree search here")
 def test_search_on_top_of_any_script(runs, other):
     """hop_mcts searches with the networks and goals of another script's agent; without a `plan_update` that plays."""
     script = load_script("hop_mcts")
@@ -211,7 +200,6 @@ def test_search_on_top_of_any_script(runs, other):
 
 
 @pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
-@pytest.mark.skipif("hop_mcts" not in SCRIPTS, reason="no tree search here")
 def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, capsys, tmp_path):
     """Whatever planner the other script had on, `--plan-update` searches; without it no option of the search goes."""
     script, simulations = load_script("hop_mcts"), []
@@ -234,7 +222,6 @@ def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, 
 
 
 @pytest.mark.parametrize("other", SCRIPTS)
-@pytest.mark.skipif("latent_world_model" not in SCRIPTS, reason="no latent model here")
 def test_what_cannot_be_judged_is_refused_before_a_game_is_played(runs, other, monkeypatch, capsys):
     """`--evaluate` with `--dataset`: a checkpoint without a latent model, or no such file."""
     script = load_script("latent_world_model")

@@ -8,20 +8,10 @@ from collections import Counter
 import pytest
 import torch
 
-from conftest import SCRIPTS, load_script
-from test_planner import situations, some_goals
+from siblings.test_planner import situations, some_goals
 
 HUNT, DRIFTS = "msh-3x3-3p-2h1s", "msg-2x3-3p-3d"
 STAY = 4
-
-
-@pytest.fixture
-def searching(script):
-    """The scripts that search a tree."""
-    if not hasattr(script, "TreeSearch"):
-        assert script.__name__ != "hop_mcts"
-        pytest.skip("another planner")
-    return script
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,10 +132,10 @@ def assert_same_tree(search, number, node):
     "actions, simulations, constant, gamma, most",
     [(2, 60, 1.25, 0.9, 50), (4, 80, 1.25, 0.99, 50), (5, 70, 8.0, 0.5, 3), (7, 40, 0.3, 1.0, 2), (3, 3, 1.0, 0.9, 50)],
 )
-def test_trees_equal_a_plain_recursion(searching, actions, simulations, constant, gamma, most):
+def test_trees_equal_a_plain_recursion(script, actions, simulations, constant, gamma, most):
     """Every node of twelve trees: visits to the last one, summed returns, rewards, values, depths and children."""
     worlds = [World(seed, actions) for seed in range(12)]
-    search, q, visits, model = grown(searching, worlds, simulations, constant, gamma, most)
+    search, q, visits, model = grown(script, worlds, simulations, constant, gamma, most)
     deepest = 0
     for t, world in enumerate(worlds):
         root = Node(world, (), most)
@@ -161,9 +151,9 @@ def test_trees_equal_a_plain_recursion(searching, actions, simulations, constant
     assert len(model.expanded) == len(set(model.expanded))  # at most once each, and no root
 
 
-def test_a_stored_tree(searching):
+def test_a_stored_tree(script):
     """Figures of the search on three worlds, worked out once by the recursion above and written down here."""
-    _, q, visits, _ = grown(searching, [World(seed, 4) for seed in ("a", "b", "c")], 30, dtype=torch.float32)
+    _, q, visits, _ = grown(script, [World(seed, 4) for seed in ("a", "b", "c")], 30, dtype=torch.float32)
     assert visits.tolist() == STORED_VISITS
     torch.testing.assert_close(q, torch.tensor(STORED_Q), rtol=1e-4, atol=1e-4)
 
@@ -177,11 +167,11 @@ STORED_Q = [
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_every_legal_root_action_once_before_any_twice(searching, flat):
+def test_every_legal_root_action_once_before_any_twice(script, flat):
     """And never an illegal one, though the prior be 0 for legal ones."""
     worlds = [World(seed, 6, flat=flat) for seed in range(40)]
     for simulations in (1, 2, 4, 6, 15):
-        _, q, visits, model = grown(searching, worlds, simulations)
+        _, q, visits, model = grown(script, worlds, simulations)
         assert visits.sum(1).tolist() == [simulations] * 40
         for t, world in enumerate(worlds):
             legal = [a for a, p in enumerate(world.prior(())) if p >= 0]
@@ -211,7 +201,7 @@ class Corridor(World):
         return self.steps[len(path)]
 
 
-def test_returns_by_hand(searching):
+def test_returns_by_hand(script):
     """Rewards along the path and V at its end, discounted by 0.5 a step; V is 0 after an end and counts after a cut."""
     worlds = [
         Corridor((1.0, 10.0, True), (2.0, 20.0, True), (4.0, 40.0, True)),
@@ -219,7 +209,7 @@ def test_returns_by_hand(searching):
         Corridor((1.0, 10.0, True), (2.0, 20.0, False)),  # is cut after the second step
         Corridor((-3.0, 0.0, False)),  # ends with the first step
     ]
-    search, q, visits, model = grown(searching, worlds, 3, gamma=0.5)
+    search, q, visits, model = grown(script, worlds, 3, gamma=0.5)
     first, second, third = 1 + 0.5 * 10, 1 + 0.5 * (2 + 0.5 * 20), 1 + 0.5 * (2 + 0.5 * (4 + 0.5 * 40))
     expected = [(first + second + third) / 3, (first + 2 * (1 + 0.5 * 2)) / 3, (first + 2 * second) / 3, -3.0]
     assert q[:, 1].tolist() == pytest.approx(expected)
@@ -229,17 +219,17 @@ def test_returns_by_hand(searching):
     assert paths[3] == [(1,)]  # nothing follows: the step counts again, and is not taken again
     assert float(search.total[4, 1]) == pytest.approx((2 + 0.5 * 20) + (2 + 0.5 * 24))  # of the node after one step
     assert set(model.expanded) == {4, 5, 6, 8}  # the nodes from which a step was taken: no ends, no leaves
-    _, q, _, _ = grown(searching, worlds, 3, gamma=0.5, most=1)
+    _, q, _, _ = grown(script, worlds, 3, gamma=0.5, most=1)
     assert q[:, 1].tolist() == pytest.approx([first, first, first, -3.0])
-    _, q, _, _ = grown(searching, worlds, 3, gamma=0.5, most=2)
+    _, q, _, _ = grown(script, worlds, 3, gamma=0.5, most=2)
     assert q[:, 1].tolist() == pytest.approx([(first + 2 * second) / 3, expected[1], expected[2], -3.0])
 
 
-def test_one_step_ahead_is_reward_and_value(searching):
+def test_one_step_ahead_is_reward_and_value(script):
     """With one step ahead each Q is r + gamma V, however often it is tried."""
     worlds = [World(seed, 5) for seed in range(20)]
     for simulations in (5, 23):
-        _, q, visits, _ = grown(searching, worlds, simulations, gamma=0.8, most=1)
+        _, q, visits, _ = grown(script, worlds, simulations, gamma=0.8, most=1)
         for t, world in enumerate(worlds):
             for a in range(5):
                 if visits[t, a]:
@@ -247,11 +237,11 @@ def test_one_step_ahead_is_reward_and_value(searching):
                     assert float(q[t, a]) == pytest.approx(reward + 0.8 * value)
 
 
-def test_a_tree_does_not_depend_on_the_rest_of_its_batch(searching):
+def test_a_tree_does_not_depend_on_the_rest_of_its_batch(script):
     worlds = [World(seed, 4) for seed in range(9)]
-    _, q, visits, _ = grown(searching, worlds, 50)
+    _, q, visits, _ = grown(script, worlds, 50)
     for chosen in ([4], [8, 0, 3], list(range(8, -1, -1)), [2] * 20):
-        _, q_2, visits_2, _ = grown(searching, [worlds[t] for t in chosen], 50)
+        _, q_2, visits_2, _ = grown(script, [worlds[t] for t in chosen], 50)
         assert torch.equal(visits_2, visits[chosen]) and torch.equal(q_2, q[chosen])
 
 
@@ -268,10 +258,10 @@ def best_value(world, path, depth, gamma):
     return max(outcomes)
 
 
-def test_the_search_improves_on_its_prior(searching):
+def test_the_search_improves_on_its_prior(script):
     """The action tried most is worth more than one drawn from the prior, and more the longer the search."""
     worlds, gamma, gains = [World(f"gain {seed}", 4) for seed in range(60)], 0.9, []
-    runs = [grown(searching, worlds, simulations, gamma=gamma, most=3)[2] for simulations in (8, 32, 200)]
+    runs = [grown(script, worlds, simulations, gamma=gamma, most=3)[2] for simulations in (8, 32, 200)]
     for t, world in enumerate(worlds):
         worth = {}
         for action, p in enumerate(world.prior(())):
@@ -322,17 +312,17 @@ ODD_GAMES = [HUNT, DRIFTS, "msh-2x3-4p-2h2s", "msh-1x5-2p-0h2s", "msh-4x1-3p-0h1
 
 
 @pytest.mark.parametrize("env_id", ODD_GAMES)
-def test_tabulated_networks_are_the_networks(searching, lively, env_id):
+def test_tabulated_networks_are_the_networks(script, lively, env_id):
     """Policy, value and MOA of every seat, whoever has left and whatever is gone."""
     agent = lively(env_id=env_id)
-    game, state = situations(searching, env_id, batch=20)
+    game, state = situations(script, env_id, batch=20)
     relative, goal, n = agent.relative, some_goals(agent, state), game.num_players
     own, others = relative(state)
     joined, total = agent.with_goals(others, goal)
     clock = game.clock(state)
     with torch.no_grad():
-        nodes = {name: searching.NodeNetwork(getattr(agent, name), relative) for name in ("actor", "critic")}
-        nodes["decoder"] = searching.NodeNetwork(agent.moa.decoder, relative)
+        nodes = {name: script.NodeNetwork(getattr(agent, name), relative) for name in ("actor", "critic")}
+        nodes["decoder"] = script.NodeNetwork(agent.moa.decoder, relative)
         for name, network in nodes.items():
             plain = (
                 agent.moa.decoder(own, others, goal) if name == "decoder" else getattr(agent, name)(own, joined, total)
@@ -359,21 +349,21 @@ def test_tabulated_networks_are_the_networks(searching, lively, env_id):
 
 @pytest.mark.parametrize("refresh, horizon", [(0, "bootstrap"), (0, "end"), (1, "bootstrap"), (2, "bootstrap")])
 @pytest.mark.parametrize("env_id", [HUNT, DRIFTS, "msh-2x3-4p-2h2s"])
-def test_steps_of_the_model(searching, lively, env_id, refresh, horizon):
+def test_steps_of_the_model(script, lively, env_id, refresh, horizon):
     """Five steps down every tree, each against the game and the networks themselves: what the focal player would do,
     what the co-players do, rewards, values, ends; and goals, kept or inferred again with what was seen on the way."""
     agent = lively(env_id=env_id, goal_refresh=refresh, plan_horizon=horizon, reward_scale=0.37, prosocial=0.3)
-    game, state = situations(searching, env_id, batch=60, seed=refresh)
+    game, state = situations(script, env_id, batch=60, seed=refresh)
     state = clear(game, state)
     trees, n, actions_of = len(state.players), game.num_players, torch.arange(game.num_actions)
     start, events = state, Counter()
-    memory, goal = some_memory(searching, agent, trees), some_goals(agent, state)
+    memory, goal = some_memory(script, agent, trees), some_goals(agent, state)
     log_std, noise = some_goals(agent, state, 3) / 4 - 1, some_goals(agent, state, 4)
     draws, roots = torch.rand(trees, 6, n, generator=seed(6)), torch.arange(trees)
     drawn, nodes, nothing = goal + noise * log_std.exp(), roots, torch.zeros(trees, dtype=torch.bool)
     known = known_at_roots = [*memory, goal, drawn]
     with torch.no_grad():
-        model = searching.GameModel(agent, state, memory, (goal, log_std, drawn), draws)
+        model = script.GameModel(agent, state, memory, (goal, log_std, drawn), draws)
         for simulation in range(1, 6):
             mask, order = game.action_mask(state), torch.randperm(trees, generator=seed(7))
             *memory, goal, drawn = known
@@ -393,7 +383,7 @@ def test_steps_of_the_model(searching, lively, env_id, refresh, horizon):
             after, rewards, terminated, truncated = game.step(state, joint)
             left = after.players[:, 0] < 0
             torch.testing.assert_close(reward, (0.7 * rewards[:, 0] + 0.3 * rewards.sum(1) / n) * 0.37)
-            memory = agent.remember(searching.Memory(*memory), state, joint, nothing, nothing)
+            memory = agent.remember(script.Memory(*memory), state, joint, nothing, nothing)
             if refresh:
                 again = ((after.time - start.time) % refresh == 0).view(-1, 1, 1)
                 fresh, fresh_log_std = agent.infer(memory, *agent.relative(after), None)
@@ -416,11 +406,11 @@ def test_steps_of_the_model(searching, lively, env_id, refresh, horizon):
 
 
 @pytest.mark.parametrize("co_player_model", ["moa", "uniform"])
-def test_co_players_are_drawn_by_their_chances(searching, lively, co_player_model):
+def test_co_players_are_drawn_by_their_chances(script, lively, co_player_model):
     """Frequencies over many draws, each seat for itself: the MOA's, or the same for every legal action."""
     trees = 6000
     agent = lively(env_id=HUNT, co_player_model=co_player_model)
-    game, state = situations(searching, HUNT, batch=2, steps=3)
+    game, state = situations(script, HUNT, batch=2, steps=3)
     state = clear(game, state)
     for b in range(len(state.players)):
         one = state.rows(torch.full((trees,), b))
@@ -428,7 +418,7 @@ def test_co_players_are_drawn_by_their_chances(searching, lively, co_player_mode
         draws = torch.rand(trees, 2, 3, generator=seed(b))
         with torch.no_grad():
             memory = agent.moa.initial_memory(trees)
-            model = searching.GameModel(agent, one, memory, (goal, goal, goal), draws)
+            model = script.GameModel(agent, one, memory, (goal, goal, goal), draws)
             model.expand(torch.arange(trees))
             mask = game.action_mask(one)[0]
             chance = moa_chances(agent, one, goal)[0] if co_player_model == "moa" else mask / mask.sum(1, keepdim=True)
@@ -440,14 +430,14 @@ def test_co_players_are_drawn_by_their_chances(searching, lively, co_player_mode
 
 
 @pytest.mark.parametrize("co_player_model", ["moa", "uniform"])
-def test_the_first_and_the_last_draw_are_legal(searching, lively, co_player_model):
+def test_the_first_and_the_last_draw_are_legal(script, lively, co_player_model):
     agent = lively(env_id="msh-3x3-4p-2h1s", co_player_model=co_player_model)
-    game, state = situations(searching, "msh-3x3-4p-2h1s", batch=60)
+    game, state = situations(script, "msh-3x3-4p-2h1s", batch=60)
     goal, trees, mask = some_goals(agent, state), len(state.players), game.action_mask(state)
     for draw in (0.0, 1.0 - 2.0**-24):
         with torch.no_grad():
             draws, memory = torch.full((trees, 2, 4), draw), agent.moa.initial_memory(trees)
-            model = searching.GameModel(agent, state, memory, (goal, goal, goal), draws)
+            model = script.GameModel(agent, state, memory, (goal, goal, goal), draws)
             model.expand(torch.arange(trees))
         joint = model.joint[:trees, 1:]
         assert mask[:, 1:].gather(2, joint.unsqueeze(2)).all()
@@ -471,19 +461,19 @@ def search_games(script, agent, state, goals, memory, draws, simulations):
 
 
 @pytest.mark.parametrize("refresh", [0, 1])
-def test_searches_do_not_depend_on_the_rest_of_the_batch(searching, lively, refresh):
+def test_searches_do_not_depend_on_the_rest_of_the_batch(script, lively, refresh):
     """Each tree alone, in another order, and among other trees: the same visits and Q."""
     agent = lively(env_id=HUNT, goal_refresh=refresh)
-    game, state = situations(searching, HUNT, batch=10)
+    game, state = situations(script, HUNT, batch=10)
     state = clear(game, state)
     trees = len(state.players)
     inputs = [some_goals(agent, state, k) for k in (1, 2, 3)]
-    inputs = [*inputs, *some_memory(searching, agent, trees), torch.rand(trees, 31, 3, generator=seed(0))]
+    inputs = [*inputs, *some_memory(script, agent, trees), torch.rand(trees, 31, 3, generator=seed(0))]
 
     def run(rows):
         goal, log_std, drawn, *memory, draws = (x[rows] for x in inputs)
-        memory = searching.Memory(*memory)
-        return search_games(searching, agent, state.rows(rows), (goal, log_std, drawn), memory, draws, 30)
+        memory = script.Memory(*memory)
+        return search_games(script, agent, state.rows(rows), (goal, log_std, drawn), memory, draws, 30)
 
     q, visits = run(torch.arange(trees))
     assert (visits.sum(1) == 30).all() and q.std() > 0.05
@@ -506,14 +496,14 @@ def decide(script, agent, state, memory=None, seats=None, number=0, oracle=None)
     return decision, seen[0][1]
 
 
-def test_parts_of_the_batch_give_the_same_decision(searching, lively):
+def test_parts_of_the_batch_give_the_same_decision(script, lively):
     """As many trees at a time as fit into the cache, or three: nothing else changes."""
     agent = lively(env_id=HUNT, num_simulations=20, num_goal_samples=4).eval()
-    game, state = situations(searching, HUNT, batch=2)
+    game, state = situations(script, HUNT, batch=2)
     state = clear(game, state)
-    whole, visits = decide(searching, agent, state)
+    whole, visits = decide(script, agent, state)
     agent.chunks = lambda count: torch.arange(count).split(7)
-    parts, visits_2 = decide(searching, agent, state)
+    parts, visits_2 = decide(script, agent, state)
     torch.testing.assert_close(parts.q_plan, whole.q_plan, rtol=1e-4, atol=1e-5)
     assert torch.equal(visits, visits_2) and whole.q_plan.abs().max() > 0.1
     del agent.chunks
@@ -523,12 +513,12 @@ def test_parts_of_the_batch_give_the_same_decision(searching, lively):
 
 @pytest.mark.parametrize("refresh", [0, 1])
 @pytest.mark.parametrize("env_id", [HUNT, DRIFTS, "msh-2x3-4p-2h2s"])
-def test_no_seat_is_special(searching, lively, monkeypatch, env_id, refresh):
+def test_no_seat_is_special(script, lively, monkeypatch, env_id, refresh):
     """Seats relabelled, with their goals and memories; one draw for all of a node's co-players: all is relabelled."""
     agent = lively(env_id=env_id, num_simulations=20, goal_refresh=refresh).eval()
-    game, state = situations(searching, env_id, batch=8)
+    game, state = situations(script, env_id, batch=8)
     state = clear(game, state)
-    memory, model = some_memory(searching, agent, len(state.players)), searching.GameModel
+    memory, model = some_memory(script, agent, len(state.players)), script.GameModel
     noise = torch.randn(2, agent.moa.goal_size, generator=seed(0))
     shared = torch.rand(21, generator=seed(1))
 
@@ -538,13 +528,13 @@ def test_no_seat_is_special(searching, lively, monkeypatch, env_id, refresh):
     def same_draws(agent, state, memory, goals, draws):
         return model(agent, state, memory, goals, shared[None, :, None].expand(draws.shape))
 
-    monkeypatch.setattr(searching, "GameModel", same_draws)
+    monkeypatch.setattr(script, "GameModel", same_draws)
     agent.sample_goals = drawn
-    decision, visits = decide(searching, agent, state, memory)
+    decision, visits = decide(script, agent, state, memory)
     n = game.num_players
     for seats in ([*range(1, n), 0], [1, 0, *range(2, n)]):
-        moved = searching.Memory(*(x[:, seats] for x in memory))
-        other, visits_2 = decide(searching, agent, state._replace(players=state.players[:, seats]), moved)
+        moved = script.Memory(*(x[:, seats] for x in memory))
+        other, visits_2 = decide(script, agent, state._replace(players=state.players[:, seats]), moved)
         torch.testing.assert_close(other.q_plan, decision.q_plan[:, seats], rtol=1e-4, atol=2e-5)
         assert (visits_2 == visits[:, seats]).float().mean() > 0.999
     searched = visits.sum(2) > 0
@@ -552,16 +542,16 @@ def test_no_seat_is_special(searching, lively, monkeypatch, env_id, refresh):
     assert (visits.sum(2)[searched] == 20 * 2).all() and visits[searched].std() > 1
 
 
-def test_the_search_runs_where_it_is_asked_to(searching, lively):
+def test_the_search_runs_where_it_is_asked_to(script, lively):
     """Scores and visits of the seats asked for, in the game and with a choice; else zeros, and yet a policy."""
     for target in ("q", "visits"):
         agent = lively(env_id="msh-2x3-4p-2h2s", policy_target=target, plan_update="hop", num_simulations=9)
         agent.plan_slope.fill_(1.0)
-        game, state = situations(searching, "msh-2x3-4p-2h2s", batch=10)
+        game, state = situations(script, "msh-2x3-4p-2h2s", batch=10)
         mask = game.action_mask(state)
         some = torch.rand(state.players.shape, generator=seed(0)) < 0.5
         for seats in (some, some & False):
-            decision, visits = decide(searching, agent, state, seats=seats)
+            decision, visits = decide(script, agent, state, seats=seats)
             wanted = seats & (state.players >= 0) & (mask.sum(2) > 1)
             assert torch.equal(visits.sum(2), 9.0 * 2 * wanted)
             assert not visits[~mask].any() and not decision.q_plan[~mask].any() and not decision.q_plan[~wanted].any()
@@ -597,17 +587,17 @@ def expectations(agent, state, goal, b, i):
 
 
 @pytest.mark.parametrize("env_id, simulations, most", [(HUNT, 7, 1), (DRIFTS, 6, 1), (HUNT, 4, 50)])
-def test_one_step_ahead_is_the_exact_expectation(searching, lively, env_id, simulations, most):
+def test_one_step_ahead_is_the_exact_expectation(script, lively, env_id, simulations, most):
     """Many trees, each with one draw of the co-players' actions: the mean over all joint actions, with true goals. A
     limit of one step, or as many simulations as legal actions."""
     samples = 1500
     agent = lively(env_id=env_id, num_goal_samples=samples, num_simulations=simulations, max_depth=most, goal="oracle")
-    game, state = situations(searching, env_id, batch=6, seed=3)
+    game, state = situations(script, env_id, batch=6, seed=3)
     state = clear(game, state)
     mask, goal = game.action_mask(state), some_goals(agent, state)
     wanted = (state.players >= 0) & (mask.sum(2) > 1) & ((mask.sum(2) == simulations) | (most == 1))
     wanted &= wanted.flatten().cumsum(0).view(wanted.shape) <= 12
-    decision, visits = decide(searching, agent.eval(), state, seats=wanted, oracle=goal)
+    decision, visits = decide(script, agent.eval(), state, seats=wanted, oracle=goal)
     spreads = []
     for b, i in wanted.nonzero().tolist():
         mean, variance = expectations(agent, state, goal, b, i)
@@ -618,33 +608,6 @@ def test_one_step_ahead_is_the_exact_expectation(searching, lively, env_id, simu
         if most > 1:
             assert (visits[b, i][legal] == samples).all()
     assert len(spreads) == 12 and max(spreads) > 0.05
-
-
-@pytest.mark.skipif("hop_onestep" not in SCRIPTS, reason="no one-step planner to compare with")
-@pytest.mark.parametrize("env_id", [HUNT, DRIFTS])
-def test_one_step_ahead_is_the_one_step_planner(searching, lively, env_id):
-    """The same co-players' actions, scored by the sibling script with the same networks."""
-    agent, sibling = lively(env_id=env_id, max_depth=1), load_script("hop_onestep")
-    args = sibling.resolved(sibling.Args(env_id=env_id, **{
-        name: getattr(agent.args, name) for name in ("hidden_size", "moa_hidden_size", "goal_size", "gamma")
-    }))  # fmt: skip
-    other = sibling.Agent(sibling.GridGame(env_id), args)
-    assert not other.load_state_dict(agent.state_dict(), strict=False).unexpected_keys
-    game, state = situations(searching, env_id, batch=10)
-    state = clear(game, state)
-    trees, goal, mask = len(state.players), some_goals(agent, state), game.action_mask(state)
-    draws, memory = torch.rand(trees, 8, 3, generator=seed(0)), agent.moa.initial_memory(trees)
-    q, _ = search_games(searching, agent, state, (goal, goal, goal), memory, draws, 7)
-    with torch.no_grad():
-        model = searching.GameModel(agent, state, memory, (goal, goal, goal), draws)
-        model.expand(torch.arange(trees))
-        joint = model.joint[:trees].clone()
-        joint[:, 0] = STAY
-        here = ((state.players[:, 0] >= 0) & (mask[:, 0].sum(1) > 1)).nonzero().squeeze(1)
-        state = sibling.GameState(*state)
-        expected = other.score_simulator(state, mask, goal, joint.unsqueeze(1), here, torch.zeros_like(here))
-    legal = mask[here, 0]
-    torch.testing.assert_close(q[here][legal], expected[legal], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -686,7 +649,7 @@ HELPING, IDLE = [0.0, 0.0, 0.0, 0.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 1.0, 0
 
 @pytest.mark.parametrize("preferences", [HELPING, IDLE], ids=["helping", "idle"])
 @pytest.mark.parametrize("env_id", ["msh-2x3-2p-1h1s", "msh-1x4-3p-2h1s", "msg-2x3-2p-2d", "msg-2x2-1p-2d"])
-def test_the_best_action_is_found(searching, lively, env_id, preferences):
+def test_the_best_action_is_found(script, lively, env_id, preferences):
     """Co-players of one fixed rule, the last three steps of the game: by the end of a long search the action tried most
     is worth as much as the best of all plans."""
     agent = forced(lively(env_id=env_id, num_simulations=600, num_goal_samples=1, gamma=0.9, puct_c=4.0), preferences)
@@ -694,7 +657,7 @@ def test_the_best_action_is_found(searching, lively, env_id, preferences):
     state = state._replace(time=torch.full_like(state.time, game.horizon - 3))
     seats = torch.zeros_like(state.players, dtype=torch.bool)
     seats[:, 0] = True
-    decision, visits = decide(searching, agent, state, seats=seats)
+    decision, visits = decide(script, agent, state, seats=seats)
     mattered = 0
     for b in range(16):
         best = best_returns(agent, state, b, preferences, 3)
@@ -710,24 +673,24 @@ def test_the_best_action_is_found(searching, lively, env_id, preferences):
 # From searches to a policy
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
-def priors(searching, monkeypatch):
+def priors(script, monkeypatch):
     """The root priors [T, A] of all searches, in a list."""
-    seen, search = [], searching.TreeSearch
+    seen, search = [], script.TreeSearch
     monkeypatch.setattr(
-        searching, "TreeSearch", lambda model, prior, *rest: seen.append(prior) or search(model, prior, *rest)
+        script, "TreeSearch", lambda model, prior, *rest: seen.append(prior) or search(model, prior, *rest)
     )
     return seen
 
 
-def test_noise_in_the_roots_prior(searching, lively, priors):
+def test_noise_in_the_roots_prior(script, lively, priors):
     """Only in training, of the share asked for, over legal actions alone, each tree its own, by the generator."""
     agent = lively(env_id=HUNT, num_simulations=2, num_goal_samples=40, dirichlet_alpha=0.5, dirichlet_fraction=0.3)
-    game, state = situations(searching, HUNT, batch=8)
+    game, state = situations(script, HUNT, batch=8)
     state = clear(game, state)
 
     def roots(training, number=0):
         priors.clear()
-        decision, _ = decide(searching, agent.train(training), state, number=number)
+        decision, _ = decide(script, agent.train(training), state, number=number)
         return torch.cat(priors), decision
 
     plain, decision = roots(False)
@@ -752,12 +715,12 @@ def test_noise_in_the_roots_prior(searching, lively, priors):
     assert torch.equal(roots(True)[0], plain)
 
 
-def test_every_tree_has_its_goals_and_its_roots_value(searching, lively, monkeypatch):
+def test_every_tree_has_its_goals_and_its_roots_value(script, lively, monkeypatch):
     """Each tree of a decision plays with its own draw of the goals; all know their mean, and V of the root."""
     agent = lively(env_id=HUNT, num_simulations=2, num_goal_samples=3).eval()
-    game, state = situations(searching, HUNT, batch=4)
+    game, state = situations(script, HUNT, batch=4)
     state = clear(game, state)
-    model, search, goals, roots = searching.GameModel, searching.TreeSearch, [], []
+    model, search, goals, roots = script.GameModel, script.TreeSearch, [], []
 
     def watched_model(agent, state, memory, some, draws):
         goals.append(some)
@@ -767,10 +730,10 @@ def test_every_tree_has_its_goals_and_its_roots_value(searching, lively, monkeyp
         roots.append(value)
         return search(model, prior, value, *rest)
 
-    monkeypatch.setattr(searching, "GameModel", watched_model)
-    monkeypatch.setattr(searching, "TreeSearch", watched_search)
-    memory = some_memory(searching, agent, len(state.players))
-    decision, visits = decide(searching, agent, state, memory)
+    monkeypatch.setattr(script, "GameModel", watched_model)
+    monkeypatch.setattr(script, "TreeSearch", watched_search)
+    memory = some_memory(script, agent, len(state.players))
+    decision, visits = decide(script, agent, state, memory)
     games, seats = (visits.sum(2) > 0).nonzero(as_tuple=True)
     torch.testing.assert_close(torch.cat(roots).view(-1, 3), decision.value[games, seats].unsqueeze(1).expand(-1, 3))
     mean, log_std, drawn = (torch.cat(part).unflatten(0, (-1, 3)) for part in zip(*goals, strict=True))  # [D, K, N, Z]
@@ -780,28 +743,28 @@ def test_every_tree_has_its_goals_and_its_roots_value(searching, lively, monkeyp
     assert 0.9 < float(noise.std()) < 1.1 and ((noise - noise.roll(1, 1)).abs() > 1e-4).float().mean() > 0.99
 
 
-def test_compiled_choices_are_the_choices(searching, lively):
+def test_compiled_choices_are_the_choices(script, lively):
     """Traced by torch.compile: the same visits, and noise that is not frozen."""
     agent = lively(env_id=HUNT, num_simulations=12)
-    game, state = situations(searching, HUNT, batch=4)
+    game, state = situations(script, HUNT, batch=4)
     state = clear(game, state)
-    plain, visits = decide(searching, agent, state)
+    plain, visits = decide(script, agent, state)
     agent.puct = torch.compile(agent.puct, backend="eager")
-    compiled, visits_2 = decide(searching, agent, state)
+    compiled, visits_2 = decide(script, agent, state)
     assert torch.equal(visits, visits_2)
     torch.testing.assert_close(plain.q_plan, compiled.q_plan)
-    assert not torch.equal(decide(searching, agent, state, number=1)[1], visits)
+    assert not torch.equal(decide(script, agent, state, number=1)[1], visits)
 
 
-def test_visits_or_scores_make_the_policy(searching, lively):
+def test_visits_or_scores_make_the_policy(script, lively):
     """`hop`: the shares of visits, or exp(beta Q); its log-probabilities are those of the actions it drew."""
-    game, state = situations(searching, HUNT, batch=20)
+    game, state = situations(script, HUNT, batch=20)
     state = clear(game, state)
     for target in ("visits", "q"):
         agent = lively(env_id=HUNT, plan_update="hop", policy_target=target, num_simulations=16, plan_beta=3.0).eval()
         agent.plan_slope.fill_(0.5)
         agent.plan_rms.fill_(0.3)
-        decision, visits = decide(searching, agent, state)
+        decision, visits = decide(script, agent, state)
         mask, searched = decision.mask, visits.sum(2) > 0
         for b, i in searched.nonzero().tolist()[::3]:
             legal = mask[b, i].nonzero().flatten().tolist()
@@ -818,16 +781,16 @@ def test_visits_or_scores_make_the_policy(searching, lively):
             assert logits == pytest.approx(list(policy.values()), abs=1e-5)
 
 
-def test_what_is_known_of_co_players_changes_the_scores(searching, lively):
+def test_what_is_known_of_co_players_changes_the_scores(script, lively):
     """Goals inferred, inferred again on the way, or none; co-players by the MOA, or any legal action."""
-    game, state = situations(searching, HUNT, batch=10)
+    game, state = situations(script, HUNT, batch=10)
     state = clear(game, state)
 
     def scores(**options):
         agent = lively(env_id=HUNT, num_simulations=12, **options).eval()
         oracle = some_goals(agent, state) if agent.args.goal == "oracle" else None
-        memory = some_memory(searching, agent, len(state.players))
-        return decide(searching, agent, state, memory, oracle=oracle)[0].q_plan
+        memory = some_memory(script, agent, len(state.players))
+        return decide(script, agent, state, memory, oracle=oracle)[0].q_plan
 
     plain = scores()
     assert torch.equal(plain, scores())
@@ -835,8 +798,8 @@ def test_what_is_known_of_co_players_changes_the_scores(searching, lively):
         assert ((scores(**options) - plain).abs().amax(2) > 1e-4).float().mean() > 0.3, options
     assert not torch.equal(scores(goal_refresh=1), scores(goal_refresh=2))
     for goal in ("none", "oracle"):  # nothing is inferred
-        with pytest.raises(searching.UsageError, match="--goal-refresh needs --goal inferred"):
+        with pytest.raises(script.UsageError, match="--goal-refresh needs --goal inferred"):
             scores(goal=goal, goal_refresh=1)
-    with pytest.raises(searching.UsageError, match="--policy-target visits needs --plan-update hop"):
+    with pytest.raises(script.UsageError, match="--policy-target visits needs --plan-update hop"):
         scores(policy_target="visits", plan_update="offset")
     assert torch.equal(scores(goal_refresh=60), plain)  # beyond the horizon

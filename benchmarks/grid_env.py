@@ -1,0 +1,174 @@
+"""The grid games as PettingZoo environments, for other libraries and to test the scripts.
+
+    python hop_onestep.py --env-id benchmarks.grid_env:parallel_env \\
+        --env-kwargs '{"env_id": "msh-4x4-4h1s"}'
+
+    from benchmarks.grid_env import parallel_env
+    env = parallel_env("msh-4x4-4h1s", render_mode="rgb_array")
+
+Trained this way a script reads flattened planes in place of relative cells, and not the countdown
+that the clock in the infos tells: it learns more slowly than on the same game by its own id.
+"""
+
+import itertools
+import operator
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from pettingzoo import ParallelEnv
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts
+
+from hop_onestep import STAY, GridGame, GridState, UsageError
+
+
+def render_text(game: GridGame, state: GridState) -> str:
+    """The first game of `state`, a row a line: S, H or D an item, seats of players, `.` nothing."""
+    texts = [""] * game.num_cells
+    for cell, kind in zip(state.items[0].tolist(), game.item_kind.tolist(), strict=True):
+        if cell >= 0:
+            texts[cell] = game.item_names[kind][0].upper()
+    left = []
+    for seat, cell in enumerate(state.players[0].tolist()):
+        if cell < 0:
+            left.append(str(seat))
+        elif texts[cell][-1:].isdigit():
+            texts[cell] += f",{seat}"
+        else:
+            texts[cell] += str(seat)
+    column = max(4, 1 + max(len(text) for text in texts))
+    lines = []
+    for row in range(game.height):
+        cells = texts[row * game.width : (row + 1) * game.width]
+        lines.append("".join((text or ".").ljust(column) for text in cells).rstrip())
+    done, steps_left = game.clock(state)[0].tolist()
+    clock = f"time {done}, {steps_left} steps left"
+    lines.append(f"{clock}, players that left: {','.join(left)}" if left else clock)
+    return "\n".join(lines)
+
+
+class GridParallelEnv(ParallelEnv):
+    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` .. `player_{N-1}`, by seat.
+
+    Observations are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold
+    "action_mask" again and "clock", int64 [2]: steps done, steps left. A player that leaves the
+    game is terminated in that step. An illegal action counts as STAY; one for an agent that is not
+    in the game is not looked at. `max_cycles` is the horizon, by default the game's. Raises
+    UsageError (a ValueError) for an unknown game or render mode, ValueError for a bad seed, a
+    missing action or one outside the action space, ResetNeeded before the first `reset`."""
+
+    metadata = {
+        "name": "hop_grid_v0",
+        "render_modes": ["rgb_array", "ansi"],
+        "render_fps": 4,
+        "is_parallelizable": True,
+    }
+
+    def __init__(self, env_id="msh-4h1s", render_mode=None, max_cycles: int | None = None):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UsageError(f"unknown render mode {render_mode!r}: rgb_array, ansi or None")
+        self.env_id = env_id
+        self.render_mode = render_mode
+        self.game = GridGame(env_id, horizon=max_cycles)
+        self.max_cycles = self.game.horizon
+        self.game_state = None  # GridState of one game; None before the first reset
+        self.generator = torch.Generator()
+        self.generator.seed()  # fresh entropy, until reset is given a seed
+        self.possible_agents = [f"player_{seat}" for seat in range(self.game.num_players)]
+        self.agents = []
+        num_actions = self.game.num_actions
+        num_planes = self.game.num_players + len(self.game.item_names)
+        shape = (num_planes, self.game.height, self.game.width)
+        self.state_space = spaces.Box(0.0, 1.0, shape, np.float32)
+        self.observation_spaces = {}
+        self.action_spaces = {}
+        for agent in self.possible_agents:
+            planes = spaces.Box(0.0, 1.0, shape, np.float32)
+            mask = spaces.MultiBinary(num_actions)
+            view = spaces.Dict({"observation": planes, "action_mask": mask})
+            self.observation_spaces[agent] = view
+            self.action_spaces[agent] = spaces.Discrete(num_actions)
+
+    def observation_space(self, agent: str) -> spaces.Space:
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> spaces.Space:
+        return self.action_spaces[agent]
+
+    def present(self) -> GridState:
+        """The state of the game. Raises ResetNeeded."""
+        if self.game_state is None:
+            raise ResetNeeded("no game has begun: call reset first")
+        return self.game_state
+
+    def views(self) -> tuple[dict, dict]:
+        """Observations and infos of the agents that are in the game."""
+        planes = self.game.observe(self.game_state)[0].numpy()  # [N, C, H, W]
+        mask = self.game.action_mask(self.game_state)[0].to(torch.int8).numpy()  # [N, A]
+        clock = self.game.clock(self.game_state)[0].numpy()  # [2]
+        observations = {}
+        infos = {}
+        for seat, agent in enumerate(self.possible_agents):
+            if agent in self.agents:
+                observations[agent] = {"observation": planes[seat], "action_mask": mask[seat]}
+                infos[agent] = {"action_mask": mask[seat].copy(), "clock": clock.copy()}
+        return observations, infos
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """Observations and infos of a new game. A `seed` settles this game and those after it."""
+        if seed is not None:
+            number = operator.index(seed)
+            if not 0 <= number < 2**64:
+                raise ValueError(f"a seed lies in 0..2**64 - 1, not {number}")
+            self.generator.manual_seed(number)
+        self.game_state = self.game.start(1, self.generator)
+        self.agents = self.possible_agents[:]
+        return self.views()
+
+    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
+        """Observations, rewards, terminations, truncations and infos of the agents that took part
+        in the step; empty ones when the game is over."""
+        state = self.present()
+        if not self.agents:
+            return {}, {}, {}, {}, {}
+        played = [STAY] * len(self.possible_agents)
+        for agent in self.agents:
+            action = actions.get(agent)
+            if not self.action_space(agent).contains(action):
+                space = self.action_space(agent)
+                raise ValueError(f"{agent}: action {action!r} is not in {space}")
+            played[self.possible_agents.index(agent)] = int(action)
+        after, reward, terminated, truncated = self.game.step(state, torch.tensor([played]))
+        self.game_state = after
+        rewards = {}
+        terminations = {}
+        truncations = {}
+        for seat, agent in enumerate(self.possible_agents):
+            if agent in self.agents:
+                rewards[agent] = reward[0, seat].item()
+                terminations[agent] = terminated[0, seat].item()
+                truncations[agent] = truncated[0, seat].item()
+        observations, infos = self.views()
+        goes_on = [not (terminations[agent] or truncations[agent]) for agent in self.agents]
+        self.agents = list(itertools.compress(self.agents, goes_on))
+        return observations, rewards, terminations, truncations, infos
+
+    def state(self) -> np.ndarray:
+        """float32 [C, H, W]: a plane for each player, by seat, then one for each kind of item."""
+        return self.game.observe(self.present())[0, 0].numpy()  # seat 0's view is in seat order
+
+    def render(self) -> np.ndarray | str | None:
+        """uint8 [H', W', 3], or text, or None, by the render mode."""
+        state = self.present()
+        if self.render_mode == "rgb_array":
+            return np.array(self.game.draw(state, self.env_id))
+        if self.render_mode == "ansi":
+            return render_text(self.game, state)
+        return None
+
+
+parallel_env = GridParallelEnv  # the name that PettingZoo's own environments have

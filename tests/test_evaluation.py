@@ -1,0 +1,304 @@
+"""Few-shot evaluation: what `evaluate` plays, counts and returns."""
+
+import dataclasses
+import math
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from run_tools import main, run
+
+ENV_ID = "msh-3x3-3p-2h1s"
+CELL = "msh-1x1-2p-0h1s"  # one cell and one stag: whoever hunts can, and two hunters catch it
+
+
+@pytest.fixture(scope="module")
+def done(script, small, tmp_path_factory):
+    """The folder of a run with a planner that is on at its end."""
+    folder = tmp_path_factory.mktemp("done")
+    options = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
+    return run(script, small(env_id=ENV_ID, co_players="self,nh", **options), folder).path
+
+
+@pytest.fixture(scope="module")
+def plain(script, small, tmp_path_factory):
+    """The folder of a run without a planner."""
+    folder = tmp_path_factory.mktemp("plain")
+    return run(script, small(env_id=ENV_ID, plan_update="none", update_epochs=1), folder).path
+
+
+class Constant:
+    """Plays one action all the time, and notes what is asked of it."""
+
+    action = 4
+    steps = Counter()
+
+    def __call__(self, observation, action_mask, clock, generator):
+        self.steps[len(observation)] += 1
+        return torch.full((len(observation),), self.action)
+
+
+@pytest.fixture
+def constant():
+    """Makes a co-player that always plays one action."""
+    Constant.steps = Counter()
+    return lambda action: type("Constant", (Constant,), {"action": action})
+
+
+# ------------------------------------------------------------------------------------------------
+# What it returns
+# ------------------------------------------------------------------------------------------------
+def test_keys_and_exactly_the_episodes_asked_for(script, done):
+    result = script.evaluate(done, "nh", episodes=10, num_envs=2, match_episodes=4)
+    assert set(result) == {"focal_return", "focal_returns", "co_player_return", "by_episode"}
+    returns = result["focal_returns"]
+    assert len(returns) == 10
+    assert result["focal_return"] == pytest.approx(sum(returns) / 10)
+    assert all(type(value) is float for value in [*returns, *result["by_episode"]])
+    assert type(result["focal_return"]) is type(result["co_player_return"]) is float
+    assert len(result["by_episode"]) == 4
+
+
+def test_fewer_episodes_than_a_match_has(script, done):
+    result = script.evaluate(done, "nh", episodes=3, match_episodes=1000)
+    assert len(result["focal_returns"]) == len(result["by_episode"]) == 3
+    assert result["by_episode"] == result["focal_returns"]
+    assert result["focal_return"] == pytest.approx(sum(result["focal_returns"]) / 3)
+
+
+@pytest.mark.parametrize("num_envs", [1, 64])
+def test_means_by_episode_are_of_the_same_episodes(script, done, num_envs):
+    """15 episodes of matches of 10: a whole match and half of one."""
+    result = script.evaluate(done, "nh", episodes=15, match_episodes=10, num_envs=num_envs)
+    returns = result["focal_returns"]
+    assert len(returns) == 15 and len(result["by_episode"]) == 10
+    for k, mean in enumerate(result["by_episode"]):
+        assert mean == pytest.approx(sum(returns[k::10]) / len(returns[k::10]))
+
+
+def test_returns_are_counted_to_the_end_of_an_episode(script, done, constant):
+    """With a co-player that never hunts all episodes last 35 steps and bring nothing; with one that
+    always does, both hunt or none, so both returns are the same, 0 or 5."""
+    options = {"env_id": CELL, "match_episodes": 3}
+    result = script.evaluate(done, constant(4), episodes=12, num_envs=2, **options)
+    assert result["focal_returns"] == [0.0] * 12
+    assert result["co_player_return"] == 0.0
+    assert Constant.steps == {4: 2 * 3 * 35}  # two batches of two games with two seats
+    result = script.evaluate(done, constant(5), episodes=20, **options)
+    assert set(result["focal_returns"]) <= {0.0, 5.0} and 5.0 in result["focal_returns"]
+    assert result["co_player_return"] == pytest.approx(result["focal_return"])
+
+
+def test_returns_of_a_drift_that_is_always_removed(script, small, tmp_path, constant):
+    """One cell, one drift, two players that always remove it: 6 for each, less a share of 4."""
+    args = small(env_id="msg-1x1-3p-1d", co_players="cleaner,exploiter", total_timesteps=64)
+    path = run(script, args, tmp_path).path
+    result = script.evaluate(path, constant(5), episodes=30, match_episodes=3)
+    removed = []
+    for value in result["focal_returns"]:
+        assert value in (pytest.approx(6.0), pytest.approx(6 - 4 / 3))
+        removed.append(value < 5.0)
+    share = sum(removed) / 30
+    assert 0.0 < share < 1.0
+    others = share * (6 - 4 / 3) + (1 - share) * 4
+    assert result["co_player_return"] == pytest.approx(others)
+    with pytest.raises(script.UsageError):
+        script.evaluate(path, "cleaner", env_id=ENV_ID)
+    with pytest.raises(script.UsageError):
+        script.evaluate(path, "nh")
+
+
+# ------------------------------------------------------------------------------------------------
+# What it plays
+# ------------------------------------------------------------------------------------------------
+def test_seed_determines_it_and_the_callers_random_state_is_left_alone(script, done):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    first = script.evaluate(done, "random", episodes=20, match_episodes=2, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    options = {"episodes": 20, "match_episodes": 2}
+    assert script.evaluate(done, "random", **options) == first
+    assert script.evaluate(done, "random", **options, seed=2) != first
+
+
+def test_focal_player_sits_on_every_seat(script, done, monkeypatch):
+    """The one learned player of a match is dealt a seat at random; it alone is the focal one."""
+    dealt = []
+    made = script.CoPlayers
+
+    class Noted(made):
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options)
+            dealt.append((self.focal.clone(), self.kind.clone()))
+
+    monkeypatch.setattr(script, "CoPlayers", Noted)
+    options = {"episodes": 60, "match_episodes": 1, "num_envs": 60}
+    script.evaluate(done, "nh", env_id="msh-2x2-4p-2h1s", **options)
+    ((focal, kind),) = dealt
+    counts = torch.bincount(focal, minlength=4)
+    assert (counts >= 5).all() and int(counts.sum()) == 60
+    learner = kind == 0
+    assert (learner.sum(1) == 1).all()
+    assert torch.equal(learner.int().argmax(1), focal)
+
+
+def test_forms_of_co_players(script, done):
+    """One for all of them, or N-1; names, callables and checkpoints."""
+
+    def stay(observation, action_mask, clock, generator):
+        return torch.full((len(observation),), 4)
+
+    options = {"episodes": 6, "match_episodes": 2}
+    groups = [
+        ["nh", "nh,nh", ["nh"], ("nh", "nh")],
+        ["ns,nh", ["ns", "nh"]],
+        [str(done), f"{done},{done}", [str(done)] * 2],
+        [str(done / "checkpoint.pt"), [done / "checkpoint.pt"]],
+        [stay, [stay], [stay, stay]],
+    ]
+    results = []
+    for forms in groups:
+        played = [script.evaluate(done, form, **options) for form in forms]
+        assert all(result == played[0] for result in played), forms
+        results.append(played[0]["focal_returns"])
+    assert results[2] == results[3]  # a folder and its checkpoint
+    assert len({tuple(returns) for returns in results}) == 4
+    for wrong in (["nh"] * 3, "nh,nh,nh", [], ["nh", 3], "nobody", "", [stay, "cleaner"]):
+        with pytest.raises(script.UsageError):
+            script.evaluate(done, wrong, episodes=2)
+
+
+def test_other_games_of_the_family(script, done):
+    """No network depends on the size of the world or on the numbers of players and items."""
+    games = {"msh-5x2-2p-3h2s": 2, "msh-4x4-5p-1h2s": 5, "msh-4x4-4h1s": 4}
+    for env_id, players in games.items():
+        best = script.GridGame(env_id).best_return * players
+        for co_players in (["nh"] * (players - 1), "self"):
+            result = script.evaluate(done, co_players, env_id=env_id, episodes=4, match_episodes=2)
+            assert len(result["focal_returns"]) == 4
+            assert all(0.0 <= value <= best for value in result["focal_returns"])
+
+
+def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
+    """As at the end of the run, or as the options in PLAYED say."""
+    calls = Counter()
+
+    def count(owner, name):
+        method = getattr(owner, name)
+
+        def noted(*inputs):
+            calls[name] += 1
+            return method(*inputs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    count(script.TransitionNetwork, "outcome")
+    count(script, "simulated")
+    options = {"episodes": 4, "match_episodes": 2}
+    script.evaluate(done, "nh", **options)
+    assert calls["outcome"] > 0 and calls["simulated"] == 0
+    calls.clear()
+    script.evaluate(done, "nh", **options, plan_update="none")
+    script.evaluate(plain, "nh", **options)
+    assert not calls
+    script.evaluate(done, "nh", **options, transition="simulator", plan_samples=3)
+    script.evaluate(plain, "nh", **options, transition="simulator", plan_update="hop")
+    assert calls["simulated"] > 0 and calls["outcome"] == 0
+    with pytest.raises(script.UsageError, match="simulator"):
+        script.evaluate(plain, "nh", **options, plan_update="offset")
+    assert {"plan_update", "plan_beta", "plan_samples", "transition"} <= set(script.PLAYED)
+
+
+def test_every_option_of_play_changes_what_is_played(script, done):
+    options = {"episodes": 40, "match_episodes": 4, "plan_update": "hop"}
+    first = script.evaluate(done, "nh", **options)
+    others = {"plan_update": "none", "plan_beta": 0.0, "plan_samples": 1, "transition": "simulator"}
+    assert set(others) == set(script.PLAYED)
+    for name, value in others.items():
+        assert script.evaluate(done, "nh", **{**options, name: value}) != first, name
+
+
+def test_wrong_options_of_an_evaluation(script, done):
+    for name in ("episodes", "num_envs", "match_episodes", "plan_samples", "no_such_option"):
+        with pytest.raises(script.UsageError):
+            script.evaluate(done, "nh", **{"episodes": 2, name: 0})
+    for path in ("", "nowhere", str(done / "args.json"), str(done.parent)):
+        with pytest.raises(script.UsageError):
+            script.evaluate(path, "nh", episodes=2)
+
+
+# ------------------------------------------------------------------------------------------------
+# On the command line
+# ------------------------------------------------------------------------------------------------
+def test_evaluation_on_the_command_line(script, done, tmp_path, monkeypatch, capsys):
+    """Prints what `evaluate` returns, on the game that was trained on, and writes nothing."""
+    monkeypatch.chdir(tmp_path)
+    words = f"--evaluate {done} --co-players nh,ns --eval-episodes 9 --match-episodes 3"
+    words = f"{words} --seed 4 --num-envs 2".split()
+    status, out, _ = main(script, monkeypatch, capsys, *words)
+    assert status == 0
+    options = {"episodes": 9, "num_envs": 2, "match_episodes": 3, "seed": 4}
+    result = script.evaluate(done, "nh,ns", **options)
+    focal, others, by_episode = out.splitlines()
+    means = [sum(result["focal_returns"][k : k + 3]) / 3 for k in (0, 3, 6)]
+    centre = sum(means) / 3
+    spread = math.sqrt(sum((mean - centre) ** 2 for mean in means) / 2)
+    assert f"{result['focal_return']:.3f} +- {1.96 * spread / math.sqrt(3):.3f}" in focal
+    assert "9 episodes" in focal
+    assert f"{result['co_player_return']:.3f}" in others and "nh,ns" in others
+    figures = by_episode.split("[")[1].rstrip("]").split()
+    assert [float(figure) for figure in figures] == pytest.approx(result["by_episode"], abs=0.0051)
+    assert not list(tmp_path.iterdir())
+    assert {path.name for path in done.iterdir()} & {"episode.gif"} == set()
+
+
+def test_evaluation_of_one_match_has_no_finite_interval(script, done, monkeypatch, capsys):
+    words = ["--evaluate", done, "--co-players", "nh", "--eval-episodes", 2, "--match-episodes", 2]
+    status, out, error = main(script, monkeypatch, capsys, *words)
+    assert status == 0
+    assert "nan" not in out and "+- inf" in out
+    assert "Warning" not in error
+
+
+def test_evaluation_writes_a_video(script, done, tmp_path, monkeypatch, capsys):
+    """Beside the checkpoint, of one match with the same co-players."""
+    copied = tmp_path / "run"
+    copied.mkdir()
+    (copied / "checkpoint.pt").write_bytes((done / "checkpoint.pt").read_bytes())
+    drawn = []
+    draw = script.GridGame.draw
+
+    def noted(self, state, title, beliefs=None):
+        drawn.append(title)
+        return draw(self, state, title, beliefs)
+
+    monkeypatch.setattr(script.GridGame, "draw", noted)
+    words = f"--evaluate {copied} --co-players nh,ns --eval-episodes 2 --match-episodes 2".split()
+    status, _, _ = main(script, monkeypatch, capsys, *words, "--capture-video")
+    assert status == 0
+    with Image.open(copied / "episode.gif") as image:
+        assert 1 < image.n_frames <= 36
+        assert image.n_frames == len(drawn)
+    assert all("nh,ns" in title for title in drawn)
+
+
+def test_checkpoint_is_played_with_its_own_options(script, done):
+    """Also where the defaults of the script are others: the options that count are the run's."""
+    args = script.load_checkpoint(done)["args"]
+    game = script.make_game(script.Args(**args), "cpu")
+    player = script.load_player(done, game, 2)
+    assert isinstance(player, script.Player)
+    assert dataclasses.asdict(player.agent.args)["hidden_size"] == 16
+    assert player.agent.plan_mode == "offset"
+
+
+def test_evaluation_through_a_relative_path(script, done, monkeypatch):
+    monkeypatch.chdir(done.parent)
+    relative = script.evaluate(Path(done.name), "nh", episodes=2)
+    assert relative == script.evaluate(done, "nh", episodes=2)
+    assert isinstance(types.SimpleNamespace(**relative).focal_return, float)

@@ -1,0 +1,770 @@
+"""What a run leaves behind, and that every option does something."""
+
+import collections
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from run_tools import assert_equal, main, run, scalars, weights_of
+
+ENV_ID = "msh-3x3-3p-2h1s"
+LONGER = {  # four iterations with a planner that stays on, and episodes that end in each
+    "env_id": ENV_ID,
+    "co_players": "self,nh,ns-noisy",
+    "num_steps": 40,
+    "total_timesteps": 640,
+    "plan_update": "offset",
+    "plan_until": 1.0,
+    "update_epochs": 2,
+    "moa_updates": 2,
+}
+STEPS = [160, 320, 480, 640]
+
+
+@pytest.fixture(scope="module")
+def done(script, small, tmp_path_factory):
+    """A finished run with a GIF: path, metrics, printed text; and what `watch` saw."""
+    seen = []
+
+    def watch(**names):
+        kept = {name: names[name] for name in ("iteration", "global_step", "metrics", "args")}
+        kept["agent"] = copy.deepcopy(names["agent"].state_dict())
+        kept["rows"] = {name: names["rows"][name].shape for name in ("own", "action", "advantage")}
+        seen.append(types.SimpleNamespace(**kept))
+
+    folder = tmp_path_factory.mktemp("done")
+    args = small(**LONGER, capture_video=True, exp_name="all.on_1")
+    finished = run(script, args, folder, watch)
+    return types.SimpleNamespace(**vars(finished), seen=seen, asked=args)
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run leaves
+# ------------------------------------------------------------------------------------------------
+def test_every_parameter_is_trained(script, done):
+    """From the first iteration to the last; the optimiser stepped all of them."""
+    first = done.seen[0].agent
+    content = script.load_checkpoint(done.path)
+    for name, value in content["agent"].items():
+        assert value.isfinite().all(), name
+        assert not torch.equal(value, first[name]), name
+    assert_equal(content["agent"], done.seen[-1].agent)
+    optimizer = content["optimizer"]
+    sizes = [len(group["params"]) for group in optimizer["param_groups"]]
+    assert len(sizes) == 3 and min(sizes) > 4
+    assert sorted(optimizer["state"]) == list(range(sum(sizes)))
+    assert all(int(state["step"]) >= 8 for state in optimizer["state"].values())
+
+
+def test_watch_is_called_after_every_iteration(done):
+    assert [names.iteration for names in done.seen] == [1, 2, 3, 4]
+    assert [names.global_step for names in done.seen] == STEPS
+    assert done.seen[-1].metrics == done.metrics
+    for names in done.seen:
+        (learners,) = names.rows["action"]
+        assert 160 <= learners <= 480
+        assert names.rows["own"][0] == names.rows["advantage"][0] == learners
+
+
+def test_documented_metrics_are_logged_once_a_step(script, done):
+    logged = scalars(done.path)
+    every = """charts/SPS charts/episodic_return charts/episodic_length charts/learning_rate
+        returns/self losses/policy losses/value losses/entropy losses/approx_kl
+        losses/explained_variance losses/plan_slope losses/transition_reward
+        losses/transition_value
+        moa/nll moa/kl moa/recon moa/buffer_fill""".split()
+    others = "returns/nh returns/ns-noisy returns/seat_0 returns/seat_1 returns/seat_2".split()
+    assert {*every, *others} <= set(logged)
+    for name in every:
+        assert [step for step, _ in logged[name]] == STEPS, name
+    for name in others:
+        steps = [step for step, _ in logged[name]]
+        assert steps == sorted(set(steps)) and set(steps) <= set(STEPS), name
+    for name, series in logged.items():
+        assert all(math.isfinite(value) for _, value in series), name
+    last = {name: series[-1] for name, series in logged.items()}
+    for name, value in done.metrics.items():
+        assert last[name] == (640, pytest.approx(value, rel=1e-5, abs=1e-7)), name
+
+
+def test_metrics_are_what_their_names_say(script, done):
+    logged = scalars(done.path)
+    best = script.GridGame(ENV_ID).best_return * 3
+    for name, series in logged.items():
+        if name.startswith("returns/"):
+            assert all(0.0 <= value <= best for _, value in series), name
+    assert logged["charts/episodic_return"] == logged["returns/self"]
+    assert all(1.0 <= value <= 35.0 for _, value in logged["charts/episodic_length"])
+    fill = [value for _, value in logged["moa/buffer_fill"]]
+    assert fill == pytest.approx([40 / 512, 80 / 512, 120 / 512, 160 / 512])
+    rates = [value for _, value in logged["charts/learning_rate"]]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert all(0.0 < value <= math.log(7) for _, value in logged["losses/entropy"])
+
+
+def test_files_of_a_run(script, done):
+    env_id, name, seed, moment = done.path.name.rstrip("+").split("__")
+    assert (env_id, name, seed) == (ENV_ID, "all.on_1", "1")
+    assert abs(int(moment) - time.time()) < 600
+    assert done.path.parent.name == "runs"
+    names = {path.name for path in done.path.iterdir() if not path.name.startswith(".")}
+    events = {name for name in names if "tfevents" in name}
+    assert len(events) == 1
+    assert names - events == {"args.json", "checkpoint.pt", "episode.gif"}
+    args = json.loads((done.path / "args.json").read_text())
+    assert args == dataclasses.asdict(script.checked(done.asked, script.GridGame(ENV_ID)))
+    content = torch.load(done.path / "checkpoint.pt", weights_only=True)
+    assert args == content["args"]
+    assert content["global_step"] == 640
+    assert None not in (args["gamma"], args["reward_scale"], args["horizon"])
+    assert f"done at step 640: runs/{done.path.name}" in done.printed
+
+
+def test_two_runs_at_once_have_two_folders(script, small, tmp_path):
+    """Also within the same second; without its switch there is no video, table or trace."""
+    first = run(script, small(total_timesteps=64), tmp_path)
+    second = run(script, small(total_timesteps=64), tmp_path)
+    assert first.path != second.path
+    names = {path.name.split(".")[0] for path in first.path.iterdir()}
+    assert names - {""} == {"args", "checkpoint", "events"}
+    assert "share" not in first.printed
+    assert_equal(weights_of(script, first.path), weights_of(script, second.path))
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------
+BASE = {  # short, with everything at work
+    "env_id": ENV_ID,
+    "co_players": "self,nh,ns",
+    "num_envs": 2,
+    "num_steps": 36,
+    "total_timesteps": 144,
+    "plan_update": "offset",
+    "plan_until": 1.0,
+    "update_epochs": 1,
+    "moa_updates": 2,
+    "match_episodes": 2,
+}
+CHANGES = {  # another value of each option that learning depends on
+    "seed": 2,
+    "env_id": "msh-3x3-3p-3h1s",
+    "horizon": 10,
+    "co_players": "nh",
+    "match_episodes": 1,
+    "prosocial": 0.5,
+    "total_timesteps": 216,
+    "num_envs": 3,
+    "num_steps": 35,
+    "learning_rate": 2e-3,
+    "anneal": False,
+    "gamma": 0.5,
+    "gae_lambda": 0.1,
+    "update_epochs": 2,
+    "num_minibatches": 1,
+    "clip_coef": 1e-4,
+    "ent_coef": 0.5,
+    "vf_coef": 2.0,
+    "max_grad_norm": 1e-3,
+    "hidden_size": 8,
+    "reward_scale": 2.0,
+    "goal": "none",
+    "goal_size": 2,
+    "moa_hidden_size": 16,
+    "moa_learning_rate": 1e-2,
+    "moa_alpha": 1.0,
+    "subgoal_coef": 1.0,
+    "moa_updates": 1,
+    "moa_matches": 2,
+    "moa_buffer": "positive",
+    "pretrain_moa_steps": 72,
+    "plan_update": "hop",
+    "plan_beta": 5.0,
+    "plan_until": 0.0,
+    "plan_samples": 2,
+    "transition": "simulator",
+}
+ELSEWHERE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity
+    capture_video checkpoint_every resume init profile evaluate eval_episodes load_moa
+    freeze_moa moa_capacity env_kwargs env_workers""".split()  # tested by name
+
+
+@pytest.fixture(scope="module")
+def outcome(script, small, tmp_path_factory):
+    """Makes the weights at the end of a short run with the options given; each is computed once."""
+    known = {}
+
+    def calibrated(**names):
+        names["agent"].plan_slope.fill_(1.0)  # the planner counts from the second iteration on
+
+    def make(**options):
+        key = tuple(sorted(options.items()))
+        if key not in known:
+            folder = tmp_path_factory.mktemp("option")
+            args = small(**{**BASE, **options})
+            finished = run(script, args, folder, calibrated)
+            known[key] = weights_of(script, finished.path)
+        return known[key]
+
+    return make
+
+
+def test_every_option_is_tested(script):
+    fields = [field.name for field in dataclasses.fields(script.Args)]
+    assert sorted(fields) == sorted([*CHANGES, *ELSEWHERE])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_option_changes_the_outcome(outcome, name):
+    before = outcome()
+    after = outcome(**{name: CHANGES[name]})
+    same = before["actor"].shape == after["actor"].shape
+    assert not (same and torch.equal(before["actor"], after["actor"]))
+
+
+def test_the_same_options_give_the_same_outcome(outcome):
+    assert_equal(outcome(), outcome(exp_name="again"))
+
+
+def test_schedules(script, small, tmp_path):
+    """Learning rate and entropy bonus fall, the bonus to a tenth; the planner is switched off."""
+    seen = []
+
+    def watch(**names):
+        rate = names["optimizer"].param_groups[0]["lr"]
+        seen.append((rate, float(names["ent_coef"]), names["agent"].plan_mode))
+
+    options = {"learning_rate": 0.004, "ent_coef": 0.1, "plan_until": 0.5, "plan_update": "offset"}
+    for anneal in (True, False):
+        seen.clear()
+        args = small(**options, total_timesteps=16 * 10, num_envs=2, num_steps=8, anneal=anneal)
+        run(script, args, tmp_path, watch)
+        assert [mode for _, _, mode in seen] == ["offset"] * 5 + ["none"] * 5
+        left = [1.0 - k / 10 if anneal else 1.0 for k in range(10)]
+        assert [rate for rate, _, _ in seen] == pytest.approx([0.004 * share for share in left])
+        assert [bonus for _, bonus, _ in seen] == pytest.approx([0.1 * share for share in left])
+
+
+def test_gradients_are_clipped_and_counted(script, small, tmp_path):
+    """As many steps as passes times minibatches, each by a gradient no longer than asked for."""
+    norms = []
+
+    def note(optimizer, *_):
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        if gradients[0] is not None:  # else it is a step of another network
+            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+
+    hooked = []
+
+    def watch(**names):
+        if not hooked:
+            hooked.append(names["optimizer"].register_step_post_hook(note))
+
+    args = small(max_grad_norm=1e-3, vf_coef=5.0, update_epochs=3, num_minibatches=5)
+    run(script, args, tmp_path, watch)
+    assert len(norms) == 15
+    assert norms == pytest.approx([1e-3] * 15, rel=1e-3)
+
+
+def test_the_simulator_needs_no_transition_network(script, small, tmp_path):
+    """It is not trained then, nor after the planner is off."""
+    weights = {"network": [], "simulator": []}
+
+    def watch(**names):
+        weight = names["agent"].transition.out.weight.detach().clone()
+        weights[names["args"].transition].append(weight)
+
+    options = {"env_id": ENV_ID, "plan_update": "offset", "plan_until": 0.5}
+    for transition in weights:
+        run(script, small(**options, transition=transition, total_timesteps=256), tmp_path, watch)
+    first, second, third, fourth = weights["network"]
+    assert not torch.equal(first, second)
+    assert torch.equal(second, third) and torch.equal(third, fourth)
+    first, *later = weights["simulator"]
+    assert all(torch.equal(first, weight) for weight in later)
+
+
+@pytest.mark.parametrize("goal", ["inferred", "none", "oracle"])
+def test_goal_sources(script, small, tmp_path, goal):
+    """`none` is zero, `oracle` the truth, `inferred` something of each player's own."""
+    goals = []
+    truths = []
+
+    def watch(**names):
+        goals.append(names["rows"]["goal"])
+        truths.append(names["rows"]["own"])
+
+    args = small(env_id=ENV_ID, goal=goal, co_players="nh,ns", num_steps=40, total_timesteps=160)
+    run(script, args, tmp_path, watch)
+    (goal_rows,) = goals
+    if goal == "none":
+        assert not goal_rows.any()
+        return
+    assert goal_rows.std(0).max() > 0.01
+    if goal == "oracle":
+        kinds = goal_rows[:, :4].sum(1)  # the one-hot of each co-player's kind, summed over the two
+        assert set(kinds.tolist()) == {2.0}
+        assert goal_rows[:, 0].any() == 0.0  # nobody is unknown
+
+
+# ------------------------------------------------------------------------------------------------
+# The MOA
+# ------------------------------------------------------------------------------------------------
+def test_moa_is_loaded_and_frozen(script, small, done, tmp_path):
+    options = {**LONGER, "load_moa": str(done.path), "seed": 5, "total_timesteps": 320}
+    donor = weights_of(script, done.path)["moa"]
+    frozen = run(script, small(**options, freeze_moa=True), tmp_path)
+    assert torch.equal(weights_of(script, frozen.path)["moa"], donor)
+    assert not {"moa/nll", "moa/kl"} & set(frozen.metrics)
+    assert "losses/policy" in frozen.metrics
+    trained = run(script, small(**options), tmp_path)
+    moa = weights_of(script, trained.path)["moa"]
+    alone = run(script, small(**{**options, "load_moa": None}), tmp_path)
+    assert 0.0 < (moa - donor).norm() < (weights_of(script, alone.path)["moa"] - donor).norm() / 2
+
+
+def test_pretraining_trains_the_vae_alone(script, small, tmp_path):
+    """Before step 0, on steps of its own; encoder and subgoals learn, decoder and policy do not."""
+    made = []
+    calls = []
+    agent_class = script.Agent
+    loss = script.moa_loss
+
+    class Noted(agent_class):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            made.append(self)
+            self.first = copy.deepcopy(self.state_dict())
+
+    def moa_loss(agent, batch, pretraining, generator):
+        calls.append(pretraining)
+        if not pretraining and calls.count(False) == 1:
+            made[0].second = copy.deepcopy(made[0].state_dict())
+        return loss(agent, batch, pretraining, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "Agent", Noted)
+        patch.setattr(script, "moa_loss", moa_loss)
+        seen = []
+        args = small(env_id=ENV_ID, pretrain_moa_steps=100, total_timesteps=128, moa_updates=3)
+        finished = run(script, args, tmp_path, lambda **names: seen.append(names["global_step"]))
+    assert calls == [True] * 6 + [False] * 6
+    assert seen == [-64, 0, 64, 128]
+    assert set(scalars(finished.path)["moa/recon"][0]) >= {64}
+    agent = made[0]
+    pairs = {name: (agent.first[name], agent.second[name]) for name in agent.first}
+    changed = {name for name, (before, after) in pairs.items() if not torch.equal(before, after)}
+    assert {name.split(".")[0] for name in changed} == {"moa"}
+    parts = {name.split(".")[1] for name in changed}
+    assert parts == {"step_feature", "encoder", "subgoal"}
+
+
+def test_a_long_match_takes_no_more_memory(script, small, tmp_path):
+    """The ring has a fixed size, and what is read of a running match is HISTORY steps at most."""
+    lengths = []
+    sizes = set()
+    read = script.MatchBuffer.read
+
+    def noted(self, matches):
+        lengths.append(int((matches[:, 2] - matches[:, 1]).max()))
+        return read(self, matches)
+
+    def watch(**names):
+        sizes.add(names["buffer"].ring["actions"].shape)
+
+    args = small(
+        match_episodes=1000,
+        num_envs=1,
+        num_steps=400,
+        total_timesteps=1600,
+        moa_capacity=600,
+        moa_updates=1,
+        update_epochs=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.MatchBuffer, "read", noted)
+        run(script, args, tmp_path, watch)
+    assert sizes == {(600, 1, 4)}
+    assert max(lengths) == script.HISTORY
+
+
+@pytest.mark.parametrize("transition", ["network", "simulator"])
+def test_iterations_without_a_learner(script, small, tmp_path, transition):
+    """A learner that has left is not learnt from; in one game that can be a whole iteration."""
+    learners = []
+
+    def watch(**names):
+        learners.append(int(torch.stack(names["storage"]["learner"]).sum()))
+
+    options = {"env_id": "msh-2x2-4p-3h1s", "co_players": "random", "num_envs": 1, "num_steps": 2}
+    options = {**options, "transition": transition, "plan_until": 1.0}
+    args = small(**options, total_timesteps=120, moa_updates=1, update_epochs=1)
+    finished = run(script, args, tmp_path, watch)
+    assert len(learners) == 60 and 0 in learners and 2 in learners
+    for name, series in scalars(finished.path).items():
+        assert all(math.isfinite(value) for _, value in series), name
+
+
+@pytest.mark.parametrize("steps", [2**31 - 20, 2**40])
+def test_match_buffer_counts_any_number_of_steps(script, small, steps):
+    """What is held late in a run is what is held early, if the same was added; matches of one step
+    do not pile up."""
+    game = script.GridGame("msg-1x1-3p-1d")
+    torch.manual_seed(0)
+    args = script.checked(small(num_envs=2, moa_capacity=2 * 512), game)
+    moa = script.MOA(game, args)
+    state = game.start(2, torch.Generator().manual_seed(0))
+    held = []
+    for offset in (0, steps // 512 * 512):
+        buffer = script.MatchBuffer(game, args)
+        assert buffer.size == 512
+        buffer.now = offset
+        buffer.start = buffer.start + offset
+        buffer.episode_start = buffer.start
+        generator = torch.Generator().manual_seed(1)
+        for k in range(520):
+            actions = torch.randint(game.num_actions, (2, 3), generator=generator)
+            alive = torch.ones(2, 3, dtype=torch.bool)
+            subgoal = torch.where(actions == 5, 0, -1)
+            step = {"actions": actions, "alive": alive, "reached": subgoal}
+            step["reward"] = torch.rand(2, 3, generator=generator)
+            ended = torch.tensor([True, k % 7 == 0])
+            match_ended = torch.tensor([True, k % 14 == 0])
+            buffer.add(state, step, ended, match_ended)
+        assert buffer.now == offset + 520
+        assert len(buffer.matches) <= 512 + 520 // 14 + 1
+        assert (buffer.matches[:, 2] - buffer.matches[:, 1] >= 1).all()
+        batch = buffer.sample(64, torch.Generator().manual_seed(2))
+        matches = buffer.matches - torch.tensor([0, offset, offset])
+        held.append((batch, buffer.memory(moa), matches))
+    for first, second in zip(held[0][0], held[1][0], strict=True):
+        parts = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
+        for one, other in parts:
+            assert (one is None and other is None) or torch.equal(one, other)
+    assert_equal(held[0][1], held[1][1])
+    assert torch.equal(held[0][2], held[1][2])
+    assert held[0][1][1].abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# What can go wrong, and switches
+# ------------------------------------------------------------------------------------------------
+def test_torch_deterministic(script, small, tmp_path):
+    try:
+        run(script, small(torch_deterministic=False, total_timesteps=64), tmp_path)
+        assert not torch.are_deterministic_algorithms_enabled()
+        run(script, small(total_timesteps=64), tmp_path)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_compiled_loss_gives_nearly_the_same_run(script, small, tmp_path, monkeypatch):
+    """Traced by torch.compile and differentiated ahead of time, without generating code."""
+    compile_function = torch.compile
+    compiled = []
+
+    def traced(function):
+        compiled.append(function)
+        return compile_function(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    options = {"plan_update": "offset", "plan_until": 1.0, "num_envs": 2}
+    plain = run(script, small(**options), tmp_path)
+    assert not compiled
+    fast = run(script, small(**options, compile=True), tmp_path)
+    assert compiled == [script.ppo_loss]
+    first = weights_of(script, plain.path)
+    second = weights_of(script, fast.path)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+    assert plain.metrics["losses/policy"] == pytest.approx(fast.metrics["losses/policy"], abs=1e-3)
+
+
+def table_of(printed):
+    """{label: (seconds, share in percent)} of the table that a profiled run prints."""
+    table = {}
+    for line in printed.splitlines():
+        figures = line[20:].split()
+        label = line[:20].strip()
+        if len(figures) == 3 and figures[1] == "s" and not label.startswith("Optimizer."):
+            table[label] = (float(figures[0]), float(figures[2].removesuffix("%")))
+    return table
+
+
+def calls_of(folder):
+    """{label: how often it was entered} by the trace in a run's folder."""
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    labels = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    return collections.Counter(label.partition("#")[0] for label in labels)
+
+
+PROFILED = {  # a tiny run: what the profiler records, it has to digest
+    "env_id": ENV_ID,
+    "num_envs": 2,
+    "num_steps": 4,
+    "total_timesteps": 40,
+    "plan_update": "offset",
+    "plan_until": 1.0,
+    "moa_updates": 1,
+    "update_epochs": 1,
+}
+
+
+def test_profile(script, small, tmp_path):
+    """A table by label of three iterations, whose shares are sensible, and a trace."""
+    finished = run(script, small(**PROFILED, profile=True), tmp_path)
+    table = table_of(finished.printed)
+    rollout = ["co-players", "goal inference", "policy and value", "planner", "game"]
+    update = ["MOA", "transition", "PPO"]
+    assert sorted(table) == sorted(["ProfilerStep", "rollout", *rollout, *update])
+    shares = {label: share for label, (_, share) in table.items()}
+    whole = table["ProfilerStep"][0]
+    for label, (seconds, share) in table.items():
+        assert seconds / whole == pytest.approx(share / 100.0, abs=0.02), label
+    assert shares["ProfilerStep"] == 100.0
+    assert 50.0 < shares["rollout"] + sum(shares[label] for label in update) <= 100.5
+    assert 0.3 * shares["rollout"] < sum(shares[label] for label in rollout)
+    assert sum(shares[label] for label in rollout) <= shares["rollout"] + 0.5
+    calls = calls_of(finished.path)
+    assert calls["rollout"] == calls["PPO"] == calls["MOA"] == calls["ProfilerStep"] == 3
+    assert calls["planner"] == calls["game"] == 12
+
+
+@pytest.mark.parametrize("way", ["resumed", "after pretraining"])
+def test_profile_of_later_iterations(script, small, tmp_path, way):
+    """Three iterations, of a run that goes on, or after pretraining."""
+    if way == "resumed":
+        first = run(script, small(**PROFILED), tmp_path)
+        args = script.Args(**script.load_checkpoint(first.path)["args"])
+        args = dataclasses.replace(args, resume=str(first.path), total_timesteps=72)
+    else:
+        args = small(**PROFILED, pretrain_moa_steps=40)
+    finished = run(script, dataclasses.replace(args, profile=True), tmp_path)
+    assert {"PPO", "rollout"} <= set(table_of(finished.printed))
+    calls = calls_of(finished.path)
+    assert calls["PPO"] == calls["rollout"] == 3
+
+
+def test_profiler_is_stopped_when_a_run_fails(script, small, tmp_path):
+    """One that is left on slows everything down, and crashes Python at its end."""
+    profilers = []
+
+    def watch(**names):
+        if names["iteration"] == 2:
+            profilers.append(names["profiler"])
+            assert torch.autograd._profiler_enabled()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(script, small(**PROFILED, profile=True), tmp_path, watch)
+    on = torch.autograd._profiler_enabled()
+    if on:
+        profilers[0].stop()
+    assert not on
+
+
+# ------------------------------------------------------------------------------------------------
+# Videos
+# ------------------------------------------------------------------------------------------------
+def frames_of(path):
+    with Image.open(path) as image:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+
+
+def test_gif_of_a_run(done):
+    """Several frames of one size, each unlike the one before."""
+    frames = frames_of(done.path / "episode.gif")
+    assert 2 <= len(frames) <= 36
+    assert len({frame.size for frame in frames}) == 1
+    for before, after in zip(frames, frames[1:], strict=False):
+        assert before.tobytes() != after.tobytes()
+
+
+def test_video_shows_the_last_episode_of_a_match_to_its_end(script, small, tmp_path, monkeypatch):
+    """All its states, the last one with the hunt included, the rewards so far, and beliefs."""
+    drawn = []
+    draw = script.GridGame.draw
+
+    def noted(self, state, title, beliefs=None):
+        drawn.append((state, title, beliefs))
+        return draw(self, state, title, beliefs)
+
+    monkeypatch.setattr(script.GridGame, "draw", noted)
+    options = {"env_id": "msh-1x1-2p-0h1s", "co_players": "ns", "match_episodes": 3, "seed": 3}
+    run(script, small(**options, capture_video=True), tmp_path)
+    times = [int(state.time[0]) for state, _, _ in drawn]
+    assert times == list(range(len(times))) and len(times) > 1
+    for state, title, beliefs in drawn[:-1]:
+        assert int(state.items[0, 0]) == 0
+        assert "[0.0, 0.0]" in title
+        torch.testing.assert_close(beliefs.sum(1), torch.ones(2))
+    state, title, _ = drawn[-1]
+    hunted = int(state.items[0, 0]) < 0
+    assert hunted == ("[5.0, 5.0]" in title) and hunted == (times[-1] < 35)
+    assert hunted
+    assert "last episode" in drawn[0][1] and "ns" in drawn[0][1]
+
+
+def test_video_of_a_run_without_a_moa_has_no_beliefs(script, small, tmp_path, monkeypatch):
+    drawn = []
+    draw = script.GridGame.draw
+
+    def noted(self, state, title, beliefs=None):
+        drawn.append(beliefs)
+        return draw(self, state, title, beliefs)
+
+    monkeypatch.setattr(script.GridGame, "draw", noted)
+    args = small(goal="none", plan_update="none", capture_video=True, total_timesteps=64)
+    finished = run(script, args, tmp_path)
+    assert len(drawn) > 1
+    assert all(beliefs is None for beliefs in drawn)
+    assert len(frames_of(finished.path / "episode.gif")) > 1
+
+
+def test_picture_of_a_large_world_is_of_bounded_size(script):
+    game = script.GridGame("msg-16x16-64p-80d")
+    state = game.start(1, torch.Generator().manual_seed(0))
+    image = game.draw(state, "a large world", torch.rand(64, 81))
+    assert min(image.shape[:2]) > 300 and max(image.shape[:2]) < 1000
+    small_world = script.GridGame("msh-4x4")
+    image = small_world.draw(small_world.start(1, torch.Generator().manual_seed(0)), "a small one")
+    assert min(image.shape[:2]) > 300 and max(image.shape[:2]) < 1000
+
+
+def test_video_of_a_pettingzoo_environment(script, small, tmp_path, monkeypatch, capsys):
+    """What the environment itself renders, of every state."""
+    drawn = []
+    draw = script.PettingZooGame.draw
+
+    def noted(self, state, *rest):
+        drawn.append(int(state.time[0]))
+        return draw(self, state, *rest)
+
+    monkeypatch.setattr(script.PettingZooGame, "draw", noted)
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    options = {"env_id": "mpe2.simple_tag_v3", "horizon": 6, "match_episodes": 1}
+    args = small(**options, num_envs=2, total_timesteps=32, capture_video=True, hidden_size=8)
+    finished = run(script, args, tmp_path)
+    frames = frames_of(finished.path / "episode.gif")
+    assert drawn == [0, 1, 2, 3, 4, 5, 6]
+    assert 1 < len(frames) <= 7  # those that look alike are one
+    assert frames[0].tobytes() != frames[-1].tobytes()
+    assert len(frames[0].getcolors(10**6)) > 2
+    (finished.path / "episode.gif").unlink()
+    words = ["--evaluate", finished.path, "--eval-episodes", 2, "--num-envs", 2, "--capture-video"]
+    drawn.clear()
+    assert main(script, monkeypatch, capsys, *words, "--match-episodes", 1)[0] == 0
+    assert drawn == [0, 1, 2, 3, 4, 5, 6]
+    assert len(frames_of(finished.path / "episode.gif")) > 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights & Biases
+# ------------------------------------------------------------------------------------------------
+def records_of(path):
+    """The records in a file of an offline W&B run (LevelDB's log format)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data = path.read_bytes()
+    place = 7
+    content = b""
+    records = []
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768  # of the block
+        if left < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        content += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # else it goes on in the next block
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            records.append(record)
+            content = b""
+    return records
+
+
+def logged_offline(folder, runs):
+    """{step: metric names} and {(id, project)} of the finished offline W&B runs in `folder`, when
+    there are as many as `runs`: files are written a little after a run is finished."""
+    deadline = time.monotonic() + 30
+    exits = 0
+    while exits < runs:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+        files = [records_of(path) for path in folder.rglob("*.wandb")]
+        exits = sum(records[-1].WhichOneof("record_type") == "exit" for records in files if records)
+    assert len(files) == runs
+    steps = {}
+    ids = set()
+    for record in itertools.chain(*files):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            ids.add((record.run.run_id, record.run.project))
+        if kind == "history":
+            names = {item.key or item.nested_key[0] for item in record.history.item}
+            steps[record.history.step.num] = names
+    return steps, ids
+
+
+def test_tracking_offline(script, small, tmp_path, monkeypatch):
+    """The run is finished, so that the next logs nothing into it; its id is kept and used again."""
+    import wandb
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked = run(script, small(track=True, wandb_project_name="project-x"), tmp_path)
+    assert wandb.run is None
+    first = logged_offline(tmp_path, 1)
+    content = script.load_checkpoint(tracked.path)
+    assert first[1] == {(content["tracking_id"], "project-x")}
+    assert set(first[0]) == {64, 128}
+    for step, names in first[0].items():
+        assert {"losses/policy", "moa/nll", "charts/SPS"} <= names, step
+    run(script, small(), tmp_path)
+    assert logged_offline(tmp_path, 1) == first
+    args = script.Args(**content["args"])
+    args = dataclasses.replace(args, resume=str(tracked.path), total_timesteps=192)
+    run(script, args, tmp_path)
+    steps, ids = logged_offline(tmp_path, 2)
+    assert set(steps) == {64, 128, 192}
+    assert ids == first[1]
+    assert script.load_checkpoint(tracked.path)["tracking_id"] == content["tracking_id"]
+
+
+def test_tracking_without_a_login_is_refused(script, tmp_path):
+    """In one line, with status 2, and without a folder or a question."""
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "WANDB_MODE": "online"}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    words = [sys.executable, script.__file__, "--track", "--total-timesteps", "5000"]
+    finished = subprocess.run(
+        words,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
+    assert "wandb login" in line and "--track" in line
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "wandb").exists()
