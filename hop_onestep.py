@@ -271,7 +271,7 @@ class GridGame:
         self.num_cells = self.height * self.width
         sizes = [self.num_cells, self.num_players * 64, self.horizon]
         if self.num_items > self.num_cells or max(sizes) > 4096 or self.horizon < 1:
-            most = "an item a cell, 4096 cells, 64 players, --horizon 4096"
+            most = "an item a cell, 4096 cells, 64 players, 4096 steps (--horizon)"
             raise UsageError(f"bad game {env_id!r}: at most {most}")
         self.device = torch.device(device)
         with self.device:
