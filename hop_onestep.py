@@ -510,7 +510,8 @@ class Copies:
     """Copies of a PettingZoo environment in one process, stepped one after another."""
 
     def __init__(self, make, kwargs, count):
-        self.envs = [imported(make)(**kwargs) for _ in range(count)]
+        function = imported(make)
+        self.envs = [function(**kwargs) for _ in range(count)]
         env = self.envs[0]
         self.agents = list(env.possible_agents)
         self.views = [env.observation_space(agent) for agent in self.agents]
@@ -543,8 +544,7 @@ class Copies:
         self.mask[k, :, 0] |= ~self.mask[k].any(1)
 
     def reset(self, which, seeds):
-        """Begins the copies of bool `which` anew; observations, masks, who plays: [copies, N,
-        ..]."""
+        """Begins copies of bool `which` anew; observations, masks, who plays: [copies, N, ..]."""
         for k in which.nonzero()[0]:
             self.read(k, *self.envs[k].reset(seed=int(seeds[k])))
         return self.observation, self.mask, self.playing
@@ -570,7 +570,8 @@ class Copies:
 
 def imported(name):
     """What `package.module:attribute` names, modules of the working directory included."""
-    sys.path.append(os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -620,7 +621,7 @@ class PettingZooGame:
         self.others = co_player_seats(self.num_players).to(device)  # [N, N-1]
         looks = [str(look) for look in zip(copies.views, copies.actions)]
         kind = tensor([looks.index(look) for look in looks], device=device)
-        self.kind = F.one_hot(kind, self.num_players).float()  # [N, kinds of agents]
+        self.kind = F.one_hot(kind, self.num_players).float()  # [N, N] first agent alike
         self.other_size = copies.observation.shape[2] + self.num_players + 1
         self.own_size = 10 + self.other_size
         self.defaults = {
@@ -1581,9 +1582,8 @@ def record_video(run, company, episodes):
         if game.num_items and agent.args.goal == "inferred":
             own, others = game.features(state)
             goal, _ = agent.infer(player.memory, own, others, state, players)
-            beliefs = agent.moa.subgoal_logits(own, others, goal, *game.subgoals(state))[0].softmax(
-                1
-            )
+            logits = agent.moa.subgoal_logits(own, others, goal, *game.subgoals(state))
+            beliefs = logits[0].softmax(1)
         text = f"focal {int(players.focal)}, others {company}; rewards {returns[0].tolist()}"
         picture = game.draw(state, f"last episode of a match, {text}", beliefs)
         frames.append(Image.fromarray(picture))
@@ -1603,8 +1603,7 @@ FREE = """total_timesteps checkpoint_every capture_video profile resume init loa
 
 
 def report_profile(path, profiler):
-    """Writes the trace to `path`; prints seconds of every label and their share of the
-    iterations."""
+    """Writes the trace to `path`; prints every label's seconds and share of the iterations."""
     profiler.export_chrome_trace(path)
     spent = defaultdict(float)
     for event in json.loads(Path(path).read_text())["traceEvents"]:
