@@ -11,7 +11,7 @@ expected r + gamma V'; PPO learns around it.
     python hop_onestep.py --evaluate runs/NAME --co-players ns  # play with three stag hunters
     python hop_onestep.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
         --total-timesteps 2400 --match-episodes 2400 --plan-update offset --plan-until 1 \\
-        --transition simulator --learning-rate 3e-3 --no-anneal  # go on learning within one match
+        --learning-rate 3e-3 --no-anneal                        # go on learning within one match
 
 One iteration; `train` has it line by line:
 
@@ -24,7 +24,7 @@ One iteration; `train` has it line by line:
     MOA: -log pi_hat(a_j | o_j, t, z_j) + alpha KL(q_phi || N(0, I)) + subgoal, on whole matches
     TRANSITION: r_hat towards r, V_hat' towards V(o_i')
     PPO: clipped loss on the policy that acted, V towards lambda-returns
-         (hop: pi_theta towards exp(beta Q) by cross-entropy)
+         (hop: pi_theta towards exp(beta Q) by cross-entropy, V with its entropy bonus)
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
 also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
@@ -35,11 +35,9 @@ has `start_match(which [R] bool)`, that is called when matches start.
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
 (1707.06347), GAE (1506.02438). Shapes in comments: B games, N players/seats, A actions, X own and
 Y co-players' features, Z goal, K samples, M items, T steps of a rollout, S matches, L steps of a
-match, C steps in the buffer, R rows, D decisions, P pairs, H hidden units, S + 1 cells and none."""
+match, C steps in the buffer, R rows, D decisions; S + 1: cells, and none."""
 
-import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import fcntl
 import functools
@@ -55,6 +53,9 @@ import threading
 import time
 import warnings
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,7 +102,7 @@ class Args:
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
-    num_steps: int = 64  # steps in each game an iteration
+    num_steps: int = 32  # steps in each game an iteration
     learning_rate: float = 1e-3  # of policy and value (Adam)
     anneal: bool = True  # let learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
@@ -121,24 +122,22 @@ class Args:
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_updates: int = 8  # minibatches for the MOA an iteration
+    moa_updates: int = 4  # minibatches for the MOA an iteration
     moa_matches: int = 8  # matches in each
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = 0  # game steps before the run that train the VAE alone
+    pretrain_moa_steps: int = 0  # first game steps of the run, which train the VAE alone
     # planner
     plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
-    plan_beta: float | None = None  # weight of the scores over their root mean square
+    plan_beta: float | None = None  # weight of the scores, in scaled returns
     plan_until: float | None = None  # share of the run after which plain PPO goes on alone
     plan_samples: int = 16  # K, sampled joint actions of the co-players a decision
-    transition: Literal["network", "simulator"] = "network"  # whence the planner's r and V'
 
 
-FROM_0_TO_1 = ["gamma", "gae_lambda", "prosocial", "plan_until"]
-FROM_0 = """seed env_workers ent_coef vf_coef moa_alpha subgoal_coef plan_beta
-    pretrain_moa_steps""".split()
+FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until".split()
+FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
 
 
 class UsageError(ValueError):
@@ -153,8 +152,8 @@ def refused(what):
     except UsageError:
         raise
     except Exception as error:
-        text = " ".join(f"{what}: {type(error).__name__}: {error}".split())
-        raise UsageError(text[:500]) from error
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"{what}: {text[-400:]}") from error  # a worker's cause comes last
 
 
 def checked(args, game):
@@ -163,17 +162,16 @@ def checked(args, game):
     args = dataclasses.replace(args, **missing)
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = 0 if name in FROM_0_TO_1 + FROM_0 else 1 if type(value) is int else 1e-12
+            low = 1 if type(value) is int and name not in FROM_0 else 0
             high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
             if not low <= value <= high:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
     loaded = args.load_moa is not None or args.init is not None
-    exact = args.goal == "oracle" or args.transition == "simulator"
     iteration = args.num_envs * args.num_steps
     problems = {
         "--total-timesteps is less than --num-envs * --num-steps": args.total_timesteps < iteration,
-        "--goal oracle, --transition simulator: only for msh, msg": exact and not game.simulates,
+        "--goal oracle is for msh and msg": args.goal == "oracle" and not game.oracle_size,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
     }
@@ -183,17 +181,24 @@ def checked(args, game):
     return args
 
 
-# --------------------------------------------------------------------------------------------------
-# Games
-# --------------------------------------------------------------------------------------------------
-def clock_features(done, left, horizon):
-    """float32 [.., 10]: functions of the steps `done` and `left` (float [..]) of an episode. No
-    step begins with 0 left, so V is never trained there: at the time limit it is read as with 1
-    left."""
-    left = left.clamp(min=1.0)
-    functions = [done / horizon, left / horizon, (-left / 2).exp(), (-left / 8).exp()]
-    functions += [left <= 5, left == 1, left == 2, left == 3, done + left < horizon, done >= 0]
-    return stack([function.float() for function in functions], -1)
+# ---- Games ---------------------------------------------------------------------------------------
+def clock_features(game, state):
+    """float32 [B, N, 8]: functions of the steps done and left of an episode. No step begins with
+    0 left, so V is never trained there: at the time limit it is read as with 1 left."""
+    done, left = game.clock(state).unbind(1)
+    left = left.clamp(min=1)
+    functions = [done / game.horizon, left / game.horizon, (-left / 8).exp(), left <= 5]
+    functions += [left == 1, left == 2, left == 3, done + left < game.horizon]
+    clock = stack([function.float() for function in functions], 1)
+    return clock[:, None].expand(-1, game.num_players, -1)
+
+
+def replaced(state, fresh, ended):
+    """`state` with the games of bool [B] `ended` as in `fresh`."""
+    fields = []
+    for old, new in zip(state, fresh):
+        fields.append(where(ended.view(-1, *[1] * (old.dim() - 1)), new, old))
+    return type(state)(*fields)
 
 
 def co_player_seats(num_players):
@@ -211,10 +216,10 @@ SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -
     "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
 }
 GRID_DEFAULTS = {  # of the options that are None, by measurements (README.md)
-    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
-    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
+    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 25.0, "plan_until": 0.4},
+    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 20.0, "plan_until": 1.0},
 }
-NUMBER = "[1-9][0-9]{0,3}"
+NUMBER = "[1-9][0-9]?"
 GRID_ID = re.compile(
     f"ms[hg](-(?P<height>{NUMBER})x(?P<width>{NUMBER}))?(-(?P<players>{NUMBER})p)?"
     f"(-(?P<hares>0|{NUMBER})h(?P<stags>{NUMBER})s|-(?P<drifts>{NUMBER})d)?"
@@ -269,10 +274,8 @@ class GridGame:
         self.best_return = best / self.num_players  # highest mean return a player, undiscounted
         self.num_items = sum(self.item_counts)
         self.num_cells = self.height * self.width
-        sizes = [self.num_cells, self.num_players * 64, self.horizon]
-        if self.num_items > self.num_cells or max(sizes) > 4096 or self.horizon < 1:
-            most = "an item a cell, 4096 cells, 64 players, 4096 steps (--horizon)"
-            raise UsageError(f"bad game {env_id!r}: at most {most}")
+        if not self.num_items <= self.num_cells <= 1024:
+            raise UsageError(f"bad game {env_id!r}: at most 1024 cells, and an item in each")
         self.device = torch.device(device)
         with self.device:
             self.make_tables(tensor(quota), tensor(share))
@@ -306,9 +309,9 @@ class GridGame:
         change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
         start = F.pad(cell, (0, 1), value=-1)[:, None]
         self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
-        # functions of relative cells, and which relative cell a pair of cells has
-        down = arange(1 - self.height, self.height).repeat_interleave(2 * width - 1).float()
-        right = arange(1 - width, width).repeat(2 * self.height - 1).float()
+        # functions of the way from one cell to another
+        down = (row - row[:, None]).float()  # [own, other]
+        right = (col - col[:, None]).float()
         distance = down.abs() + right.abs()
         near = (-distance / 1.5).exp()
         far = (-distance / 4.0).exp()
@@ -318,17 +321,11 @@ class GridGame:
             functions.append(part / max(self.height, width))
         for way in (down < 0, down > 0, right < 0, right > 0):
             functions += [way * near, way * far]
-        relative = stack([function.float() for function in functions], 1)
-        self.relative = F.pad(relative, (0, 0, 0, 1))  # [relative cells + 1, F], last: zero
-        self.distance = F.pad(distance, (0, 1), value=NEVER)  # [relative cells + 1]
-        pair = (row - row[:, None] + self.height - 1) * (2 * width - 1)
-        pair = pair + col - col[:, None] + width - 1
-        self.pair = F.pad(pair, (0, 1, 0, 1), value=len(relative))  # [own, other]
-        steps = arange(self.horizon + 1.0)
-        steps = torch.meshgrid(steps, steps, indexing="ij")
-        self.clock_table = clock_features(*steps, self.horizon)  # [steps done, steps left, 10]
+        relative = stack([function.float() for function in functions], 2)
+        self.relative = F.pad(relative, (0, 0, 0, 1, 0, 1))  # [S + 1, S + 1, F]; gone: zero
+        self.distance = F.pad(distance, (0, 1, 0, 1), value=NEVER)  # [S + 1, S + 1]
         size = len(functions)
-        self.own_size = 15 + kinds * size  # X
+        self.own_size = 13 + kinds * size  # X
         self.other_size = size + kinds * size  # Y
         self.subgoal_size = size  # F
         self.oracle_size = len(self.rank) + 2 + size
@@ -342,10 +339,7 @@ class GridGame:
 
     def restart(self, state, ended, generator):
         """`state` with the games of bool [B] `ended` begun anew."""
-        fields = []
-        for old, new in zip(state, self.start(len(ended), generator)):
-            fields.append(where(ended if old.dim() == 1 else ended[:, None], new, old))
-        return GridState(*fields)
+        return replaced(state, self.start(len(ended), generator), ended)
 
     def on_item(self, state):
         """bool [B, N, M]: the player stands on the item."""
@@ -397,8 +391,8 @@ class GridGame:
 
     def observe(self, state):
         """float32 [B, N, planes, H, W]: own plane, players i+1, i+2, .. mod N, kinds of items."""
-        cells = cat([state.players, state.items], 1) % (self.num_cells + 1)  # -1: off the end
-        planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()
+        cells = cat([state.players, state.items], 1) + 1  # 0: gone
+        planes = F.one_hot(cells, self.num_cells + 1)[:, :, 1:].float()
         planes = planes.unflatten(2, (self.height, self.width))  # [B, N + M, H, W]
         players, *kinds = planes.split([self.num_players, *self.item_counts], 1)
         kinds = [kind.sum(1, True) for kind in kinds]
@@ -409,16 +403,10 @@ class GridGame:
         """Own features [B, N, X] (clock, legal moves, items) and co-players' [B, N, N-1, Y] (their
         relative cells, and what they see of items). Who has left, what is gone, adds zero."""
         cells = state.players[:, :, None]
-        pairs = self.pair[cells, state.items[:, None]].flatten(0, 1)  # [B * N, M]
-        kinds = []
-        for kind in pairs.split(self.item_counts, 1):
-            kind = F.pad(kind, (0, 1), value=len(self.relative) - 1)  # never empty
-            kinds.append(F.embedding_bag(kind, self.relative, mode="sum"))
-        seen = cat(kinds, 1).unflatten(0, state.players.shape)
-        clock = self.clock_table[self.clock(state).unbind(1)][:, None]
-        clock = clock.expand(-1, self.num_players, -1)
-        own = cat([clock, self.legal_moves[state.players], seen], 2)
-        near = self.relative[self.pair[cells, state.players[:, self.others]]]
+        kinds = self.relative[cells, state.items[:, None]].split(self.item_counts, 2)
+        seen = cat([kind.sum(2) for kind in kinds], 2)
+        own = cat([clock_features(self, state), self.legal_moves[state.players], seen], 2)
+        near = self.relative[cells, state.players[:, self.others]]
         return own, cat([near, seen[:, self.others]], 3)
 
     def reached(self, state, actions, after, reward):
@@ -430,34 +418,32 @@ class GridGame:
     def subgoals(self, state):
         """What each player can go for, the items: features [B, N, M, F] and bool [B, N, M]
         present."""
-        relative = self.relative[self.pair[state.players[:, :, None], state.items[:, None]]]
+        relative = self.relative[state.players[:, :, None], state.items[:, None]]
         return relative, (state.items >= 0)[:, None].expand(relative.shape[:3])
 
     def scripted_actions(self, state, mask, kind, noisy, target, generator):
         """Actions [B, N] and targets [B, N] (item, -1 none) of scripted players at every seat.
-        `kind` int64 [B, N] indexes `kinds` (-1: acts at random), `noisy` bool [B, N]; `target` is
-        that of the step before. Nearest is by Manhattan distance, ties uniform; a target is kept
-        while it is there."""
+        `kind` int64 [B, N] indexes `kinds` (past its end: acts at random), `noisy` bool [B, N];
+        `target` is that of the step before. Nearest is by Manhattan distance, ties uniform; a
+        target is kept while it is there."""
         rank = self.rank[kind]  # [B, N, kinds of items]
         walks = (rank < 0).any(2)
         acts_at_random = (rank == 0).all(2) | (state.players < 0)
         rank = rank[:, :, self.item_kind]  # [B, N, M]
-        rank = rank.masked_fill((rank <= 0) | (state.items < 0)[:, None], NEVER)
-        first = rank.amin(2, True)
-        eligible = (rank == first) & (first < NEVER)
-        distance = self.distance[self.pair[state.players[:, :, None], state.items[:, None]]]
-        nearness = -distance - 0.5 * uniform(distance.shape, generator)
-        nearest = nearness.masked_fill(~eligible, -math.inf).argmax(2)
-        kept = (target >= 0) & pick(eligible, target.clamp(min=0))
-        target = where(kept, target, where(eligible.any(2), nearest, -1))
+        distance = self.distance[state.players[:, :, None], state.items[:, None]]
+        cost = NEVER * rank + distance + 0.5 * uniform(distance.shape, generator)
+        cost = cost.masked_fill((rank <= 0) | (state.items < 0)[:, None], math.inf)
+        least, nearest = cost.min(2)
+        kept = (target >= 0) & (state.items.gather(1, target.clamp(min=0)) >= 0)
+        target = where(kept, target, where(least.isfinite(), nearest, -1))
         item = target.clamp(min=0)
         goal = state.items.gather(1, item)[:, :, None]  # [B, N, 1] cell
         actions = arange(self.num_actions, device=self.device)
-        reach = self.distance[self.pair[self.next_cell[state.players], goal]]  # [B, N, A]
+        reach = self.distance[self.next_cell[state.players], goal]  # [B, N, A]
         closer = reach < reach[..., STAY, None]
-        take = self.item_action[item][:, :, None] == actions
-        allowed = where(state.players[:, :, None] == goal, take, closer)
-        allowed = where(target[:, :, None] < 0, actions == STAY, allowed)
+        take = (state.players[:, :, None] == goal) & (self.item_action[item][:, :, None] == actions)
+        allowed = (closer | take) & (target >= 0)[:, :, None]
+        allowed[..., STAY] |= ~allowed.any(2)
         allowed = where(walks[:, :, None], mask & (actions <= STAY), allowed)
         noise = noisy & (uniform(kind.shape, generator) < NOISE)
         allowed = where((noise | acts_at_random)[:, :, None], mask, allowed)
@@ -466,35 +452,29 @@ class GridGame:
     def oracle(self, state, kind, noisy, target):
         """float32 [B, N, ..]: the truth about scripted players: kind, noise, place of target."""
         item = state.items.gather(1, target.clamp(min=0)).masked_fill(target < 0, -1)
-        known = F.one_hot(kind + 1, len(self.rank))
+        known = F.one_hot(kind, len(self.rank))
         flags = stack([noisy, item >= 0], 2)
-        return cat([known, flags, self.relative[self.pair[state.players, item]]], 2)
+        return cat([known, flags, self.relative[state.players, item]], 2)
 
-    def draw(self, state, title, beliefs=None):
-        """Picture uint8 [.., .., 3] of the first game. `beliefs` float [N, M + 1] draws a line from
-        each player to each item, as wide as the item is likely to be its next."""
-        canvas = FigureCanvasAgg(Figure())
-        axes = canvas.figure.subplots()
-        axes.set(xlim=(-1, self.width), ylim=(self.height, -1))
-        axes.set_title(f"{title}, step {int(state.time[0])}", fontsize=8, wrap=True)
-        axes.grid(alpha=0.3)
-        cells = cat([state.players[0], state.items[0]])
-        turn = arange(len(cells)) * 2.4  # who shares a cell stands side by side
-        x = cells % self.width + 0.2 * turn.cos()
-        y = cells // self.width + 0.2 * turn.sin()
+    def draw(self, state, title, beliefs):
+        """Picture uint8 [.., .., 3] of the first game, with a line from each player to each item,
+        as wide as it is likely to be its next: `beliefs`, a list of lists [N, M], or empty."""
+        figure = Figure()
+        canvas = FigureCanvasAgg(figure)
+        title = f"{title}, step {int(state.time[0])}"
+        axes = figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
+        cells = cat([state.players[0], state.items[0]]).cpu()
+        y = cells // self.width
+        x = cells % self.width + arange(len(cells)) % 4 * 0.2  # who shares a cell: side by side
         names = [*range(self.num_players), *(self.item_names[kind] for kind in self.item_kind)]
         for k in (cells >= 0).nonzero()[:, 0].flip(0).tolist():  # items below players
-            is_player = k < self.num_players
-            colour = f"C{k}" if is_player else "grey"
+            colour = f"C{k}" if k < self.num_players else "grey"
             axes.text(x[k], y[k], names[k], color="white", backgroundcolor=colour, ha="center")
-            for m in range(self.num_items) if is_player and beliefs is not None else ():
+            for m, belief in enumerate(beliefs[k] if k < len(beliefs) else ()):
                 ends = [k, self.num_players + m]
-                axes.plot(x[ends], y[ends], colour, linewidth=5 * float(beliefs[k, m]))
+                axes.plot(x[ends], y[ends], colour, linewidth=5 * belief)
         canvas.draw()
         return np.array(canvas.buffer_rgba())[..., :3]
-
-    def close(self):
-        """Nothing is held."""
 
 
 class ParallelState(NamedTuple):
@@ -507,7 +487,9 @@ class ParallelState(NamedTuple):
 
 
 class Copies:
-    """Copies of a PettingZoo environment in one process, stepped one after another."""
+    """Copies of a PettingZoo environment in one process, stepped one after another. What they
+    return lies in `seen` [copies, N, O + A + 4]: observation (flattened, padded; NaN for who has
+    none), legal actions, who plays, reward, termination, truncation."""
 
     def __init__(self, make, kwargs, count):
         function = imported(make)
@@ -520,48 +502,44 @@ class Copies:
         if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
             needs = "agents with Discrete actions and observations of at most 4096 numbers"
             raise UsageError(f"{make}: environments need {needs}")
-        shape = (count, len(self.agents))
-        self.observation = np.zeros((*shape, size), np.float32)
-        self.mask = np.zeros((*shape, max(space.n for space in self.actions)), bool)
-        self.playing = np.zeros(shape, bool)
+        self.sizes = [size, max(int(space.n) for space in self.actions), 4]
+        self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
 
-    def read(self, k, observations, infos):
+    def read(self, k, observations, infos, *outcome):
         """Takes in what copy `k` returned."""
-        self.observation[k] = math.nan
-        self.mask[k] = False
+        size = self.sizes[0]
+        self.seen[k] = 0.0
         for n, agent in enumerate(self.agents):
-            self.playing[k, n] = agent in self.envs[k].agents
+            row = self.seen[k, n]
+            playing = agent in self.envs[k].agents
+            row[:size] = math.nan
+            row[-4:] = [playing, *(part.get(agent, 0) for part in outcome)]
             if agent in observations:
                 view = observations[agent]
-                mask = infos.get(agent, {}).get("action_mask", True)
+                legal = infos.get(agent, {}).get("action_mask", True)
                 if isinstance(view, dict):
-                    mask = view.get("action_mask", mask)
+                    legal = view.get("action_mask", legal)
                 flat = spaces.flatten(self.views[n], view)
-                self.observation[k, n] = 0.0
-                self.observation[k, n, : len(flat)] = flat
-                self.mask[k, n, : self.actions[n].n] = mask
-        self.mask[k, ~self.playing[k]] = False
-        self.mask[k, :, 0] |= ~self.mask[k].any(1)
+                row[:size] = np.pad(flat, (0, size - len(flat)))
+                row[size : size + self.actions[n].n] = np.multiply(legal, playing)
+            row[size] += not row[size:-4].any()  # nobody has no legal action
 
     def reset(self, which, seeds):
-        """Begins copies of bool `which` anew; observations, masks, who plays: [copies, N, ..]."""
+        """Begins copies of bool `which` anew; returns `seen`."""
         for k in which.nonzero()[0]:
-            self.read(k, *self.envs[k].reset(seed=int(seeds[k])))
-        return self.observation, self.mask, self.playing
+            self.read(k, *self.envs[k].reset(seed=int(seeds[k])), {}, {}, {})
+        return self.seen
 
     def step(self, actions):
-        """The same, and rewards, terminations, truncations as they are given [copies, N, 3]."""
-        outcome = np.zeros((*actions.shape, 3), np.float32)
+        """Plays int64 [copies, N]; returns `seen`."""
         for k, env in enumerate(self.envs):
             chosen = {}
             for n, agent in enumerate(self.agents):
                 if agent in env.agents:
                     chosen[agent] = self.actions[n].start + actions[k, n]
-            observations, *parts, infos = env.step(chosen)
-            self.read(k, observations, infos)
-            for n, agent in enumerate(self.agents):
-                outcome[k, n] = [part.get(agent, 0) for part in parts]
-        return self.observation, self.mask, self.playing, outcome
+            observations, *outcome, infos = env.step(chosen)
+            self.read(k, observations, infos, *outcome)
+        return self.seen
 
     def render(self):
         """Picture uint8 [.., .., 3] of the first copy."""
@@ -576,19 +554,15 @@ def imported(name):
     return getattr(importlib.import_module(module), attribute)
 
 
-WORKER = threading.local()  # of a process or thread that steps copies
+class CopiesManager(BaseManager):
+    """A process that holds Copies."""
 
 
-def start_worker(*arguments):
-    WORKER.copies = Copies(*arguments)
-
-
-def in_worker(method, *arrays):
-    return getattr(WORKER.copies, method)(*arrays)
+CopiesManager.register("Copies", Copies)
 
 
 class PettingZooGame:
-    """Any PettingZoo ParallelEnv with Discrete actions: B copies, in a thread or in processes.
+    """Any PettingZoo ParallelEnv with Discrete actions: B copies, here or in worker processes.
 
     Observations are flattened, padded to one size and scaled by sign(x) log(1 + |x|); kinds of
     agents (by their spaces) are told apart by a one-hot. Co-players' observations count as seen.
@@ -601,14 +575,14 @@ class PettingZooGame:
     item_counts = [0]
     subgoal_size = 1
     oracle_size = 0
-    kinds = {"random": None}
+    kinds = ["random"]
 
     def __init__(self, args, device="cpu"):
         self.name = args.env_id
         self.make = self.name if ":" in self.name else f"{self.name}:parallel_env"
         self.device = torch.device(device)
         self.workers = args.env_workers
-        self.pools = []
+        self.parts = []  # Copies, or proxies of those in other processes
         with refused(f"cannot make {self.name} with {args.env_kwargs}"):
             self.kwargs = json.loads(args.env_kwargs)
             copies = Copies(self.make, self.kwargs, 1)
@@ -617,78 +591,69 @@ class PettingZooGame:
         if self.horizon < 1:
             raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
         self.num_players = len(copies.agents)
-        self.num_actions = copies.mask.shape[2]
+        self.sizes = copies.sizes
+        self.num_actions = copies.sizes[1]
         self.others = co_player_seats(self.num_players).to(device)  # [N, N-1]
         looks = [str(look) for look in zip(copies.views, copies.actions)]
         kind = tensor([looks.index(look) for look in looks], device=device)
         self.kind = F.one_hot(kind, self.num_players).float()  # [N, N] first agent alike
-        self.other_size = copies.observation.shape[2] + self.num_players + 1
-        self.own_size = 10 + self.other_size
+        self.other_size = copies.sizes[0] + self.num_players
+        self.own_size = 8 + self.other_size
         self.defaults = {
             "gamma": 0.95,
             "plan_update": "none",
-            "plan_beta": 1.0,
+            "plan_beta": 5.0,
             "plan_until": 1.0,
             "co_players": "self",
-            "reward_scale": args.reward_scale or self.measured_scale(),
             "horizon": self.horizon,
         }
 
-    def measured_scale(self):
-        """1 over the spread of returns, or over the largest reward, in random play."""
-        generator = Generator(self.device).manual_seed(0)
-        state = self.start(1, generator)
-        rewards = []
-        for _ in range(max(500, 2 * self.horizon)):
-            actions = random_actions(state.mask, generator)
-            state, reward, terminated, truncated = self.step(state, actions)
-            rewards.append(reward[0])
-            state = self.restart(state, (terminated | truncated).all(1), generator)
-        rewards = stack(rewards)  # [T, N]
-        returns = stack([part.sum(0) for part in rewards.split(self.horizon)])
-        return 1.0 / (float(returns.std().maximum(rewards.abs().max())) or 1.0)
-
     def start(self, batch, generator):
         """Makes `batch` copies and begins an episode in each."""
-        self.close()
-        self.pools = []
+        self.parts = []
         for part in np.array_split(range(batch), max(1, min(self.workers, batch))):
-            arguments = (start_worker, (self.make, self.kwargs, len(part)))
+            copies = Copies
             if self.workers > 0:
-                context = multiprocessing.get_context("spawn")
-                pool = concurrent.futures.ProcessPoolExecutor(1, context, *arguments)
-            else:
-                pool = concurrent.futures.ThreadPoolExecutor(1, "", *arguments)
-            self.pools.append(pool)
-        time = torch.zeros(batch, device=self.device).long()
-        return self.restart(ParallelState(time, time, time, time), time == 0, generator)
+                manager = CopiesManager(ctx=multiprocessing.get_context("spawn"))
+                manager.start()
+                copies = manager.Copies
+            with refused(f"cannot make {self.name}"):
+                self.parts.append(copies(self.make, self.kwargs, len(part)))
+        self.pool = ThreadPoolExecutor(len(self.parts))
+        return self.reset(torch.ones(batch, device=self.device).bool(), generator)
 
     def everywhere(self, method, *arguments):
-        """Calls a method of all Copies, side by side; tensors [B, ..]."""
-        parts = [np.array_split(argument.cpu().numpy(), len(self.pools)) for argument in arguments]
-        calls = [pool.submit(in_worker, method, *part) for pool, *part in zip(self.pools, *parts)]
+        """Calls a method of all Copies, side by side; parts [B, N, O], [B, N, A], [B, N, 4]."""
+        arrays = [np.array_split(argument.cpu().numpy(), len(self.parts)) for argument in arguments]
+        calls = []
+        for part, *array in zip(self.parts, *arrays):
+            calls.append(self.pool.submit(getattr(part, method), *array))
         with refused(f"{self.name} failed"):
-            results = zip(*(call.result() for call in calls))
-        return [tensor(np.concatenate(result), device=self.device) for result in results]
+            seen = np.concatenate([call.result() for call in calls])
+        return tensor(seen, device=self.device).split(self.sizes, 2)
+
+    def reset(self, which, generator):
+        """Begins the games of bool [B] `which` anew, seeded from `generator`; all states."""
+        seeds = (uniform(which.shape, generator) * 2**31).long()
+        observation, mask, outcome = self.everywhere("reset", which, seeds)
+        return ParallelState(observation, mask.bool(), outcome[:, :, 0].bool(), 0 * seeds)
 
     def restart(self, state, ended, generator):
-        """`state` with the games of bool [B] `ended` begun anew, seeded from `generator`."""
-        seeds = (uniform(ended.shape, generator) * 2**31).long()
-        fields = self.everywhere("reset", ended, seeds)
-        return ParallelState(*fields, state.time.masked_fill(ended, 0))
+        """`state` with the games of bool [B] `ended` begun anew."""
+        return replaced(state, self.reset(ended, generator), ended)
 
     def step(self, state, actions):
         """Steps all copies, which must be in `state`; as GridGame.step. Leaving without a flag is
         termination; past the horizon who plays is truncated."""
-        observation, mask, playing, outcome = self.everywhere("step", actions)
-        reward, terminated, truncated = outcome.unbind(2)
+        observation, mask, outcome = self.everywhere("step", actions)
+        playing, _, terminated, truncated = outcome.bool().unbind(2)
         time = state.time + 1
         late = (time >= self.horizon)[:, None] & playing
-        truncated = (truncated.bool() | late) & ~terminated.bool() & state.playing
-        terminated = (terminated.bool() | ~playing) & ~truncated
+        truncated = (truncated | late) & ~terminated & state.playing
+        terminated = (terminated | ~playing) & ~truncated
         observation = observation.masked_fill(terminated[:, :, None], math.nan)
-        after = ParallelState(observation, mask, ~terminated & ~truncated, time)
-        return after, reward * state.playing, terminated, truncated
+        after = ParallelState(observation, mask.bool(), ~terminated & ~truncated, time)
+        return after, outcome[:, :, 1] * state.playing, terminated, truncated
 
     def alive(self, state):
         return state.playing
@@ -710,13 +675,11 @@ class PettingZooGame:
 
     def features(self, state):
         """Own features [B, N, X] (clock, view) and co-players' views [B, N, N-1, Y]: scaled
-        observation, kind of agent, 1. A player that is not there has zeros."""
+        observation, kind of agent. A player that is not there has zeros."""
         present = ~state.observation[..., :1].isnan()
         view = state.observation.nan_to_num(0.0)
-        view = cat([view.sign() * view.abs().log1p(), self.kind * present, present], 2)
-        clock = clock_features(*self.clock(state).float().unbind(1), self.horizon)
-        clock = clock[:, None].expand(-1, self.num_players, -1)
-        return cat([clock, view], 2), view[:, self.others]
+        view = cat([view.sign() * view.abs().log1p(), self.kind * present], 2)
+        return cat([clock_features(self, state), view], 2), view[:, self.others]
 
     def reached(self, state, actions, after, reward):
         """int64 [B, N]: no subgoal, -1."""
@@ -731,14 +694,9 @@ class PettingZooGame:
         """Uniform legal actions [B, N], and the targets as they were."""
         return random_actions(mask, generator), target
 
-    def draw(self, state, title, beliefs=None):
+    def draw(self, state, title, beliefs):
         """Picture uint8 [.., .., 3] of the first copy."""
-        return self.pools[0].submit(in_worker, "render").result()
-
-    def close(self):
-        """Ends the threads or processes that step the copies."""
-        for pool in self.pools:
-            pool.shutdown()
+        return self.parts[0].render()
 
 
 def make_game(args, device):
@@ -748,27 +706,7 @@ def make_game(args, device):
     return GridGame(args.env_id, device, args.horizon)
 
 
-# --------------------------------------------------------------------------------------------------
-# Co-players
-# --------------------------------------------------------------------------------------------------
-class Player:
-    """An agent that plays B games, with its memory of the running matches."""
-
-    def __init__(self, agent, batch):
-        self.agent = agent
-        self.memory = agent.empty_memory(batch)
-
-    def act(self, state, mask, seats, co_players):
-        """Actions int64 [B, N]; the planner runs at bool [B, N] `seats` alone."""
-        self.decision = decide(self.agent, state, mask, self.memory, seats, co_players)
-        return self.decision.action
-
-    def observe(self, actions, ended, match_ended):
-        """Takes in the actions [B, N] of all seats, and bool [B] what ended with them."""
-        memory = self.agent.remember(self.memory, self.decision, actions)
-        self.memory = forget(memory, ended, match_ended)
-
-
+# ---- Co-players ----------------------------------------------------------------------------------
 class CoPlayers:
     """Who sits where in B parallel matches, and what the seats that are not the learner's play.
     `pool` lists co-players (module docstring); a match draws from it: half of the matches one kind
@@ -787,25 +725,23 @@ class CoPlayers:
         self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
         self.callables = {}  # by number of the kind
         self.agents = {}  # Players by number of the kind
-        scripts = []  # index in game.kinds; -1: not scripted
-        for k, name in enumerate(self.names):
+        scripts = []  # index in game.kinds; after them: not scripted
+        for k, entry in enumerate(entries):
+            name = self.names[k]
             script = name.removesuffix("-noisy")
-            scripted = script in game.kinds
-            scripts.append(list(game.kinds).index(script) if scripted else -1)
-            if k == 0 or scripted:
+            scripts.append([*game.kinds, script].index(script))
+            if k == 0 or script in game.kinds:
                 continue
             if os.path.exists(name):
                 self.agents[k] = load_player(name, game, batch)
             else:
                 with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
-                    player = imported(name) if entries[k] == name else entries[k]
-                    is_class = isinstance(player, type)
-                    self.callables[k] = player() if is_class else copy.deepcopy(player)
-        kinds = [entries.index(entry) for entry in pool]
-        self.pool = tensor(kinds, device=game.device, dtype=torch.int64)
-        self.script = tensor(scripts, device=game.device)  # by kind
-        noisy = [name.endswith("-noisy") for name in self.names]
-        self.noisy = tensor(noisy, device=game.device)  # by kind
+                    player = imported(entry) if isinstance(entry, str) else entry
+                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
+        with game.device:
+            self.pool = tensor([entries.index(entry) for entry in pool]).long()
+            self.script = tensor(scripts)  # by kind
+            self.noisy = tensor([name.endswith("-noisy") for name in self.names])  # by kind
         self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
         self.target = self.kind - 1  # [B, N] item that a scripted player walks to
         self.focal = self.kind[:, 0]  # [B] a seat of the learner
@@ -834,12 +770,12 @@ class CoPlayers:
         game = self.game
         script = self.script[self.kind]
         actions = game.idle(mask)
-        if (self.script >= 0).any():
+        if (self.script < len(game.kinds)).any():
             told = (script, self.noisy[self.kind], self.target, self.generator)
             actions, self.target = game.scripted_actions(state, mask, *told)
         for k, agent in self.agents.items():
             seats = self.kind == k
-            actions = where(seats, agent.act(state, mask, seats, self), actions)
+            actions = where(seats, agent.act(state, mask, seats, self)["action"], actions)
         for k, player in self.callables.items():
             observation = game.observe(state).flatten(0, 1)
             clock = game.clock(state).repeat_interleave(game.num_players, 0)
@@ -862,15 +798,14 @@ class CoPlayers:
         self.episode = self.episode + ended
         match_ended = self.episode >= self.match_episodes
         for agent in self.agents.values():
-            agent.observe(actions, ended, match_ended)
+            agent.remember(actions)
+            agent.forget(ended, match_ended)
         if match_ended.any():
             self.start_matches(match_ended)
         return match_ended
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks
-# --------------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 def layer(inputs, outputs, gain=2.0**0.5):
     """A linear layer with orthogonal weights of the given gain and zero bias."""
     linear = nn.Linear(inputs, outputs)
@@ -892,13 +827,10 @@ class PlayerNetwork(nn.Module):
         self.out = layer(hidden, outputs, gain)
 
     def forward(self, own, others, goal):
-        """[.., outputs] of own [.., X], others [.., N-1, Y] and goal [.., Z]; of K goals
-        [.., K, Z]: [.., K, outputs]."""
-        first = self.own(own) + self.mix(F.relu(self.other(others)).sum(-2))
-        goal = self.goal(goal)
-        if goal.dim() > first.dim():
-            first = first.unsqueeze(-2)
-        return self.out(F.relu(self.hidden(F.relu(first + goal))))
+        """[.., outputs] of own [.., X], others [.., N-1, Y] and goal [.., Z]; leading axes are
+        broadcast."""
+        others = self.mix(F.relu(self.other(others)).sum(-2))
+        return self.out(F.relu(self.hidden(F.relu(self.own(own) + others + self.goal(goal)))))
 
 
 def masked(logits, mask):
@@ -927,9 +859,7 @@ def random_actions(mask, generator):
     return sample(masked(mask.float(), mask), generator)
 
 
-# --------------------------------------------------------------------------------------------------
-# Goal model and MOA
-# --------------------------------------------------------------------------------------------------
+# ---- Goal model and MOA --------------------------------------------------------------------------
 class MOA(nn.Module):
     """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the
     subgoal's decoder. The encoder reads a *memory* [.., 2, E + 1]: sums over the match, and over
@@ -939,16 +869,12 @@ class MOA(nn.Module):
 
     def __init__(self, game, args):
         super().__init__()
+        self.num_actions = game.num_actions
         hidden = args.moa_hidden_size
-        seen = game.own_size + game.other_size
         sizes = (game.own_size, game.other_size)
         self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
-        self.step_feature = layer(seen + game.num_actions, hidden, 1.0)
-        self.encoder = nn.Sequential(
-            layer(seen + 4 * hidden + 2, 2 * hidden),
-            nn.ReLU(),
-            layer(2 * hidden, 2 * args.goal_size, 0.1),
-        )
+        self.step_feature = layer(sum(sizes) + game.num_actions, hidden, 1.0)
+        self.encoder = PlayerNetwork(*sizes, 4 * hidden + 2, 2 * args.goal_size, hidden, 0.1)
         self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
         self.item_kind = game.item_kind  # [M]
         queries = 1 + len(game.item_counts) * game.subgoal_size
@@ -956,8 +882,7 @@ class MOA(nn.Module):
 
     def step_features(self, own, others, actions, active):
         """[.., E + 1]: what one step adds to the memory; 0 where bool `active` [..] is False."""
-        size = self.step_feature.in_features - own.shape[-1] - others.shape[-1]
-        seen = cat([own, others.sum(-2), F.one_hot(actions, size)], -1)
+        seen = cat([own, others.sum(-2), F.one_hot(actions, self.num_actions)], -1)
         feature = self.step_feature(seen).tanh()
         return F.pad(feature, (0, 1), value=1.0) * active[..., None]
 
@@ -971,11 +896,9 @@ class MOA(nn.Module):
 
     def encode(self, memory, own, others):
         """Mean and log standard deviation [.., Z] of q_phi(z | h), by memory and features now."""
-        inputs = [own, others.sum(-2)]
-        for total in memory.unbind(-2):
-            sums, count = total.split([total.shape[-1] - 1, 1], -1)
-            inputs += [sums / (1.0 + count), sums / (10.0 + 0.2 * count), count.log1p() / 4.0]
-        mean, log_std = self.encoder(cat(inputs, -1)).chunk(2, -1)
+        sums, count = memory.split([memory.shape[-1] - 1, 1], -1)
+        scaled = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), count.log1p() / 4.0]
+        mean, log_std = self.encoder(own, others, cat(scaled, -1).flatten(-2)).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
 
@@ -983,190 +906,118 @@ MOA_ROWS = 4096  # steps of players that a minibatch of the MOA predicts, with w
 
 
 def moa_loss(agent, batch, pretraining, generator):
-    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction on a MatchBatch,
-    and its terms in nats a step. `pretraining` leaves the first term out: the VAE alone."""
+    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction on what a
+    MatchBuffer read, and its terms in nats a step. `pretraining` leaves the first term out: the VAE
+    alone."""
     moa = agent.moa
-    game = agent.game
     args = agent.args
-    rows = batch.weight.flatten().nonzero()[:, 0]
-    rows = rows[uniform(rows.shape, generator).argsort()[:MOA_ROWS]]  # R of S * L * N
-    own = batch.own.flatten(0, 2)[rows]
-    others = batch.others.flatten(0, 2)[rows]
-    actions = batch.actions.flatten()[rows]
-    goal = own.new_zeros(len(rows), moa.goal_size)
-    kl = goal.sum()
-    if args.goal == "oracle":
-        goal = batch.oracle.flatten(0, 2)[rows]
+    index = batch["weight"].flatten().nonzero()[:, 0]
+    index = index[uniform(index.shape, generator).argsort()[:MOA_ROWS]]
+    rows = {name: value.flatten(0, 2)[index] for name, value in batch.items()}  # [R, ..]
+    seen = (rows["own"], rows["others"])
+    goal = rows.get("goals", seen[0].new_zeros(len(index), moa.goal_size))
+    kl = tensor(0.0)
     if args.goal == "inferred":
-        step = moa.step_features(batch.own, batch.others, batch.actions, batch.active)
+        step = moa.step_features(*map(batch.get, "own others action active".split()))
         before = step.cumsum(1) - step  # [S, L, N, E + 1] sums strictly before each step
-        within = before - before.take_along_dim(batch.first[..., None], 1)
-        memory = stack([before, within], 3).flatten(0, 2)
-        mean, log_std = moa.encode(memory[rows], own, others)
+        within = before - before.take_along_dim(batch["first"][..., None], 1)
+        mean, log_std = moa.encode(stack([before, within], 3).flatten(0, 2)[index], *seen)
         goal = gaussian(mean, log_std, generator)
         kl = (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(1).mean() / 2
-    logits = masked(moa.decoder(own, others, goal), batch.mask.flatten(0, 2)[rows])
-    nll = F.cross_entropy(logits, actions)
-    candidates = (field.flatten(0, 1)[rows] for field in game.subgoals(batch.state))
-    logits = moa.subgoal_logits(own, others, goal, *candidates)
-    subgoal = batch.subgoal.flatten()[rows] % logits.shape[1]  # -1: none, the last
-    known = batch.ended.flatten()[rows]
-    recon = (F.cross_entropy(logits, subgoal, reduction="none") * known).mean()
+    nll = F.cross_entropy(masked(moa.decoder(*seen, goal), rows["mask"]), rows["action"])
+    logits = moa.subgoal_logits(*seen, goal, rows["features"], rows["present"])
+    subgoal = rows["subgoal"] % logits.shape[1]  # -1: none, the last
+    recon = (F.cross_entropy(logits, subgoal, reduction="none") * rows["ended"]).mean()
     loss = args.moa_alpha * kl + args.subgoal_coef * recon + (0.0 if pretraining else nll)
     return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
 
 
-# --------------------------------------------------------------------------------------------------
-# Match buffer
-# --------------------------------------------------------------------------------------------------
-HISTORY = 512  # last steps of a match that are kept as one
-
-
-class MatchBatch(NamedTuple):
-    """S matches of up to L steps."""
-
-    state: NamedTuple  # of S * L games
-    own: Tensor  # float32 [S, L, N, X]
-    others: Tensor  # float32 [S, L, N, N-1, Y]
-    mask: Tensor  # bool [S, L, N, A]
-    actions: Tensor  # int64 [S, L, N]
-    active: Tensor  # bool [S, L, N] the step is within the match, the player in the game
-    first: Tensor  # int64 [S, L, N] the first step of the same episode
-    ended: Tensor  # bool [S, L, N] the episode has ended, so that its subgoals are known
-    subgoal: Tensor  # int64 [S, L, N] what is reached next in the same episode; else -1
-    weight: Tensor  # bool [S, L, N] the step is learnt from
-    oracle: Tensor  # float32 [S, L, N, Z] true goals, with `--goal oracle`
+# ---- Match buffer --------------------------------------------------------------------------------
+HISTORY = 512  # steps of a match that are read at most
+STORED = "action alive reward reached goals".split()  # of a step, beside the state
 
 
 class MatchBuffer:
-    """The last C steps of B games, as one ring. Matches are parts of it: game, start and end, in
-    steps since the run began. `--moa-buffer positive` learns from a player's episodes with reward
-    > 0 alone (as HOP does); the others still serve as history."""
+    """The last C steps of B games, as one ring. Every step knows when its match and its episode
+    began, in steps since the run began. `--moa-buffer positive` learns from a player's episodes
+    with reward > 0 alone (as HOP does); the others still serve as history."""
 
     def __init__(self, game, args):
         self.game = game
-        self.rule = args.moa_buffer
-        self.learns_within = args.init is not None
+        self.positive = args.moa_buffer == "positive"
+        self.stored = STORED if args.goal == "oracle" else STORED[:-1]
         self.size = max(args.moa_capacity // args.num_envs, HISTORY)  # C
-        self.ring = {}  # what `add` is given, by name [C, B, ..]
+        self.ring = {}  # by name [C, B, ..]
         self.now = 0  # steps ever added
-        self.start = arange(args.num_envs, device=game.device) * 0  # [B] of the running match
-        self.episode_start = self.start  # [B] of the running episode
-        self.matches = self.start.new_zeros(0, 3)  # game, start, end of those that ended
+        self.match_start = arange(args.num_envs, device=game.device) * 0  # [B]
+        self.episode_start = self.match_start  # [B]
 
     def add(self, state, step, ended, match_ended):
-        """Takes one `step` of all games in `state`, by name [B, ..]: actions, reached (subgoal),
-        alive, reward; and bool [B] which episodes and matches ended with it."""
-        for name, value in {**state._asdict(), **step, "first": self.episode_start}.items():
+        """Takes a `step` of all games in `state`, by name [B, N, ..], and bool [B] which episodes
+        and matches ended with it."""
+        values = {name: step[name] for name in self.stored}
+        starts = {"match": self.match_start, "episode": self.episode_start}
+        for name, value in {**state._asdict(), **values, **starts}.items():
             if name not in self.ring:
                 self.ring[name] = value.new_zeros(self.size, *value.shape)
             self.ring[name][self.now % self.size] = value
         self.now += 1
         self.episode_start = self.episode_start.masked_fill(ended, self.now)
-        if match_ended.any():
-            kept = self.matches[self.matches[:, 1] >= self.now - self.size]
-            self.matches = cat([kept, self.running()[match_ended]])
-            self.start = self.start.masked_fill(match_ended, self.now)
-
-    def running(self):
-        """int64 [B, 3]: game, start and end of the running matches' last HISTORY steps."""
-        games = arange(len(self.start), device=self.start.device)
-        start = self.start.clamp(min=self.now - HISTORY)
-        return stack([games, start, 0 * start + self.now], 1)
-
-    def held(self):
-        """int64 [.., 3]: the matches to learn from; the running ones, too, after `--init`."""
-        running = self.running() if self.learns_within else self.matches[:0]
-        held = cat([self.matches, running])
-        return held[(held[:, 1] >= self.now - self.size) & (held[:, 1] < held[:, 2])]
+        self.match_start = self.match_start.masked_fill(match_ended, self.now)
 
     def sample(self, count, generator):
-        """`count` of the matches held, uniformly with replacement."""
-        held = self.held()
-        return self.read(held[(uniform((count,), generator) * len(held)).long()])
+        """`count` matches or parts of them, with replacement, each as often as it is long."""
+        oldest = max(0, self.now - self.size)
+        time, game = uniform((2, count), generator)
+        time = oldest + (time * (self.now - oldest)).long()
+        game = (game * len(self.match_start)).long()
+        start = self.ring["match"][time % self.size, game]
+        return self.read(game, start.maximum(time - HISTORY + 1).clamp(min=oldest))
 
-    def read(self, matches):
-        """The MatchBatch of `matches` [S, 3]."""
-        games, start, end = matches[:, :, None].unbind(1)  # [S, 1] each
-        steps = arange(max(1, int((end - start).max())), device=games.device)
-        inside = (start + steps < end)[:, :, None]  # [S, L, 1]
-        part = {k: field[(start + steps) % self.size, games] for k, field in self.ring.items()}
+    def read(self, game, start):
+        """Of S matches int64 [S] `game` and their L <= HISTORY steps from `start`: tensors
+        [S, L, N, ..] by name."""
+        steps = start[:, None] + arange(HISTORY, device=start.device)
+        match = self.ring["match"][steps % self.size, game[:, None]]
+        inside = (match == match[:, :1]) & (steps < self.now)  # [S, HISTORY]
+        length = int(inside.sum(1).max())
+        steps = steps[:, :length]
+        inside = inside[:, :length, None]
+        part = {k: ring[steps % self.size, game[:, None]] for k, ring in self.ring.items()}
         active = part["alive"] & inside
-        first = part["first"][:, :, None].expand_as(active)
-        index = (first - start[:, :, None]).clamp(0, len(steps) - 1)  # [S, L, N]
+        episode = part["episode"][:, :, None].expand_as(active)
+        first = (episode - start[:, None, None]).clamp(0, length - 1)  # of the same episode
         reached = part["reached"].masked_fill(~inside, -1)
-        coming = where(reached >= 0, steps[:, None], len(steps) - 1)
+        coming = where(reached >= 0, arange(length, device=start.device)[:, None], length - 1)
         coming = coming.flip(1).cummin(1).values.flip(1)
-        same = first.gather(1, coming) == first
+        same = episode.gather(1, coming) == episode
+        ended = episode < self.episode_start[game][:, None, None]
+        if length == HISTORY:  # what the last episode of a match that is cut reaches is not seen
+            ended = ended & (episode != episode[:, -1:])
         weight = active
-        if self.rule == "positive":
-            earned = zeros_like(part["reward"]).scatter_add(1, index, part["reward"] * inside)
-            weight = active & (earned.gather(1, index) > 0)
+        if self.positive:
+            earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
+            weight = active & (earned.gather(1, first) > 0)
         state_type = self.game.state_type
         state = state_type(*(part[k].flatten(0, 1) for k in state_type._fields))
-        own, others = self.game.features(state)
-        shape = (-1, len(steps))
-        return MatchBatch(
-            state,
-            own.unflatten(0, shape),
-            others.unflatten(0, shape),
-            self.game.action_mask(state).unflatten(0, shape),
-            part["actions"],
-            active,
-            index,
-            first < self.episode_start[games][:, :, None],
-            where(same, reached.gather(1, coming), -1),
-            weight,
-            part.get("oracle"),
-        )
-
-    def memory(self, moa):
-        """The memory [B, N, 2, E + 1] of the running matches, by the MOA as it is now."""
-        memories = []
-        for matches in self.running().split(64):  # all at once can take gigabytes
-            batch = self.read(matches)
-            step = moa.step_features(batch.own, batch.others, batch.actions, batch.active)
-            episode = step * ~batch.ended[..., None]
-            memories.append(stack([step.sum(1), episode.sum(1)], 2))
-        return cat(memories)
+        names = "own others mask features present".split()
+        seen = [
+            *self.game.features(state),
+            self.game.action_mask(state),
+            *self.game.subgoals(state),
+        ]
+        return {
+            **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
+            **{name: part[name] for name in self.stored},
+            "active": active,  # bool: the step is within the match, the player in the game
+            "first": first,  # int64: the first step of the same episode
+            "ended": ended,  # bool: the subgoal is known
+            "subgoal": where(same, reached.gather(1, coming), -1),  # int64; -1: none
+            "weight": weight,  # bool: the step is learnt from
+        }
 
 
-# --------------------------------------------------------------------------------------------------
-# Agent and planner
-# --------------------------------------------------------------------------------------------------
-class TransitionNetwork(nn.Module):
-    """Reward and next value of (o_i, a_i, a_-i), without a simulator. The own action and each
-    co-player's action select a block of the first layer's weights, so that a sampled joint action
-    costs a sum of rows and the layers above it."""
-
-    def __init__(self, own, other, num_actions, hidden):
-        super().__init__()
-        self.own = layer(own, hidden)
-        self.own_action = layer(hidden, num_actions * hidden)
-        self.other = layer(other, hidden // 2)
-        self.other_action = layer(hidden // 2, num_actions * hidden)
-        self.hidden = layer(hidden, hidden)
-        self.out = layer(hidden, 2, 0.1)
-
-    def blocks(self, own, others):
-        """First-layer rows of each own action [R, A, H], each co-player's action [R, N-1, A, H]."""
-        shape = (-1, self.hidden.in_features)
-        mine = self.own_action(F.relu(self.own(own))).unflatten(-1, shape)
-        return mine, self.other_action(F.relu(self.other(others))).unflatten(-1, shape)
-
-    def outcome(self, first):
-        """Reward [..] and next value [..] from summed first-layer rows [.., H]."""
-        return self.out(F.relu(self.hidden(F.relu(first)))).unbind(-1)
-
-    def forward(self, rows):
-        """Reward [R] and next value [R] of transitions."""
-        mine, theirs = self.blocks(rows["own"], rows["others"])
-        index = arange(len(mine), device=mine.device)
-        slots = arange(theirs.shape[1], device=mine.device)
-        theirs = theirs[index[:, None], slots, rows["other_actions"]].sum(1)
-        return self.outcome(mine[index, rows["action"]] + theirs)
-
-
+# ---- Agent and planner ---------------------------------------------------------------------------
 class Agent(nn.Module):
     """The learned player: policy, value, MOA, and the transition network of its planner."""
 
@@ -1176,104 +1027,101 @@ class Agent(nn.Module):
         self.args = args
         self.moa = MOA(game, args)
         goal = self.moa.goal_size
-        sizes = (game.own_size, game.other_size + goal)
-        self.actor = PlayerNetwork(*sizes, goal, game.num_actions, args.hidden_size)
-        self.critic = PlayerNetwork(*sizes, goal, 1, args.hidden_size, 1.0)
-        nn.init.constant_(self.critic.out.bias, 1.0)  # optimism: the search goes on
-        self.transition = TransitionNetwork(*sizes, game.num_actions, args.hidden_size)
+        own = game.own_size
+        other = game.other_size + goal
+        actions = game.num_actions
+        self.actor = PlayerNetwork(own, other, goal, actions, args.hidden_size)
+        self.critic = PlayerNetwork(own, other, goal, 1, args.hidden_size, 1.0)
+        self.transition = PlayerNetwork(own, other + actions, actions, 2, args.hidden_size, 0.1)
         self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
-        self.register_buffer("plan_rms", tensor(0.1))  # running, of Q_plan
         self.plan_mode = args.plan_update  # "none" after --plan-until
         self.to(game.device)
 
-    def infer(self, memory, own, others, state, co_players):
-        """Mean and log standard deviation [B, N, Z] of every seat's goal."""
-        if self.args.goal == "inferred":
-            return self.moa.encode(memory, own, others)
-        goal = own.new_zeros(*own.shape[:2], self.moa.goal_size)
-        if self.args.goal == "oracle":
-            goal = co_players.oracle(state)
-        return goal, torch.full_like(goal, -30.0)
-
-    def inputs(self, own, others, goal):
-        """What policy and value read: own [B, N, X], co-players' features with their goals
-        [B, N, N-1, Y + Z], and these goals' sum [B, N, Z]."""
-        theirs = goal[:, self.game.others]
-        return own, cat([others, theirs], -1), theirs.sum(-2)
-
-    def value(self, memory, state, co_players):
-        """V [B, N] of every seat."""
-        own, others = self.game.features(state)
-        goal, _ = self.infer(memory, own, others, state, co_players)
-        return self.critic(*self.inputs(own, others, goal)).squeeze(-1)
-
-    def empty_memory(self, batch):
-        """The memory of matches that begin."""
-        size = self.args.moa_hidden_size + 1
-        return self.plan_rms.new_zeros(batch, self.game.num_players, 2, size)
-
-    def remember(self, memory, decision, actions):
-        """The memory with the step of a Decision added, in which `actions` [B, N] were played."""
-        if self.args.goal != "inferred":
-            return memory
-        others = decision.others[..., : self.game.other_size]
-        step = self.moa.step_features(decision.own, others, actions, decision.alive)
-        return memory + step[:, :, None]
+    def inputs(self, views, goals):
+        """What policy and value read beside own features: the co-players' with their goals
+        [B, N, N-1, Y + Z], and the sum of these goals [B, N, Z]."""
+        theirs = goals[:, self.game.others]
+        return cat([views, theirs], -1), theirs.sum(-2)
 
 
-def forget(memory, ended, match_ended):
-    """`memory` [B, N, 2, ..] emptied where the episode or the match ended, bool [B]."""
-    return memory.masked_fill(stack([match_ended, ended], 1)[:, None, :, None], 0.0)
+class Player:
+    """An agent that plays B games, with its memory [B, N, 2, E + 1] of the running matches."""
 
+    def __init__(self, agent, batch):
+        self.agent = agent
+        size = agent.args.moa_hidden_size + 1
+        self.memory = agent.plan_slope.new_zeros(batch, agent.game.num_players, 2, size)
 
-class Decision(NamedTuple):
-    """What every seat saw, thought and did in one step of B games."""
-
-    action: Tensor  # int64 [B, N]
-    log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
-    value: Tensor  # float32 [B, N] of returns times reward_scale
-    own: Tensor  # float32 [B, N, X]
-    others: Tensor  # float32 [B, N, N-1, Y + Z] with goals
-    goal: Tensor  # float32 [B, N, Z] sum of the co-players' goals
-    mask: Tensor  # bool [B, N, A]
-    alive: Tensor  # bool [B, N]
-    q_plan: Tensor  # float32 [B, N, A] scores of legal actions; 0 where the planner did not run
-    offset: Tensor  # float32 [B, N, A] beta * (q_plan - its mean): the planner in the logits
-    prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
-
-
-def decide(agent, state, mask, memory, seats, co_players):
-    """A Decision for every seat; the planner runs only where bool `seats` [B, N] is True."""
-    args = agent.args
-    generator = co_players.generator
-    alive = agent.game.alive(state)
-    with record_function("goal inference"):
+    def infer(self, state, co_players):
+        """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; mean and log standard deviation
+        [B, N, Z] of every seat's goal."""
+        agent = self.agent
         own, others = agent.game.features(state)
-        goal, log_std = agent.infer(memory, own, others, state, co_players)
-    with record_function("policy and value"):
-        inputs = agent.inputs(own, others, goal)
-        prior = masked(agent.actor(*inputs), mask).log_softmax(-1)
-        value = agent.critic(*inputs).squeeze(-1)
-    q_plan = zeros_like(prior)
-    offset = q_plan
-    if agent.plan_mode != "none":
-        with record_function("planner"):
-            joint = sample_joint_actions(agent, own, others, goal, log_std, mask, generator)
-            chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
-            q_plan[chosen] = scores(agent, state, inputs, goal, mask, joint, *chosen)
-            beta = args.plan_beta * agent.plan_slope.clamp(0.0, 1.0) / agent.plan_rms
-            offset = beta * centred(q_plan, mask)
-    logits = offset if agent.plan_mode == "hop" else prior + offset
-    policy = masked(logits, mask).log_softmax(-1)
-    action = sample(policy, generator)
-    log_prob = pick(policy, action)
-    return Decision(action, log_prob, value, *inputs, mask, alive, q_plan, offset, prior)
+        if agent.args.goal == "inferred":
+            return own, others, *agent.moa.encode(self.memory, own, others)
+        goals = own.new_zeros(*own.shape[:2], agent.moa.goal_size)
+        if agent.args.goal == "oracle":
+            goals = co_players.oracle(state)
+        return own, others, goals, torch.full_like(goals, -30.0)
 
+    def value(self, state, co_players):
+        """V [B, N] of every seat."""
+        own, views, goals, _ = self.infer(state, co_players)
+        return self.agent.critic(own, *self.agent.inputs(views, goals)).squeeze(-1)
 
-def centred(q_plan, mask):
-    """`q_plan` [.., A] less its mean over the legal actions of `mask` [.., A]; 0 for others."""
-    mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
-    return (q_plan - mean) * mask
+    def act(self, state, mask, seats, co_players):
+        """What every seat sees, thinks and does, by name; the planner runs where bool `seats`
+        [B, N] is True."""
+        agent = self.agent
+        generator = co_players.generator
+        alive = agent.game.alive(state)
+        with record_function("goal inference"):
+            own, views, goals, log_std = self.infer(state, co_players)
+        with record_function("policy and value"):
+            others, goal = agent.inputs(views, goals)
+            prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
+            value = agent.critic(own, others, goal).squeeze(-1)
+        q_plan = zeros_like(prior)
+        offset = q_plan
+        if agent.plan_mode != "none":
+            with record_function("planner"):
+                joint = sample_joint_actions(agent, own, views, goals, log_std, mask, generator)
+                chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
+                q_plan[chosen] = scores(agent, own, others, joint, chosen)
+                mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
+                slope = agent.plan_slope.clamp(0.0, 1.0)
+                offset = agent.args.plan_beta * slope * (q_plan - mean) * mask
+        logits = offset if agent.plan_mode == "hop" else prior + offset
+        policy = masked(logits, mask).log_softmax(-1)
+        action = sample(policy, generator)
+        self.decision = {
+            "action": action,  # int64 [B, N]
+            "log_prob": pick(policy, action),  # [B, N] under the policy that acts
+            "value": value,  # [B, N] of returns times reward_scale
+            "own": own,  # [B, N, X]
+            "views": views,  # [B, N, N-1, Y] co-players' features
+            "others": others,  # [B, N, N-1, Y + Z] these and their goals
+            "goals": goals,  # [B, N, Z] of every seat
+            "goal": goal,  # [B, N, Z] sum of the co-players'
+            "mask": mask,  # bool [B, N, A]
+            "alive": alive,  # bool [B, N]
+            "q_plan": q_plan,  # [B, N, A]; 0 where the planner did not run
+            "offset": offset,  # [B, N, A] the planner in the logits
+            "prior": prior,  # [B, N, A] log pi_theta
+        }
+        return self.decision
+
+    def remember(self, actions):
+        """Adds the step of the last decision, in which `actions` [B, N] were played."""
+        if self.agent.args.goal == "inferred":
+            own, views, alive = map(self.decision.get, "own views alive".split())
+            step = self.agent.moa.step_features(own, views, actions, alive)
+            self.memory = self.memory + step[:, :, None]
+
+    def forget(self, ended, match_ended):
+        """Empties the memory of episodes and of matches that ended, bool [B]."""
+        over = stack([match_ended, ended], 1)[:, None, :, None]
+        self.memory = self.memory.masked_fill(over, 0.0)
 
 
 def gaussian(mean, log_std, generator):
@@ -1289,68 +1137,52 @@ def sample_joint_actions(agent, own, others, goal, log_std, mask, generator):
     shape = (-1, -1, agent.args.plan_samples, -1)
     goals = goal[:, :, None].expand(shape)  # [B, N, K, Z]
     goals = gaussian(goals, log_std[:, :, None], generator)
-    logits = agent.moa.decoder(own, others, goals)
+    logits = agent.moa.decoder(own[:, :, None], others[:, :, None], goals)
     return sample(masked(logits, mask[:, :, None]), generator).transpose(1, 2)
 
 
-def scores(agent, state, inputs, goal, mask, joint, games, seats):
-    """[D, A]: mean over the K joint actions of r + gamma V', for every legal own action, by the
-    transition network or by exact steps of the game."""
-    own, others, _ = inputs
-    simulates = agent.args.transition == "simulator"
-    if not simulates:
-        mine, theirs = agent.transition.blocks(own[games, seats], others[games, seats])
-        taken = joint[games[:, None], :, agent.game.others[seats]]  # [D, N-1, K]
-        theirs = theirs.take_along_dim(taken[..., None], 2).sum(1)  # [D, K, H]
-    decision, action = mask[games, seats].nonzero(as_tuple=True)  # P legal pairs
-    result = own.new_zeros(len(games), mask.shape[2])
-    size = 256 if own.device.type == "cpu" else len(action) + 1  # few enough to stay in a cache
-    for d, a in zip(decision.split(size), action.split(size)):
-        if simulates:
-            reward, value = simulated(agent, state, goal, joint, games[d], seats[d], a)
-        else:
-            reward, value = agent.transition.outcome(mine[d, a][:, None] + theirs[d])
-        result[d, a] = (reward + agent.args.gamma * value).mean(1)
-    return result
+def outcome(network, own, others, other_actions, action):
+    """Reward [..] and next value [..] that the transition network predicts, from own features
+    [.., X], co-players' [.., N-1, Y + Z] and actions [.., N-1], and the own action [..]."""
+    size = network.goal.in_features
+    theirs = F.one_hot(other_actions, size)
+    theirs = cat([others.expand(*theirs.shape[:-1], -1), theirs], -1)
+    return network(own, theirs, F.one_hot(action, size).float()).unbind(-1)
 
 
-def simulated(agent, state, goal, joint, games, seats, action):
-    """Reward and next value [P, K] of P own actions with K joint actions, by steps of the game."""
-    args = agent.args
-    actions = joint[games]  # [P, K, N]
-    actions[arange(len(games)), :, seats] = action[:, None]
-    games = games.repeat_interleave(joint.shape[1])
-    at = (arange(len(games)), seats.repeat_interleave(joint.shape[1]))
-    before = type(state)(*(field[games] for field in state))
-    after, reward, terminated, _ = agent.game.step(before, actions.flatten(0, 1))
-    reward = args.reward_scale * (reward + args.prosocial * (reward.mean(1, True) - reward))
-    inputs = agent.inputs(*agent.game.features(after), goal[games])
-    value = agent.critic(*(x[at] for x in inputs)).squeeze(1) * ~terminated[at]
-    shape = actions.shape[:2]
-    return reward[at].view(shape), value.view(shape)
+def scores(agent, own, others, joint, chosen):
+    """[D, A]: mean over the K joint actions of r + gamma V', for every own action, of D decisions:
+    the games and seats `chosen`."""
+    games, seats = chosen
+    joint = joint[games[:, None], :, agent.game.others[seats]].transpose(1, 2)  # [D, K, N-1]
+    features = (x[chosen][:, None, None] for x in (own, others))
+    actions = arange(agent.game.num_actions, device=own.device)
+    reward, value = outcome(agent.transition, *features, joint[:, :, None], actions)  # [D, K, A]
+    return (reward + agent.args.gamma * value).mean(1)
 
 
 def calibration(rows, mode):
-    """E_pi Q_plan [R]; slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows, and Q_plan's
-    root mean square, which set beta."""
-    mask = rows["mask"]
-    q_plan = rows["q_plan"]
+    """E_pi Q_plan [R], and the slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how
+    far the planner is to be trusted."""
     logits = rows["offset"] + (0.0 if mode == "hop" else rows["prior"])
-    expected = (masked(logits, mask).softmax(1) * q_plan).sum(1)
-    gain = pick(q_plan, rows["action"]) - expected
+    policy = masked(logits, rows["mask"]).softmax(1)
+    expected = (policy * rows["q_plan"]).sum(1)
+    gain = pick(rows["q_plan"], rows["action"]) - expected
     slope = (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
-    rms = (centred(q_plan, mask).square().sum() / mask.sum().clamp(min=1)).sqrt().clamp(min=1e-3)
-    return expected, slope, rms
+    return expected, slope
 
 
 RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
+
+
+TRANSITION = "own others other_actions action".split()  # what `outcome` reads
 
 
 def surprising(network, rows, reservoir, generator):
     """The reservoir of transitions, by name [RESERVOIR, ..], with those in `rows` [R, ..] offered:
     weighted by the squared error of the reward (A-Res, Efraimidis and Spirakis 2006). Joint hunts
     are too rare at first to be learnt as they come."""
-    error = (network(rows)[0] - rows["reward"]).square() + 1e-9
+    error = (outcome(network, *map(rows.get, TRANSITION))[0] - rows["reward"]).square() + 1e-9
     key = uniform(error.shape, generator).clamp(min=1e-20).log() / error
     pool = {}
     for name, value in {**rows, "key": key}.items():
@@ -1366,16 +1198,14 @@ def transition_loss(network, rows, reservoir, generator):
     size = (math.ceil(count / 4),)
     drawn = (uniform(size, generator) * len(reservoir["key"])).long()
     both = {name: cat([value, reservoir[name][drawn]]) for name, value in rows.items()}
-    reward, value = network(both)
+    reward, value = outcome(network, *map(both.get, TRANSITION))
     reward_loss = F.mse_loss(reward, both["reward"])
     value_loss = F.mse_loss(value[:count], rows["next_value"])
     terms = {"losses/transition_reward": reward_loss, "losses/transition_value": value_loss}
     return reward_loss + value_loss, terms
 
 
-# --------------------------------------------------------------------------------------------------
-# PPO
-# --------------------------------------------------------------------------------------------------
+# ---- PPO -----------------------------------------------------------------------------------------
 def generalised_advantages(rewards, values, next_values, goes_on, gamma, gae_lambda):
     """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments
     [T, B, N]. `next_values`: V of the player's next state; 0 where it was terminated; V of the
@@ -1434,11 +1264,9 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
         sums[name].append(term.detach())
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints and evaluation
-# --------------------------------------------------------------------------------------------------
+# ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-PLAYED = ["plan_update", "plan_beta", "plan_samples", "transition"]  # what `evaluate` may change
+PLAYED = "plan_update plan_beta plan_samples".split()  # what `evaluate` may change
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
@@ -1472,10 +1300,8 @@ def load_player(path, game, batch, play=None):
             if content["script"] == SCRIPT:
                 raise
             return importlib.import_module(content["script"]).load_player(path, game, batch, play)
-    if agent.plan_mode != content["plan_mode"] and agent.plan_slope == 0.0:  # was never on
-        if agent.args.transition == "network":
-            raise UsageError(f"{path} has not learnt what a planner needs; take the simulator")
-        agent.plan_slope.fill_(1.0)
+    if agent.plan_mode not in ("none", content["plan_mode"]) and agent.plan_slope == 0.0:
+        raise UsageError(f"{path} has not learnt what a planner needs: its planner was never on")
     return Player(agent, batch)
 
 
@@ -1509,41 +1335,42 @@ def evaluate(
     if len(entries) == 1:
         entries = [*entries] * (game.num_players - 1)
     generator = Generator(device).manual_seed(seed)
-    focal = torch.zeros(episodes, device=device)
-    others = torch.zeros(episodes, device=device)
-    matches = arange(0, episodes, match_episodes, device=device)  # number of the first episode
-    for starts in matches.split(num_envs):
-        players = CoPlayers(game, entries, len(starts), match_episodes, generator, fixed=True)
-        player = load_player(checkpoint, game, len(starts), play)
-        state = game.start(len(starts), generator)
-        returns = game.alive(state) * 0.0
-        ends = (starts + match_episodes).clamp(max=episodes)
-        number = starts  # of the running episode
-        bar = tqdm(desc=args.env_id, total=int((ends - starts).sum()), unit="episode")
-        while (number < ends).any():
-            if watch:
-                watch(**locals())
-            mask = game.action_mask(state)
-            learner = players.kind == 0
-            actions = players.act(state, mask)
-            seats = learner & (number < ends)[:, None]
-            actions = where(learner, player.act(state, mask, seats, players), actions)
-            state, reward, terminated, truncated = game.step(state, actions)
-            returns = returns + reward
-            ended = (terminated | truncated).all(1)
-            if watch and ended.any():
-                watch(**locals())
-            own = pick(returns, players.focal)
-            counted = ended & (number < ends)
-            focal[number[counted]] = own[counted]
-            company = (returns.sum(1) - own) / max(1, game.num_players - 1)
-            others[number[counted]] = company[counted]
-            bar.update(int(counted.sum()))
-            player.observe(actions, ended, players.observe(actions, ended))
-            number = number + ended
-            returns = returns.masked_fill(ended[:, None], 0.0)
-            state = game.restart(state, ended, generator)
-        bar.close()
+    batch = min(num_envs, math.ceil(episodes / match_episodes))
+    players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
+    player = load_player(checkpoint, game, batch, play)
+    state = game.start(batch, generator)
+    returns = game.alive(state) * 0.0
+    totals = torch.zeros(2, episodes, device=device)  # of the focal player, of the others
+    match = arange(batch, device=device)  # number of the running match
+    number = match * match_episodes  # of the running episode
+    bar = tqdm(desc=args.env_id, total=episodes, unit="episode")
+    while (number < episodes).any():
+        if watch:
+            watch(**locals())
+        mask = game.action_mask(state)
+        learner = players.kind == 0
+        actions = players.act(state, mask)
+        seats = learner & (number < episodes)[:, None]
+        actions = where(learner, player.act(state, mask, seats, players)["action"], actions)
+        state, reward, terminated, truncated = game.step(state, actions)
+        returns = returns + reward
+        ended = (terminated | truncated).all(1)
+        if watch and ended.any():
+            watch(**locals())
+        own = pick(returns, players.focal)
+        company = (returns.sum(1) - own) / max(1, game.num_players - 1)
+        counted = ended & (number < episodes)
+        totals[:, number[counted]] = stack([own, company])[:, counted]
+        bar.update(int(counted.sum()))
+        match_ended = players.observe(actions, ended)
+        player.remember(actions)
+        player.forget(ended, match_ended)
+        match = match + batch * match_ended
+        number = match * match_episodes + players.episode
+        returns = returns.masked_fill(ended[:, None], 0.0)
+        state = game.restart(state, ended, generator)
+    bar.close()
+    focal, others = totals
     by_episode = [float(focal[k::match_episodes].mean()) for k in range(match_episodes)]
     return {
         "focal_return": float(focal.mean()),
@@ -1578,14 +1405,13 @@ def record_video(run, company, episodes):
         if number < episodes - 1:
             return
         agent = player.agent
-        beliefs = None
+        beliefs = []
         if game.num_items and agent.args.goal == "inferred":
-            own, others = game.features(state)
-            goal, _ = agent.infer(player.memory, own, others, state, players)
-            logits = agent.moa.subgoal_logits(own, others, goal, *game.subgoals(state))
-            beliefs = logits[0].softmax(1)
-        text = f"focal {int(players.focal)}, others {company}; rewards {returns[0].tolist()}"
-        picture = game.draw(state, f"last episode of a match, {text}", beliefs)
+            *seen, _ = player.infer(state, players)
+            logits = agent.moa.subgoal_logits(*seen, *game.subgoals(state))
+            beliefs = logits[0].softmax(1)[:, :-1].tolist()
+        title = f"focal player {int(players.focal)}, others {company}, last episode of a match"
+        picture = game.draw(state, f"{title}\nrewards {returns[0].tolist()}", beliefs)
         frames.append(Image.fromarray(picture))
 
     with refused(f"no video of {run}"):
@@ -1595,31 +1421,19 @@ def record_video(run, company, episodes):
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 FREE = """total_timesteps checkpoint_every capture_video profile resume init load_moa track compile
     wandb_project_name wandb_entity cuda exp_name evaluate eval_episodes env_workers""".split()
 
 
-def report_profile(path, profiler):
-    """Writes the trace to `path`; prints every label's seconds and share of the iterations."""
-    profiler.export_chrome_trace(path)
-    spent = defaultdict(float)
-    for event in json.loads(Path(path).read_text())["traceEvents"]:
-        if event.get("cat") == "user_annotation":
-            spent[event["name"].partition("#")[0]] += event["dur"] / 1e6
-    for name in sorted(spent, key=spent.get, reverse=True):
-        print(f"{name:20} {spent[name]:8.3f} s {spent[name] / spent['ProfilerStep']:6.1%}")
-
-
-def check_login():
-    """Raises UsageError if W&B would ask for a login."""
-    with refused("--track"):
-        import wandb
-
-        if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False):
-            raise UsageError("--track: run `wandb login` first, or set WANDB_MODE=offline")
+def report_profile(folder, profiler):
+    """Writes trace.json, and prints the labels: seconds, and shares of the iterations."""
+    profiler.export_chrome_trace(f"{folder}/trace.json")
+    labels = [event for event in profiler.key_averages() if event.is_user_annotation]
+    labels.sort(key=lambda label: -label.cpu_time_total)
+    for label in labels:
+        share = label.cpu_time_total / labels[0].cpu_time_total
+        print(f"{label.key:20} {label.cpu_time_total / 1e6:8.3f} s {share:6.1%}")
 
 
 def start_tracking(args, name, run_id):
@@ -1638,8 +1452,6 @@ def train(args, watch=None):
     device = torch.device("cuda" if args.cuda else "cpu")
     resumes = args.resume is not None
     source = args.resume if resumes else args.init
-    if args.track:
-        check_login()
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device is available")
     content = {} if source is None else load_checkpoint(source, device)
@@ -1661,19 +1473,19 @@ def train(args, watch=None):
     if co_players.callables:  # others of their kind try one step before anything is written
         CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
     buffer = MatchBuffer(game, args)
-    memory = agent.empty_memory(args.num_envs)
+    player = Player(agent, args.num_envs)
     returns = game.alive(state) * 0.0  # [B, N] of running episodes
     reservoir = {}  # surprising transitions
     per_iteration = args.num_envs * args.num_steps
-    global_step = -math.ceil(args.pretrain_moa_steps / per_iteration) * per_iteration
+    global_step = 0
     iteration = 0
     tracking_id = None
     reads_moa = args.goal == "inferred" or args.plan_update != "none"
+    moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
     if args.load_moa is not None and not resumes:
         weights = load_checkpoint(args.load_moa, device)["agent"]
         with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
-            names = [name for name in weights if name.startswith("moa.")]
-            agent.moa.load_state_dict({name[4:]: weights[name] for name in names})
+            agent.moa.load_state_dict({k[4:]: v for k, v in weights.items() if k[:4] == "moa."})
     with refused(f"{source} does not fit this run"):
         if source is not None:
             agent.load_state_dict(content["agent"])
@@ -1687,15 +1499,13 @@ def train(args, watch=None):
             if content["args"]["cuda"] == args.cuda:
                 generator.set_state(content["generator"].cpu())
             torch.set_rng_state(content["torch_generator"].cpu())
-            seats = content["seats"]
-            co_players.focal, co_players.kind, co_players.target, co_players.episode = seats
-            for k, player in co_players.agents.items():
-                player.memory = content["co_player_memory"][k]
-            buffer.now, buffer.start, buffer.episode_start, buffer.matches = content["matches"]
-            for name, field in content["ring"].items():
-                buffer.ring[name] = field.new_zeros(buffer.size, *field.shape[1:])
-                buffer.ring[name][: len(field)] = field
-            memory = content["memory"]
+            co_players.focal, co_players.kind = content["seats"]
+            co_players.target, co_players.episode = content["scripts"]
+            for k, other in co_players.agents.items():
+                other.memory = content["co_player_memory"][k]
+            buffer.now, buffer.match_start, buffer.episode_start = content["starts"]
+            buffer.ring = content["ring"]
+            player.memory = content["memory"]
             reservoir = content["reservoir"]
             global_step = content["global_step"]
             iteration = content["iteration"]
@@ -1706,6 +1516,7 @@ def train(args, watch=None):
             else:
                 print("--resume: episodes of this environment begin anew", file=sys.stderr)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+    tracker = start_tracking(args, name, tracking_id) if args.track and not resumes else None
     folder = f"runs/{name}"
     if resumes:
         folder = os.path.dirname(checkpoint_path(args.resume)) or "."
@@ -1715,17 +1526,16 @@ def train(args, watch=None):
         os.makedirs(folder, exist_ok=True)
         lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    tracker = start_tracking(args, name, tracking_id) if args.track else None
+    if args.track and resumes:  # with the lock
+        tracker = start_tracking(args, name, tracking_id)
     if not resumes:
         Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
     writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)
-    bar = tqdm(
-        desc=args.env_id, total=args.total_timesteps, unit="step", initial=max(0, global_step)
-    )
+    bar = tqdm(desc=args.env_id, total=args.total_timesteps, unit="step", initial=global_step)
     profiler = None
     if args.profile:
-        window = torch.profiler.schedule(skip_first=1, wait=0, warmup=0, active=3, repeat=1)
-        report = functools.partial(report_profile, f"{folder}/trace.json")
+        window = torch.profiler.schedule(wait=1, warmup=0, active=3, repeat=1)
+        report = functools.partial(report_profile, folder)
         profiler = torch.profiler.profile(schedule=window, on_trace_ready=report)
         profiler.start()
     metrics = {}
@@ -1754,16 +1564,12 @@ def train(args, watch=None):
                     "optimizer": optimizer.state_dict(),
                     "generator": generator.get_state(),
                     "torch_generator": torch.get_rng_state(),
-                    "seats": [
-                        co_players.focal,
-                        co_players.kind,
-                        co_players.target,
-                        co_players.episode,
-                    ],
+                    "seats": [co_players.focal, co_players.kind],
+                    "scripts": [co_players.target, co_players.episode],
                     "co_player_memory": {k: p.memory for k, p in co_players.agents.items()},
-                    "matches": [buffer.now, buffer.start, buffer.episode_start, buffer.matches],
-                    "ring": {k: field[: buffer.now].clone() for k, field in buffer.ring.items()},
-                    "memory": memory,
+                    "starts": [buffer.now, buffer.match_start, buffer.episode_start],
+                    "ring": buffer.ring,
+                    "memory": player.memory,
                     "reservoir": reservoir,
                     "global_step": global_step,
                     "iteration": iteration,
@@ -1779,8 +1585,8 @@ def train(args, watch=None):
 
             # ---- SCHEDULES
             started = time.perf_counter()
-            pretraining = global_step < 0
-            done = max(0, global_step) / args.total_timesteps
+            pretraining = global_step < args.pretrain_moa_steps
+            done = global_step / args.total_timesteps
             left = 1.0 - done if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             ent_coef = tensor(args.ent_coef * max(left, 0.1), device=device)
@@ -1792,47 +1598,36 @@ def train(args, watch=None):
             sums = defaultdict(list)  # terms of the losses, by minibatch
             finished = []  # length, kinds and returns of episodes that ended
             with torch.no_grad(), record_function("rollout"):
-                if args.goal == "inferred" and not args.freeze_moa and iteration > 0:
-                    memory = buffer.memory(agent.moa)
                 for _ in range(args.num_steps):
                     mask = game.action_mask(state)
                     kind = co_players.kind
                     with record_function("co-players"):
                         actions = co_players.act(state, mask)
-                    decision = decide(agent, state, mask, memory, kind == 0, co_players)
-                    actions = where(kind == 0, decision.action, actions)
+                    decision = player.act(state, mask, kind == 0, co_players)
+                    actions = where(kind == 0, decision["action"], actions)
                     with record_function("game"):
                         after, reward, terminated, truncated = game.step(state, actions)
-                    memory = agent.remember(memory, decision, actions)
+                    player.remember(actions)
                     final_value = zeros_like(reward)
                     if truncated.any():
-                        final_value = agent.value(memory, after, co_players) * truncated
-                    mixed = args.prosocial * reward.mean(1, keepdim=True)
-                    mixed = mixed + (1.0 - args.prosocial) * reward
+                        final_value = player.value(after, co_players) * truncated
                     transition = {
-                        **decision._asdict(),
+                        **decision,
                         "action": actions,
                         "other_actions": actions[:, game.others],
-                        "reward": mixed * args.reward_scale,
+                        "reward": reward,
+                        "reached": game.reached(state, actions, after, reward),
                         "goes_on": ~(terminated | truncated),
                         "final_value": final_value,
-                        "learner": (kind == 0) & decision.alive,
+                        "learner": (kind == 0) & decision["alive"],
                     }
                     for name, value in transition.items():
                         storage[name].append(value)
                     ended = (terminated | truncated).all(1)
-                    step = {
-                        "actions": actions,
-                        "alive": decision.alive,
-                        "reward": reward,
-                        "reached": game.reached(state, actions, after, reward),
-                    }
-                    if args.goal == "oracle":
-                        step["oracle"] = co_players.oracle(state)
                     match_ended = co_players.observe(actions, ended)
                     if reads_moa:
-                        buffer.add(state, step, ended, match_ended)
-                    memory = forget(memory, ended, match_ended)
+                        buffer.add(state, transition, ended, match_ended)
+                    player.forget(ended, match_ended)
                     returns = returns + reward
                     state = after
                     if ended.any():
@@ -1841,7 +1636,14 @@ def train(args, watch=None):
                         returns = returns.masked_fill(ended.unsqueeze(1), 0.0)
                         state = game.restart(after, ended, generator)
                 rows = {name: stack(values) for name, values in storage.items()}
-                last_value = agent.value(memory, state, co_players)
+                if args.reward_scale is None:  # environments: by the first rollout
+                    largest = (
+                        rows["reward"].sum(0).std(correction=0).maximum(rows["reward"].abs().max())
+                    )
+                    args.reward_scale = 1.0 / (float(largest) or 1.0)
+                shared = rows["reward"].mean(2, keepdim=True)
+                rows["reward"] = args.reward_scale * rows["reward"].lerp(shared, args.prosocial)
+                last_value = player.value(state, co_players)
                 following = cat([rows["value"][1:], last_value.unsqueeze(0)])
                 rows["next_value"] = where(rows["goes_on"], following, rows["final_value"])
             global_step += per_iteration
@@ -1849,16 +1651,16 @@ def train(args, watch=None):
 
             # ---- MOA
             with record_function("MOA"):
-                learns_moa = reads_moa and not args.freeze_moa and len(buffer.held())
-                for _ in range(args.moa_updates if learns_moa else 0):
+                for _ in range(moa_updates):
                     batch = buffer.sample(args.moa_matches, generator)
-                    loss, terms = moa_loss(agent, batch, pretraining, generator)
-                    descend(optimizer, 1, loss, 1.0, terms, sums)
+                    if batch["weight"].any():
+                        loss, terms = moa_loss(agent, batch, pretraining, generator)
+                        descend(optimizer, 1, loss, 1.0, terms, sums)
 
             # ---- TRANSITION NETWORK
             with record_function("transition"):
-                if agent.plan_mode != "none" and args.transition == "network" and not pretraining:
-                    names = "own others action other_actions reward next_value".split()
+                if agent.plan_mode != "none" and not pretraining:
+                    names = [*TRANSITION, "reward", "next_value"]
                     moves = {name: rows[name][rows["alive"]] for name in names}
                     with torch.no_grad():
                         reservoir = surprising(agent.transition, moves, reservoir, generator)
@@ -1868,27 +1670,20 @@ def train(args, watch=None):
 
             # ---- PPO
             with record_function("PPO"):
-                rows["advantage"] = generalised_advantages(
-                    rows["reward"],
-                    rows["value"],
-                    rows["next_value"],
-                    rows["goes_on"],
-                    args.gamma,
-                    args.gae_lambda,
-                )
+                imitate = agent.plan_mode == "hop"
+                if imitate and args.plan_beta:  # V is soft; the entropy bonus falls to 0
+                    temperature = (1.0 - done / args.plan_until) / args.plan_beta
+                    rows["reward"] = rows["reward"] - temperature * rows["log_prob"]
+                steps = map(rows.get, "reward value next_value goes_on".split())
+                rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]
                 names = """own others goal mask offset q_plan prior action log_prob advantage
                     return""".split()
                 rows = {name: rows[name][rows["learner"]] for name in names}  # [R, ..]
-                unexplained = rows["advantage"].var() / rows["return"].var().clamp(min=1e-9)
-                sums["losses/explained_variance"].append((1.0 - unexplained).nan_to_num())
-                imitate = agent.plan_mode == "hop"
                 if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
-                    expected, slope, rms = calibration(rows, agent.plan_mode)
+                    expected, slope = calibration(rows, agent.plan_mode)
                     agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
-                    agent.plan_rms.lerp_(rms, 0.2)
                     sums["losses/plan_slope"].append(slope)
-                    sums["losses/plan_rms"].append(rms)
                     if imitate:  # V towards the mean of the lambda-return and E_pi Q_plan
                         rows["return"] = 0.5 * (rows["return"] + expected)
                 epochs = 0 if pretraining else args.update_epochs
@@ -1913,13 +1708,11 @@ def train(args, watch=None):
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"{name} is {value} at step {global_step} of {folder}")
-                if not pretraining:
-                    writer.add_scalar(name, value, global_step)
-            if tracker and not pretraining:
+                writer.add_scalar(name, value, global_step)
+            if tracker:
                 tracker.log(metrics, step=global_step)
-            shown = f"return {metrics.get('charts/episodic_return', math.nan):.2f}"
-            bar.set_postfix_str(shown, refresh=False)
-            bar.update(0 if pretraining else per_iteration)
+            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}")
+            bar.update(per_iteration)
             if profiler:
                 profiler.step()
             if watch:
@@ -1928,7 +1721,6 @@ def train(args, watch=None):
         bar.close()
         writer.close()
         lock.close()
-        game.close()
         if profiler:
             profiler.stop()
         if tracker:

@@ -1,6 +1,6 @@
 """The figures of hop_onestep.py in the README: trains every setting with several seeds, evaluates, and prints tables.
 
-    python benchmarks/onestep.py --part selfplay     # all seats learn: planner (simulator, network) and plain PPO
+    python benchmarks/onestep.py --part selfplay     # all seats learn: planner and plain PPO
     python benchmarks/onestep.py --part goals        # one learner among scripted players: goals none, inferred, oracle
     python benchmarks/onestep.py --part main         # the README's main job
     python benchmarks/onestep.py --report            # tables from the results so far
@@ -32,8 +32,7 @@ SELFPLAY = {
         "msg gamma 0.95": "--total-timesteps 250000 --plan-samples 8 --gamma 0.95",
     }.items()
     for name, planner in {
-        "planner, simulator": "--transition simulator",
-        "planner, network": "--transition network",
+        "planner": "",
         "plain PPO": "--plan-update none",
     }.items()
 }
@@ -73,9 +72,7 @@ def plot(runs_of: dict[str, list[dict]]) -> None:
         return
     figure, axes = plt.subplots(1, len(games), figsize=(4.2 * len(games), 3.4), squeeze=False)
     for axis, game in zip(axes[0], games, strict=True):
-        for colour, method in zip(
-            ("#0072B2", "#009E73", "#D55E00"), ("planner, simulator", "planner, network", "plain PPO"), strict=True
-        ):
+        for colour, method in (("#009E73", "planner"), ("#D55E00", "plain PPO")):
             for k, result in enumerate(runs_of.get(f"{game} | {method}", [])):
                 steps, _, returns = zip(*result["curve"], strict=True)
                 axis.plot([s / 1000 for s in steps], returns, color=colour, lw=1, label=method if k == 0 else None)

@@ -37,7 +37,7 @@ import hop_onestep as onestep
 import sequential_search
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ["sequential search", "batched search", "one step, simulator", "one step, network", "no planner"]
+METHODS = ["sequential search", "batched search", "one step", "no planner"]
 NO_BOOKKEEPING = ("game step", "goal inference", "MOA", "policy and value")  # parts of the timer
 
 
@@ -69,13 +69,15 @@ class OneStep:
         self.args = self.agent.args
         sizes = {name: value.shape for name, value in self.agent.state_dict().items()}
         fitting = {name: value for name, value in trained.items() if value.shape == sizes.get(name)}
-        self.agent.load_state_dict(fitting, strict=False)  # the transition network keeps its first weights
+        self.agent.load_state_dict(fitting, strict=False)  # the rest keeps its first weights
+        self.player = onestep.Player(self.agent, 1)
 
     def act(self, state, mask, memory, seats, generator, oracle):
         company = types.SimpleNamespace(generator=generator)
         memory = torch.stack(list(memory), 2)
         with torch.no_grad():
-            return onestep.decide(self.agent, onestep.GridState(*state), mask, memory, seats, company)
+            self.player.memory = memory
+            return self.player.act(onestep.GridState(*state), mask, seats, company)
 
 
 class Situation:
@@ -103,7 +105,7 @@ class Situation:
                 "plan_update": "none" if name == "no planner" else "hop",
                 "num_goal_samples": options.goal_samples,
             }
-            settings |= {"transition": name.removeprefix("one step, "), "plan_samples": options.plan_samples}
+            settings |= {"plan_samples": options.plan_samples}
             known = {field.name for field in dataclasses.fields(method.Args)}
             args = method.Args(**{k: v for k, v in (common | settings).items() if k in known})
             if method is onestep:
@@ -174,7 +176,7 @@ def report(results: list[dict]) -> None:
         rates = result["rates"]
         cells = [f"{rates[name]:,.1f}" if rates[name] < 100 else f"{rates[name]:,.0f}" for name in METHODS]
         batched = rates["batched search"]
-        ratios = [f"{batched / rates['sequential search']:.1f}x", f"{rates['one step, simulator'] / batched:.1f}x"]
+        ratios = [f"{batched / rates['sequential search']:.1f}x", f"{rates['one step'] / batched:.1f}x"]
         print(f"| {result['games']} | {result['simulations']} | {' | '.join([*cells, *ratios])} |")
     names = list(results[0]["shares"])
     print("\n| games | simulations | " + " | ".join(names) + " |\n|" + "-|" * (len(names) + 2))

@@ -1,7 +1,7 @@
 """Learning within the match: a learner trained in self-play meets three co-players of one kind for 2,400 steps.
 
     python benchmarks/within_match.py RUN --co-players nh          # RUN: a self-play run of hop_onestep.py
-    python benchmarks/within_match.py RUN --co-players exploiter --transition network
+    python benchmarks/within_match.py RUN --co-players exploiter
 
 Every match starts from RUN's weights and is one game; chunks of 100 steps. Three learners stand side by side: `frozen`
 (nothing learns), `ppo` (PPO and MOA learn, no planner) and `planner` (all learn, the planner acts). The score of a
@@ -56,8 +56,7 @@ def main() -> None:
     parser.add_argument("--matches", type=int, default=8)
     parser.add_argument("--learning-rate", default="3e-3")
     parser.add_argument("--plan-update", default="offset")
-    parser.add_argument("--plan-beta", default="2")
-    parser.add_argument("--transition", default="simulator", choices=["simulator", "network"])
+    parser.add_argument("--plan-beta", default="8")
     parser.add_argument("--reference-steps", type=int, default=300_000, help="training of plain PPO")
     parser.add_argument("--learners", default="frozen,ppo,planner")
     parser.add_argument("--json")
@@ -69,7 +68,7 @@ def main() -> None:
     learners = {
         "frozen": "--plan-update none --learning-rate 1e-12 --freeze-moa",
         "ppo": f"--plan-update none {rate}",
-        "planner": f"{planner} --transition {chosen.transition} {rate}",
+        "planner": f"{planner} {rate}",
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         plain = {"env_id": env_id, "co_players": chosen.co_players, "goal": "none", "plan_update": "none"}

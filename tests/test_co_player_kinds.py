@@ -187,6 +187,9 @@ def test_an_added_kind_has_a_goal_of_its_own(script, hare_then_stag):
         rows[name] = oracle[players.kind == kind].unique(dim=0)
         assert len(rows[name]) == 1 or name == "ns"
     assert not torch.equal(rows["hs"], rows["nh"])
+    nobody = torch.zeros(game.oracle_size)
+    nobody[len(game.kinds)] = 1.0  # behind the scripted kinds
+    assert torch.equal(rows["self"][0], nobody)
     different = torch.cat(list(rows.values()))
     assert len(different.unique(dim=0)) == len(different)
 
@@ -673,7 +676,7 @@ def test_an_illegal_action_is_stay_before_anyone_sees_it(script, small, monkeypa
     steps = shown["buffer"].now
     assert steps == 32
     seats = shown["seats"].expand(steps, -1, -1)
-    done = ring["actions"][:steps][seats]
+    done = ring["action"][:steps][seats]
     row = ring["players"][:steps][seats] // 2
     assert torch.equal(done == UP, row == 1)
     assert torch.equal(done == STAY, row != 1)

@@ -4,6 +4,7 @@ Cells are (row, column) in this file, and None for a player that has left or an 
 """
 
 import itertools
+import math
 import random
 from collections import Counter
 
@@ -634,6 +635,7 @@ def test_left_player_has_an_empty_plane_everywhere_and_sees_the_rest(script):
         ("msg-2p", 8, 8, 2, [6]),
         ("msg-10d", 8, 8, 4, [10]),
         ("msg-2x3-1p-6d", 2, 3, 1, [6]),
+        ("msg-10x99-99p-99d", 10, 99, 99, [99]),
     ],
 )
 def test_ids(script, env_id, height, width, players, item_counts):
@@ -684,7 +686,8 @@ BAD_IDS = """
 """.split()
 BAD_IDS += ["", " msh", "msh ", "msh\n", "msh-4h1s\n"]
 BAD_IDS += ["msh-1\u0664p", "msg-1\u0664d"]  # \u0664 is a digit, but none of ASCII
-BAD_IDS += ["msh-9999x9999", "msg-9999p"]  # more than fits in memory
+BAD_IDS += ["msh-9999x9999", "msg-9999p", "msh-100x9", "msh-9x100", "msh-100p"]  # too long
+BAD_IDS += ["msh-100h1s", "msh-1h100s", "msg-100d", "msh-33x32", "msg-99x99"]  # or too large
 
 
 @pytest.mark.parametrize("env_id", BAD_IDS, ids=repr)
@@ -946,6 +949,25 @@ def test_restart_touches_the_ended_games_alone(script):
     assert len(begun.players[ended].unique(dim=0)) > 100
 
 
+def test_replaced(script):
+    """Fields of any shape and type, game by game, NaN included."""
+    generator = generator_of(0)
+    states = []
+    for time in (3, 0):
+        observation = torch.randn(5, 2, 4, generator=generator)
+        observation[:, 1] = math.nan
+        mask = torch.rand(5, 2, 3, generator=generator) < 0.5
+        playing = torch.rand(5, 2, generator=generator) < 0.5
+        states.append(script.ParallelState(observation, mask, playing, torch.full((5,), time)))
+    ended = torch.tensor([True, False, False, True, False])
+    result = script.replaced(*states, ended)
+    assert type(result) is script.ParallelState
+    for b in range(5):
+        for field, truth in zip(result, states[int(ended[b])], strict=True):
+            assert field.dtype == truth.dtype
+            torch.testing.assert_close(field[b], truth[b], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("env_id", ["msh-2x4-4h4s", "msg-2x4-8d", "msg-3x3-6d"])
 def test_items_are_on_distinct_cells(script, env_id):
     game = script.GridGame(env_id)
@@ -1003,7 +1025,7 @@ def test_features_depend_on_relative_cells_alone(script):
     zero = torch.tensor([0])
     players = torch.tensor([[9, 20, 26]])
     items = torch.tensor([[18, 25, 10]])
-    walls = slice(10, 15)  # legal moves, behind the clock
+    walls = slice(8, 13)  # legal moves, behind the clock
     own, others = game.features(script.GridState(players, items, zero, zero))
     moved, others_moved = game.features(script.GridState(players + 10, items + 10, zero, zero))
     own[..., walls] = 0.0
@@ -1029,11 +1051,26 @@ def test_clock_at_the_time_limit_is_read_as_one_step_before(script, env_id):
     earlier, _ = game.features(state._replace(time=limit - 2))
     assert 1 <= int((at_limit != before)[0, 0].sum()) <= 2  # the steps done, and a flag
     assert int((at_limit != earlier)[0, 0].sum()) > 3
-    done = torch.tensor(float(game.horizon))
-    one_left = script.clock_features(done, torch.tensor(1.0), game.horizon)
-    none_left = script.clock_features(done, torch.tensor(0.0), game.horizon)
-    assert torch.equal(at_limit[0, 0, :10], none_left)
-    assert torch.equal(none_left, one_left)
+    clock = script.clock_features(game, state._replace(time=limit))
+    assert clock.shape == (1, 3, 8)
+    assert torch.equal(at_limit[..., :8], clock)
+
+
+def test_the_clock_by_hand(script):
+    """Shares done and left, soon, at most five left, one, two, three left, an end before the
+    horizon."""
+    game = script.GridGame("msh-4x4-2p-1h1s")
+    state = game.start(4, generator_of(0))
+    times = torch.tensor([0, 7, 32, 34])
+    hunts = torch.tensor([0, 4, 0, 30])  # 35, 2, 3 and 1 steps are left
+    clock = script.clock_features(game, state._replace(time=times, first_hunt=hunts))
+    expected = []
+    for time, left in zip(times.tolist(), (35, 2, 3, 1), strict=True):
+        numbers = [time / 35, left / 35, math.exp(-left / 8), left <= 5]
+        numbers += [left == k for k in (1, 2, 3)]
+        expected.append([*map(float, numbers), float(time == 7)])
+    for seat in range(2):
+        torch.testing.assert_close(clock[:, seat], torch.tensor(expected))
 
 
 def test_subgoals(script):

@@ -358,6 +358,23 @@ def test_a_frame_shows_players_items_and_time():
     assert len({env.render().tobytes() for env in scenes}) == len(scenes)
 
 
+def test_beliefs_are_on_the_picture():
+    """Lines as wide as they are likely, from the players that are there."""
+    env = scene([0, 3, 12, -1], [5, 10, 15, 1, -1])
+    state = env.game_state
+    plain = env.game.draw(state, "title", [])
+    for seat, item, shows in ((0, 1, True), (2, 3, True), (3, 1, False)):
+        beliefs = [[0.0] * 5 for _ in range(4)]
+        beliefs[seat][item] = 0.5
+        picture = env.game.draw(state, "title", beliefs)
+        assert picture.shape == plain.shape
+        assert picture.dtype == np.uint8
+        assert np.array_equal(picture, plain) != shows
+        beliefs[seat][item] = 1.0
+        wider = env.game.draw(state, "title", beliefs)
+        assert np.array_equal(wider, picture) != shows
+
+
 def test_text():
     env = scene([0, 5, 5, -1], [5, 3, 15, 12, -1], 4, 2, render_mode="ansi")
     lines = env.render().splitlines()

@@ -9,9 +9,7 @@ def test_self_play_catches_the_stag(script, tmp_path):
         env_id="msh-4x4-4h1s",
         co_players="self",
         total_timesteps=81920,
-        num_steps=32,
         plan_samples=8,
-        transition="network",
         seed=1,
     )
     finished = run(script, args, tmp_path)
