@@ -31,10 +31,7 @@ SELFPLAY = {
         "msg": "--total-timesteps 250000 --plan-samples 8",
         "msg gamma 0.95": "--total-timesteps 250000 --plan-samples 8 --gamma 0.95",
     }.items()
-    for name, planner in {
-        "planner": "",
-        "plain PPO": "--plan-update none",
-    }.items()
+    for name, planner in {"planner": "", "plain PPO": "--plan-update none"}.items()
 }
 SELFPLAY = {name: options.replace("msg gamma 0.95", "msg") for name, options in SELFPLAY.items()}
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}

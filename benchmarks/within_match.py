@@ -56,11 +56,11 @@ def main() -> None:
     parser.add_argument("--matches", type=int, default=8)
     parser.add_argument("--learning-rate", default="3e-3")
     parser.add_argument("--plan-update", default="offset")
-    parser.add_argument("--plan-beta", default="8")
+    parser.add_argument("--plan-beta", default="3")
     parser.add_argument("--reference-steps", type=int, default=300_000, help="training of plain PPO")
     parser.add_argument("--learners", default="frozen,ppo,planner")
     parser.add_argument("--json")
-    chosen = parser.parse_args()
+    chosen, further = parser.parse_known_args()  # further options are the learner's
     run = str(Path(chosen.run).resolve())
     env_id = script.load_checkpoint(run)["args"]["env_id"]
     planner = f"--plan-update {chosen.plan_update} --plan-beta {chosen.plan_beta} --plan-until 1"
@@ -81,7 +81,7 @@ def main() -> None:
         for name in chosen.learners.split(","):
             scores = []
             for seed in range(1, chosen.matches + 1):
-                returns = focal_returns(options(run, chosen.co_players, seed, *learners[name].split()))
+                returns = focal_returns(options(run, chosen.co_players, seed, *learners[name].split(), *further))
                 row = []
                 for first in range(0, STEPS // CHUNK, WINDOW // CHUNK):
                     ended = sum((returns[first + k + 1] for k in range(WINDOW // CHUNK)), [])
