@@ -137,13 +137,14 @@ def long_match(game, player, companies: list, steps: int, generator) -> tuple[np
         theirs = []
         for players, p in zip(companies, parts, strict=True):
             theirs.append(players.act(type(state)(*(field[p] for field in state)), mask[p]))
-        own = player.act(state, mask, learner, companies[0])  # for its generator
+        own = player.act(state, mask, learner, companies[0])["action"]  # for its generator
         actions = torch.where(learner, own, torch.cat(theirs))
         after, reward, terminated, truncated = game.step(state, actions)
         ended = (terminated | truncated).all(1)
         for players, p in zip(companies, parts, strict=True):
             players.observe(actions[p], ended[p])
-        player.observe(actions, ended, never)
+        player.remember(actions)
+        player.forget(ended, never)
         state = game.restart(after, ended, generator)
         rewards.append(reward.gather(1, seat).squeeze(1))
         lasts.append(ended)
