@@ -11,7 +11,7 @@ expected r + gamma V'; PPO learns around it.
     python hop_onestep.py --evaluate runs/NAME --co-players ns  # play with three stag hunters
     python hop_onestep.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
         --total-timesteps 2400 --match-episodes 2400 --plan-update offset --plan-until 1 \\
-        --learning-rate 3e-3 --no-anneal                        # go on learning within one match
+        --plan-beta 3 --learning-rate 3e-3 --no-anneal          # go on learning within one match
 
 One iteration; `train` has it line by line:
 
