@@ -33,9 +33,9 @@ callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], gener
 has `start_match(which [R] bool)`, that is called when matches start.
 
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
-(1707.06347), GAE (1506.02438). Shapes in comments: B games, N players/seats, A actions, X own and
-Y co-players' features, Z goal, K samples, M items, T steps of a rollout, S matches, L steps of a
-match, C steps in the buffer, R rows, D decisions; S + 1: cells, and none."""
+(1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
+actions, X own and Y co-players' features, Z goal, K samples, M items, T steps of a rollout, S
+matches, L steps of a match, C steps in the buffer, R rows, D decisions; S + 1: cells, and none."""
 
 import contextlib
 import dataclasses
@@ -1173,8 +1173,6 @@ def calibration(rows, mode):
 
 
 RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
-
-
 TRANSITION = "own others other_actions action".split()  # what `outcome` reads
 
 
@@ -1637,9 +1635,8 @@ def train(args, watch=None):
                         state = game.restart(after, ended, generator)
                 rows = {name: stack(values) for name, values in storage.items()}
                 if args.reward_scale is None:  # environments: by the first rollout
-                    largest = (
-                        rows["reward"].sum(0).std(correction=0).maximum(rows["reward"].abs().max())
-                    )
+                    spread = rows["reward"].sum(0).std(correction=0)
+                    largest = spread.maximum(rows["reward"].abs().max())
                     args.reward_scale = 1.0 / (float(largest) or 1.0)
                 shared = rows["reward"].mean(2, keepdim=True)
                 rows["reward"] = args.reward_scale * rows["reward"].lerp(shared, args.prosocial)
@@ -1671,7 +1668,7 @@ def train(args, watch=None):
             # ---- PPO
             with record_function("PPO"):
                 imitate = agent.plan_mode == "hop"
-                if imitate and args.plan_beta:  # V is soft; the entropy bonus falls to 0
+                if imitate and args.plan_beta:  # soft V (SAC, eq. 3); its entropy bonus falls to 0
                     temperature = (1.0 - done / args.plan_until) / args.plan_beta
                     rows["reward"] = rows["reward"] - temperature * rows["log_prob"]
                 steps = map(rows.get, "reward value next_value goes_on".split())
