@@ -11,7 +11,7 @@ expected r + gamma V'; PPO learns around it.
     python hop_onestep.py --evaluate runs/NAME --co-players ns  # play with three stag hunters
     python hop_onestep.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
         --total-timesteps 2400 --match-episodes 2400 --plan-update offset --plan-until 1 \\
-        --plan-beta 3 --learning-rate 3e-3 --no-anneal          # go on learning within one match
+        --transition simulator --learning-rate 3e-3 --no-anneal  # go on learning within one match
 
 One iteration; `train` has it line by line:
 
@@ -40,21 +40,18 @@ matches, L steps of a match, C steps in the buffer, R rows, D decisions; S + 1: 
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import importlib
 import json
-import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 import time
-import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from math import ceil, inf, isfinite, nan
 from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,7 +64,7 @@ from gymnasium import spaces
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Generator, Tensor, arange, cat, nn, stack, tensor, where, zeros_like
+from torch import Generator, Tensor, arange, cat, nn, no_grad, stack, tensor, where, zeros_like
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -103,8 +100,8 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    learning_rate: float = 1e-3  # of policy and value (Adam)
-    anneal: bool = True  # let learning rate and entropy bonus fall linearly over the run
+    learning_rate: float = 1e-3  # of policy, value and transition network (Adam)
+    anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
@@ -134,6 +131,7 @@ class Args:
     plan_beta: float | None = None  # weight of the scores, in scaled returns
     plan_until: float | None = None  # share of the run after which plain PPO goes on alone
     plan_samples: int = 16  # K, sampled joint actions of the co-players a decision
+    transition: Literal["network", "simulator"] = "network"  # whence the planner's r and V'
 
 
 FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until".split()
@@ -167,11 +165,12 @@ def checked(args, game):
             if not low <= value <= high:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
-    loaded = args.load_moa is not None or args.init is not None
-    iteration = args.num_envs * args.num_steps
+    loaded = (args.load_moa, args.init) != (None, None)
+    short = args.total_timesteps < args.num_envs * args.num_steps
+    exact = args.goal == "oracle" or args.transition == "simulator"
     problems = {
-        "--total-timesteps is less than --num-envs * --num-steps": args.total_timesteps < iteration,
-        "--goal oracle is for msh and msg": args.goal == "oracle" and not game.oracle_size,
+        "--total-timesteps is less than --num-envs * --num-steps": short,
+        "--goal oracle, --transition simulator: for msh and msg": exact and not game.simulates,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
     }
@@ -195,10 +194,8 @@ def clock_features(game, state):
 
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
-    fields = []
-    for old, new in zip(state, fresh):
-        fields.append(where(ended.view(-1, *[1] * (old.dim() - 1)), new, old))
-    return type(state)(*fields)
+    pairs = zip(state, fresh)
+    return type(state)(*(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs))
 
 
 def co_player_seats(num_players):
@@ -215,14 +212,18 @@ SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -
     "msh": {"ns": (1, 2), "nh": (0, 1), "random": (0, 0)},
     "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
 }
+RULES = {  # items and how many; for each, players that it takes, and what they split; bonus to all
+    "msh": ({"stag": 1, "hare": 4}, [2, 1], [10.0, 1.0], 0.0),
+    "msg": ({"drift": 6}, [1], [-4.0], 6.0),
+}
 GRID_DEFAULTS = {  # of the options that are None, by measurements (README.md)
-    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 25.0, "plan_until": 0.4},
-    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 20.0, "plan_until": 1.0},
+    "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
+    "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
 }
 NUMBER = "[1-9][0-9]?"
 GRID_ID = re.compile(
     f"ms[hg](-(?P<height>{NUMBER})x(?P<width>{NUMBER}))?(-(?P<players>{NUMBER})p)?"
-    f"(-(?P<hares>0|{NUMBER})h(?P<stags>{NUMBER})s|-(?P<drifts>{NUMBER})d)?"
+    f"(-(?P<hare>0|{NUMBER})h(?P<stag>{NUMBER})s|-(?P<drift>{NUMBER})d)?"
 )
 
 
@@ -248,28 +249,20 @@ class GridGame:
     def __init__(self, env_id, device="cpu", horizon=None):
         match = GRID_ID.fullmatch(env_id)
         self.family = env_id[:3]
-        if match is None or match["drifts" if self.family == "msh" else "hares"]:
+        if match is None or match["drift" if self.family == "msh" else "hare"]:
             ids = "msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd]"
             raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or a module's name")
         self.height = int(match["height"] or 8)
         self.width = int(match["width"] or 8)
         self.num_players = int(match["players"] or 4)
+        self.horizon = horizon or GRID_DEFAULTS[self.family]["horizon"]
+        items, quota, share, self.bonus = RULES[self.family]
+        self.item_names = [*items]
+        self.item_counts = [int(match[name] or count) for name, count in items.items()]
         if self.family == "msh":
-            self.horizon = horizon or 35
-            self.item_names = ["stag", "hare"]
-            self.item_counts = [int(match["stags"] or 1), int(match["hares"] or 4)]
-            quota = [2, 1]  # players that an item takes
-            share = [10.0, 1.0]  # what they split
-            self.bonus = 0.0  # to every player for every item taken
             stags = min(self.item_counts[0], self.num_players // 2)
             best = 10 * stags + min(self.item_counts[1], self.num_players - 2 * stags)
         else:
-            self.horizon = horizon or 50
-            self.item_names = ["drift"]
-            self.item_counts = [int(match["drifts"] or 6)]
-            quota = [1]
-            share = [-4.0]
-            self.bonus = 6.0
             best = self.item_counts[0] * (6 * self.num_players - 4)
         self.best_return = best / self.num_players  # highest mean return a player, undiscounted
         self.num_items = sum(self.item_counts)
@@ -324,11 +317,10 @@ class GridGame:
         relative = stack([function.float() for function in functions], 2)
         self.relative = F.pad(relative, (0, 0, 0, 1, 0, 1))  # [S + 1, S + 1, F]; gone: zero
         self.distance = F.pad(distance, (0, 1, 0, 1), value=NEVER)  # [S + 1, S + 1]
-        size = len(functions)
-        self.own_size = 13 + kinds * size  # X
-        self.other_size = size + kinds * size  # Y
-        self.subgoal_size = size  # F
-        self.oracle_size = len(self.rank) + 2 + size
+        self.subgoal_size = len(functions)  # F
+        self.own_size = 13 + kinds * self.subgoal_size  # X
+        self.other_size = (1 + kinds) * self.subgoal_size  # Y
+        self.oracle_size = len(self.rank) + 2 + self.subgoal_size
 
     def start(self, batch, generator):
         """`batch` new games: players on any cells, items on distinct cells, all uniform."""
@@ -348,10 +340,7 @@ class GridGame:
 
     def step(self, state, actions):
         """Next state, reward float32 [B, N], terminated and truncated bool [B, N] for `actions`
-        int64 [B, N]. Draws and resets nothing; illegal actions count as STAY. Raises ValueError for
-        numbers that are no actions."""
-        if ((actions < 0) | (actions >= self.num_actions)).any():
-            raise ValueError(f"actions must lie in 0..{self.num_actions - 1}")
+        int64 [B, N]. Draws and resets nothing; illegal actions count as STAY."""
         hits = self.on_item(state) & (actions[:, :, None] == self.item_action)  # [B, N, M]
         takers = hits.sum(1, True)  # [B, 1, M]
         taken = takers >= self.quota
@@ -365,8 +354,7 @@ class GridGame:
         if self.family == "msh":
             players = players.masked_fill(wins.any(2), -1)
             first_hunt = where((first_hunt == 0) & taken[:, 0].any(1), time, first_hunt)
-            counted_down = (first_hunt > 0) & (time >= first_hunt + COUNTDOWN)
-            over = over | (players < 0).all(1) | counted_down
+            over |= (players < 0).all(1) | (first_hunt > 0) & (time >= first_hunt + COUNTDOWN)
         terminated = over[:, None] | (players < 0)
         truncated = (time >= self.horizon)[:, None] & ~terminated
         return GridState(players, items, time, first_hunt), reward, terminated, truncated
@@ -387,7 +375,7 @@ class GridGame:
 
     def idle(self, mask):
         """int64 [..]: what an illegal action counts as, for bool `mask` [.., A]."""
-        return mask.long().sum(-1) * 0 + STAY
+        return mask[..., STAY] * STAY
 
     def observe(self, state):
         """float32 [B, N, planes, H, W]: own plane, players i+1, i+2, .. mod N, kinds of items."""
@@ -396,12 +384,11 @@ class GridGame:
         planes = planes.unflatten(2, (self.height, self.width))  # [B, N + M, H, W]
         players, *kinds = planes.split([self.num_players, *self.item_counts], 1)
         kinds = [kind.sum(1, True) for kind in kinds]
-        views = [cat([players.roll(-i, 1), *kinds], 1) for i in range(self.num_players)]
-        return stack(views, 1)
+        return stack([cat([players.roll(-i, 1), *kinds], 1) for i in range(self.num_players)], 1)
 
     def features(self, state):
-        """Own features [B, N, X] (clock, legal moves, items) and co-players' [B, N, N-1, Y] (their
-        relative cells, and what they see of items). Who has left, what is gone, adds zero."""
+        """Own features [B, N, X] (clock, legal moves, items) and co-players' [B, N, N-1, Y] (where
+        they are, and items from there). Who has left, what is gone, adds zero."""
         cells = state.players[:, :, None]
         kinds = self.relative[cells, state.items[:, None]].split(self.item_counts, 2)
         seen = cat([kind.sum(2) for kind in kinds], 2)
@@ -416,8 +403,7 @@ class GridGame:
         return where(wins.any(2), wins.int().argmax(2), -1)
 
     def subgoals(self, state):
-        """What each player can go for, the items: features [B, N, M, F] and bool [B, N, M]
-        present."""
+        """What players can go for, the items: features [B, N, M, F], and bool [B, N, M] there."""
         relative = self.relative[state.players[:, :, None], state.items[:, None]]
         return relative, (state.items >= 0)[:, None].expand(relative.shape[:3])
 
@@ -432,7 +418,7 @@ class GridGame:
         rank = rank[:, :, self.item_kind]  # [B, N, M]
         distance = self.distance[state.players[:, :, None], state.items[:, None]]
         cost = NEVER * rank + distance + 0.5 * uniform(distance.shape, generator)
-        cost = cost.masked_fill((rank <= 0) | (state.items < 0)[:, None], math.inf)
+        cost = cost.masked_fill((rank <= 0) | (state.items < 0)[:, None], inf)
         least, nearest = cost.min(2)
         kept = (target >= 0) & (state.items.gather(1, target.clamp(min=0)) >= 0)
         target = where(kept, target, where(least.isfinite(), nearest, -1))
@@ -452,18 +438,16 @@ class GridGame:
     def oracle(self, state, kind, noisy, target):
         """float32 [B, N, ..]: the truth about scripted players: kind, noise, place of target."""
         item = state.items.gather(1, target.clamp(min=0)).masked_fill(target < 0, -1)
-        known = F.one_hot(kind, len(self.rank))
         flags = stack([noisy, item >= 0], 2)
-        return cat([known, flags, self.relative[state.players, item]], 2)
+        return cat([F.one_hot(kind, len(self.rank)), flags, self.relative[state.players, item]], 2)
 
     def draw(self, state, title, beliefs):
         """Picture uint8 [.., .., 3] of the first game, with a line from each player to each item,
         as wide as it is likely to be its next: `beliefs`, a list of lists [N, M], or empty."""
-        figure = Figure()
-        canvas = FigureCanvasAgg(figure)
-        title = f"{title}, step {int(state.time[0])}"
-        axes = figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
-        cells = cat([state.players[0], state.items[0]]).cpu()
+        canvas = FigureCanvasAgg(Figure())
+
+        axes = canvas.figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
+        cells = cat([state.players[0], state.items[0]])
         y = cells // self.width
         x = cells % self.width + arange(len(cells)) % 4 * 0.2  # who shares a cell: side by side
         names = [*range(self.num_players), *(self.item_names[kind] for kind in self.item_kind)]
@@ -492,16 +476,14 @@ class Copies:
     none), legal actions, who plays, reward, termination, truncation."""
 
     def __init__(self, make, kwargs, count):
-        function = imported(make)
-        self.envs = [function(**kwargs) for _ in range(count)]
+        self.envs = [imported(make)(**kwargs) for _ in range(count)]
         env = self.envs[0]
         self.agents = list(env.possible_agents)
         self.views = [env.observation_space(agent) for agent in self.agents]
         self.actions = [env.action_space(agent) for agent in self.agents]
         size = max(map(spaces.flatdim, self.views), default=9999)
         if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
-            needs = "agents with Discrete actions and observations of at most 4096 numbers"
-            raise UsageError(f"{make}: environments need {needs}")
+            raise UsageError(f"{make}: needs Discrete actions and at most 4096 numbers observed")
         self.sizes = [size, max(int(space.n) for space in self.actions), 4]
         self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
 
@@ -512,13 +494,12 @@ class Copies:
         for n, agent in enumerate(self.agents):
             row = self.seen[k, n]
             playing = agent in self.envs[k].agents
-            row[:size] = math.nan
+            row[:size] = nan
             row[-4:] = [playing, *(part.get(agent, 0) for part in outcome)]
             if agent in observations:
                 view = observations[agent]
-                legal = infos.get(agent, {}).get("action_mask", True)
-                if isinstance(view, dict):
-                    legal = view.get("action_mask", legal)
+                told = {**infos.get(agent, {}), **(view if isinstance(view, dict) else {})}
+                legal = told.get("action_mask", True)
                 flat = spaces.flatten(self.views[n], view)
                 row[:size] = np.pad(flat, (0, size - len(flat)))
                 row[size : size + self.actions[n].n] = np.multiply(legal, playing)
@@ -533,10 +514,8 @@ class Copies:
     def step(self, actions):
         """Plays int64 [copies, N]; returns `seen`."""
         for k, env in enumerate(self.envs):
-            chosen = {}
-            for n, agent in enumerate(self.agents):
-                if agent in env.agents:
-                    chosen[agent] = self.actions[n].start + actions[k, n]
+            seats = {agent: self.agents.index(agent) for agent in env.agents}
+            chosen = {agent: self.actions[n].start + actions[k, n] for agent, n in seats.items()}
             observations, *outcome, infos = env.step(chosen)
             self.read(k, observations, infos, *outcome)
         return self.seen
@@ -548,17 +527,12 @@ class Copies:
 
 def imported(name):
     """What `package.module:attribute` names, modules of the working directory included."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path.append(os.getcwd())
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
 
 
-class CopiesManager(BaseManager):
-    """A process that holds Copies."""
-
-
-CopiesManager.register("Copies", Copies)
+BaseManager.register("Copies", Copies)  # for other processes
 
 
 class PettingZooGame:
@@ -570,11 +544,10 @@ class PettingZooGame:
 
     simulates = False
     state_type = ParallelState
-    num_items = 0
+    num_items = oracle_size = 0
     item_kind = []
     item_counts = [0]
     subgoal_size = 1
-    oracle_size = 0
     kinds = ["random"]
 
     def __init__(self, args, device="cpu"):
@@ -592,29 +565,23 @@ class PettingZooGame:
             raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
         self.num_players = len(copies.agents)
         self.sizes = copies.sizes
-        self.num_actions = copies.sizes[1]
+        size, self.num_actions, _ = copies.sizes
         self.others = co_player_seats(self.num_players).to(device)  # [N, N-1]
         looks = [str(look) for look in zip(copies.views, copies.actions)]
         kind = tensor([looks.index(look) for look in looks], device=device)
         self.kind = F.one_hot(kind, self.num_players).float()  # [N, N] first agent alike
-        self.other_size = copies.sizes[0] + self.num_players
+        self.other_size = size + self.num_players
         self.own_size = 8 + self.other_size
-        self.defaults = {
-            "gamma": 0.95,
-            "plan_update": "none",
-            "plan_beta": 5.0,
-            "plan_until": 1.0,
-            "co_players": "self",
-            "horizon": self.horizon,
-        }
+        planner = dict(plan_update="none", plan_beta=5.0, plan_until=1.0)
+        self.defaults = dict(horizon=self.horizon, gamma=0.95, co_players="self", **planner)
 
     def start(self, batch, generator):
         """Makes `batch` copies and begins an episode in each."""
         self.parts = []
-        for part in np.array_split(range(batch), max(1, min(self.workers, batch))):
+        for part in np.array_split(range(batch), min(self.workers, batch) or 1):
             copies = Copies
-            if self.workers > 0:
-                manager = CopiesManager(ctx=multiprocessing.get_context("spawn"))
+            if self.workers:
+                manager = BaseManager(ctx=multiprocessing.get_context("spawn"))
                 manager.start()
                 copies = manager.Copies
             with refused(f"cannot make {self.name}"):
@@ -625,12 +592,9 @@ class PettingZooGame:
     def everywhere(self, method, *arguments):
         """Calls a method of all Copies, side by side; parts [B, N, O], [B, N, A], [B, N, 4]."""
         arrays = [np.array_split(argument.cpu().numpy(), len(self.parts)) for argument in arguments]
-        calls = []
-        for part, *array in zip(self.parts, *arrays):
-            calls.append(self.pool.submit(getattr(part, method), *array))
         with refused(f"{self.name} failed"):
-            seen = np.concatenate([call.result() for call in calls])
-        return tensor(seen, device=self.device).split(self.sizes, 2)
+            seen = self.pool.map(lambda part, *a: getattr(part, method)(*a), self.parts, *arrays)
+            return tensor(np.concatenate([*seen]), device=self.device).split(self.sizes, 2)
 
     def reset(self, which, generator):
         """Begins the games of bool [B] `which` anew, seeded from `generator`; all states."""
@@ -651,7 +615,7 @@ class PettingZooGame:
         late = (time >= self.horizon)[:, None] & playing
         truncated = (truncated | late) & ~terminated & state.playing
         terminated = (terminated | ~playing) & ~truncated
-        observation = observation.masked_fill(terminated[:, :, None], math.nan)
+        observation = observation.masked_fill(terminated[:, :, None], nan)
         after = ParallelState(observation, mask.bool(), ~terminated & ~truncated, time)
         return after, outcome[:, :, 1] * state.playing, terminated, truncated
 
@@ -708,11 +672,11 @@ def make_game(args, device):
 
 # ---- Co-players ----------------------------------------------------------------------------------
 class CoPlayers:
-    """Who sits where in B parallel matches, and what the seats that are not the learner's play.
-    `pool` lists co-players (module docstring); a match draws from it: half of the matches one kind
-    at all N-1 seats, half seat by seat. With `fixed`, `pool` has N-1 entries and each plays in
-    every match. Seats are dealt at random at each match. Kind 0 is `self`: those seats are played,
-    and learnt from, by the learner. Raises UsageError."""
+    """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
+    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
+    seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are
+    dealt at random at each match. Kind 0 is `self`: seats of the learner, `agents[0]`, which is set
+    by who has one (else they play anything). Raises UsageError."""
 
     def __init__(self, game, pool, batch, match_episodes, generator, fixed=False):
         self.game = game
@@ -725,12 +689,10 @@ class CoPlayers:
         self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
         self.callables = {}  # by number of the kind
         self.agents = {}  # Players by number of the kind
-        scripts = []  # index in game.kinds; after them: not scripted
+        scripts = [name.removesuffix("-noisy") for name in self.names]
         for k, entry in enumerate(entries):
             name = self.names[k]
-            script = name.removesuffix("-noisy")
-            scripts.append([*game.kinds, script].index(script))
-            if k == 0 or script in game.kinds:
+            if k == 0 or scripts[k] in game.kinds:
                 continue
             if os.path.exists(name):
                 self.agents[k] = load_player(name, game, batch)
@@ -740,8 +702,9 @@ class CoPlayers:
                     self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
         with game.device:
             self.pool = tensor([entries.index(entry) for entry in pool]).long()
-            self.script = tensor(scripts)  # by kind
-            self.noisy = tensor([name.endswith("-noisy") for name in self.names])  # by kind
+            # by kind: index in game.kinds (past its end: not scripted)
+            self.script = tensor([[*game.kinds, script].index(script) for script in scripts])
+            self.noisy = tensor([name.endswith("-noisy") for name in self.names])
         self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
         self.target = self.kind - 1  # [B, N] item that a scripted player walks to
         self.focal = self.kind[:, 0]  # [B] a seat of the learner
@@ -765,13 +728,16 @@ class CoPlayers:
             if hasattr(player, "start_match"):
                 player.start_match((which[:, None] & (self.kind == k)).flatten())
 
+    def scripted(self):
+        """[B, N] each: index in `game.kinds` (past its end: not scripted), noise, target."""
+        return self.script[self.kind], self.noisy[self.kind], self.target
+
     def act(self, state, mask):
-        """Actions int64 [B, N] of all seats but the learner's (there: any). Raises UsageError."""
+        """Actions int64 [B, N] of all seats, which agents remember. Raises UsageError."""
         game = self.game
-        script = self.script[self.kind]
         actions = game.idle(mask)
         if (self.script < len(game.kinds)).any():
-            told = (script, self.noisy[self.kind], self.target, self.generator)
+            told = (*self.scripted(), self.generator)
             actions, self.target = game.scripted_actions(state, mask, *told)
         for k, agent in self.agents.items():
             seats = self.kind == k
@@ -784,21 +750,17 @@ class CoPlayers:
                 chosen = chosen.to(actions.device).view(actions.shape)
                 chosen = where(pick(mask, chosen), chosen, game.idle(mask))
             actions = where(self.kind == k, chosen, actions)
+        for agent in self.agents.values():
+            agent.remember(actions)
         return actions
 
-    def oracle(self, state):
-        """float32 [B, N, ..]: the truth about scripted players, for `--goal oracle`."""
-        script = self.script[self.kind]
-        return self.game.oracle(state, script, self.noisy[self.kind], self.target)
-
-    def observe(self, actions, ended):
-        """Takes in `actions` [B, N] and bool `ended` [B] of a step; returns bool [B]: the match
-        ended with it, and another began."""
+    def observe(self, ended):
+        """Takes in bool [B], which games `ended` with a step; returns bool [B]: their match ended,
+        and another began."""
         self.target = self.target.masked_fill(ended[:, None], -1)
         self.episode = self.episode + ended
         match_ended = self.episode >= self.match_episodes
         for agent in self.agents.values():
-            agent.remember(actions)
             agent.forget(ended, match_ended)
         if match_ended.any():
             self.start_matches(match_ended)
@@ -873,11 +835,11 @@ class MOA(nn.Module):
         hidden = args.moa_hidden_size
         sizes = (game.own_size, game.other_size)
         self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
+        self.item_kind = game.item_kind  # [M]
+        queries = 1 + len(game.item_counts) * game.subgoal_size
         self.step_feature = layer(sum(sizes) + game.num_actions, hidden, 1.0)
         self.encoder = PlayerNetwork(*sizes, 4 * hidden + 2, 2 * args.goal_size, hidden, 0.1)
         self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
-        self.item_kind = game.item_kind  # [M]
-        queries = 1 + len(game.item_counts) * game.subgoal_size
         self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
     def step_features(self, own, others, actions, active):
@@ -974,16 +936,16 @@ class MatchBuffer:
         start = self.ring["match"][time % self.size, game]
         return self.read(game, start.maximum(time - HISTORY + 1).clamp(min=oldest))
 
-    def read(self, game, start):
-        """Of S matches int64 [S] `game` and their L <= HISTORY steps from `start`: tensors
-        [S, L, N, ..] by name."""
+    def read(self, number, start):
+        """Of matches in the games int64 [S] `number`, L <= HISTORY steps from step [S] `start`:
+        tensors [S, L, N, ..] by name."""
         steps = start[:, None] + arange(HISTORY, device=start.device)
-        match = self.ring["match"][steps % self.size, game[:, None]]
+        match = self.ring["match"][steps % self.size, number[:, None]]
         inside = (match == match[:, :1]) & (steps < self.now)  # [S, HISTORY]
         length = int(inside.sum(1).max())
         steps = steps[:, :length]
         inside = inside[:, :length, None]
-        part = {k: ring[steps % self.size, game[:, None]] for k, ring in self.ring.items()}
+        part = {k: ring[steps % self.size, number[:, None]] for k, ring in self.ring.items()}
         active = part["alive"] & inside
         episode = part["episode"][:, :, None].expand_as(active)
         first = (episode - start[:, None, None]).clamp(0, length - 1)  # of the same episode
@@ -991,21 +953,17 @@ class MatchBuffer:
         coming = where(reached >= 0, arange(length, device=start.device)[:, None], length - 1)
         coming = coming.flip(1).cummin(1).values.flip(1)
         same = episode.gather(1, coming) == episode
-        ended = episode < self.episode_start[game][:, None, None]
+        ended = episode < self.episode_start[number][:, None, None]
         if length == HISTORY:  # what the last episode of a match that is cut reaches is not seen
             ended = ended & (episode != episode[:, -1:])
         weight = active
         if self.positive:
             earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
             weight = active & (earned.gather(1, first) > 0)
-        state_type = self.game.state_type
-        state = state_type(*(part[k].flatten(0, 1) for k in state_type._fields))
+        game = self.game
+        state = game.state_type(*(part[k].flatten(0, 1) for k in game.state_type._fields))
+        seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
         names = "own others mask features present".split()
-        seen = [
-            *self.game.features(state),
-            self.game.action_mask(state),
-            *self.game.subgoals(state),
-        ]
         return {
             **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
             **{name: part[name] for name in self.stored},
@@ -1027,12 +985,12 @@ class Agent(nn.Module):
         self.args = args
         self.moa = MOA(game, args)
         goal = self.moa.goal_size
-        own = game.own_size
         other = game.other_size + goal
         actions = game.num_actions
-        self.actor = PlayerNetwork(own, other, goal, actions, args.hidden_size)
-        self.critic = PlayerNetwork(own, other, goal, 1, args.hidden_size, 1.0)
-        self.transition = PlayerNetwork(own, other + actions, actions, 2, args.hidden_size, 0.1)
+        self.actor = PlayerNetwork(game.own_size, other, goal, actions, args.hidden_size)
+        self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
+        sizes = (other + actions, actions, 2, args.hidden_size)  # knows all players' actions
+        self.transition = PlayerNetwork(game.own_size, *sizes, 0.1)
         self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
         self.plan_mode = args.plan_update  # "none" after --plan-until
         self.to(game.device)
@@ -1061,8 +1019,8 @@ class Player:
             return own, others, *agent.moa.encode(self.memory, own, others)
         goals = own.new_zeros(*own.shape[:2], agent.moa.goal_size)
         if agent.args.goal == "oracle":
-            goals = co_players.oracle(state)
-        return own, others, goals, torch.full_like(goals, -30.0)
+            goals = agent.game.oracle(state, *co_players.scripted())
+        return own, others, goals, zeros_like(goals) - 30.0
 
     def value(self, state, co_players):
         """V [B, N] of every seat."""
@@ -1087,7 +1045,10 @@ class Player:
             with record_function("planner"):
                 joint = sample_joint_actions(agent, own, views, goals, log_std, mask, generator)
                 chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
-                q_plan[chosen] = scores(agent, own, others, joint, chosen)
+                if agent.args.transition == "simulator":
+                    q_plan[chosen] = simulated_scores(agent, state, goals, joint, chosen)
+                else:
+                    q_plan[chosen] = scores(agent, own, others, joint, chosen)
                 mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
                 slope = agent.plan_slope.clamp(0.0, 1.0)
                 offset = agent.args.plan_beta * slope * (q_plan - mean) * mask
@@ -1120,8 +1081,8 @@ class Player:
 
     def forget(self, ended, match_ended):
         """Empties the memory of episodes and of matches that ended, bool [B]."""
-        over = stack([match_ended, ended], 1)[:, None, :, None]
-        self.memory = self.memory.masked_fill(over, 0.0)
+        over = stack([match_ended, ended], 1)
+        self.memory = self.memory.masked_fill(over[:, None, :, None], 0.0)
 
 
 def gaussian(mean, log_std, generator):
@@ -1134,8 +1095,7 @@ def sample_joint_actions(agent, own, others, goal, log_std, mask, generator):
     """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of
     samples serves every own action (common random numbers) and every observer, since what is
     inferred of j is the same for all."""
-    shape = (-1, -1, agent.args.plan_samples, -1)
-    goals = goal[:, :, None].expand(shape)  # [B, N, K, Z]
+    goals = goal[:, :, None].expand(-1, -1, agent.args.plan_samples, -1)  # [B, N, K, Z]
     goals = gaussian(goals, log_std[:, :, None], generator)
     logits = agent.moa.decoder(own[:, :, None], others[:, :, None], goals)
     return sample(masked(logits, mask[:, :, None]), generator).transpose(1, 2)
@@ -1148,6 +1108,24 @@ def outcome(network, own, others, other_actions, action):
     theirs = F.one_hot(other_actions, size)
     theirs = cat([others.expand(*theirs.shape[:-1], -1), theirs], -1)
     return network(own, theirs, F.one_hot(action, size).float()).unbind(-1)
+
+
+def simulated_scores(agent, state, goals, joint, chosen):
+    """As `scores`, by steps of the game from `state`, and V there under the same goals."""
+    games, seats = chosen
+    game = agent.game
+    mine = F.one_hot(seats, game.num_players).bool()[:, None, None]  # [D, 1, 1, N]
+    choices = arange(game.num_actions, device=games.device)[:, None, None]
+    actions = where(mine, choices, joint[games, None])  # [D, A, K, N]
+    shape = actions.shape[:3]
+    index = games[:, None, None].expand(shape).flatten()  # [D * A * K]
+    before = type(state)(*(field[index] for field in state))
+    after, reward, terminated, _ = game.step(before, actions.flatten(0, 2))
+    reward = agent.args.reward_scale * reward.lerp(reward.mean(1, True), agent.args.prosocial)
+    own, views = game.features(after)
+    value = agent.critic(own, *agent.inputs(views, goals[index])).squeeze(-1) * ~terminated
+    result = (reward + agent.args.gamma * value).unflatten(0, shape).mean(2)  # [D, A, N]
+    return (result * mine[:, 0]).sum(2)
 
 
 def scores(agent, own, others, joint, chosen):
@@ -1193,8 +1171,7 @@ def transition_loss(network, rows, reservoir, generator):
     """Squared errors of the reward, on rows [R, ..] and a quarter as many of the reservoir, and of
     the next value (TD) on the rows."""
     count = len(rows["reward"])
-    size = (math.ceil(count / 4),)
-    drawn = (uniform(size, generator) * len(reservoir["key"])).long()
+    drawn = (uniform((ceil(count / 4),), generator) * len(reservoir["key"])).long()
     both = {name: cat([value, reservoir[name][drawn]]) for name, value in rows.items()}
     reward, value = outcome(network, *map(both.get, TRANSITION))
     reward_loss = F.mse_loss(reward, both["reward"])
@@ -1243,10 +1220,9 @@ def ppo_loss(agent, rows, ent_coef, imitate):
 
 def minibatches(rows, epochs, parts, generator):
     """`epochs` passes over `rows`, by name [R, ..], each in `parts` random parts."""
-    some = next(iter(rows.values()))
+    count = len(next(iter(rows.values())))
     for _ in range(epochs):
-        order = uniform((len(some),), generator).argsort()
-        for index in order.tensor_split(parts):
+        for index in uniform((count,), generator).argsort().tensor_split(parts):
             if len(index):
                 yield {name: value.index_select(0, index) for name, value in rows.items()}
 
@@ -1264,7 +1240,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-PLAYED = "plan_update plan_beta plan_samples".split()  # what `evaluate` may change
+PLAYED = "plan_update plan_beta plan_samples transition".split()  # what `evaluate` may change
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
@@ -1278,7 +1254,7 @@ def load_checkpoint(run, device="cpu"):
     path = checkpoint_path(run)
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path[:200]!r}")
-    with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
+    with refused(f"cannot read checkpoint {path}"):
         content = torch.load(path, map_location=device, weights_only=True)
         dict(content["args"], script=content["script"])  # raises if it is another file
     return content
@@ -1303,7 +1279,7 @@ def load_player(path, game, batch, play=None):
     return Player(agent, batch)
 
 
-@torch.no_grad()
+@no_grad()
 def evaluate(
     checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1,
     device="cpu", watch=None, **play
@@ -1318,14 +1294,14 @@ def evaluate(
     `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th episode
     of a match. `watch(**locals())` sees every state, the last of an episode included. Raises
     UsageError."""
-    if min(episodes, num_envs, match_episodes, play.get("plan_samples", 1)) < 1:
-        raise UsageError("episodes, --num-envs, --match-episodes, --plan-samples: at least 1")
-    content = load_checkpoint(checkpoint, device)
+    if min(episodes, num_envs, match_episodes) < 1:
+        raise UsageError("episodes, --num-envs, --match-episodes: at least 1")
     with refused(f"{checkpoint} is a run of other options"):
-        args = Args(**content["args"])
+        args = Args(**load_checkpoint(checkpoint, device)["args"] | play)
     if env_id not in (None, args.env_id):
         args = dataclasses.replace(args, env_id=env_id, horizon=None)
     game = make_game(args, device)
+    checked(args, game)
     if watch and not game.simulates:
         game.kwargs["render_mode"] = "rgb_array"
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
@@ -1333,9 +1309,9 @@ def evaluate(
     if len(entries) == 1:
         entries = [*entries] * (game.num_players - 1)
     generator = Generator(device).manual_seed(seed)
-    batch = min(num_envs, math.ceil(episodes / match_episodes))
+    batch = min(num_envs, ceil(episodes / match_episodes))
     players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
-    player = load_player(checkpoint, game, batch, play)
+    player = players.agents[0] = load_player(checkpoint, game, batch, play)
     state = game.start(batch, generator)
     returns = game.alive(state) * 0.0
     totals = torch.zeros(2, episodes, device=device)  # of the focal player, of the others
@@ -1345,11 +1321,7 @@ def evaluate(
     while (number < episodes).any():
         if watch:
             watch(**locals())
-        mask = game.action_mask(state)
-        learner = players.kind == 0
-        actions = players.act(state, mask)
-        seats = learner & (number < episodes)[:, None]
-        actions = where(learner, player.act(state, mask, seats, players)["action"], actions)
+        actions = players.act(state, game.action_mask(state))
         state, reward, terminated, truncated = game.step(state, actions)
         returns = returns + reward
         ended = (terminated | truncated).all(1)
@@ -1360,10 +1332,7 @@ def evaluate(
         counted = ended & (number < episodes)
         totals[:, number[counted]] = stack([own, company])[:, counted]
         bar.update(int(counted.sum()))
-        match_ended = players.observe(actions, ended)
-        player.remember(actions)
-        player.forget(ended, match_ended)
-        match = match + batch * match_ended
+        match = match + batch * players.observe(ended)
         number = match * match_episodes + players.episode
         returns = returns.masked_fill(ended[:, None], 0.0)
         state = game.restart(state, ended, generator)
@@ -1387,7 +1356,7 @@ def print_evaluation(args):
     returns = np.array(result["focal_returns"])
     ends = range(args.match_episodes, len(returns), args.match_episodes)
     means = [match.mean() for match in np.split(returns, ends)]
-    error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else math.inf
+    error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else inf
     print(f"focal return      {returns.mean():7.3f} +- {1.96 * error:.3f}, {len(returns)} episodes")
     print(f"co-player return  {result['co_player_return']:7.3f} of {company}")
     print(f"by episode of a match {np.round(result['by_episode'], 2)}")
@@ -1409,8 +1378,8 @@ def record_video(run, company, episodes):
             logits = agent.moa.subgoal_logits(*seen, *game.subgoals(state))
             beliefs = logits[0].softmax(1)[:, :-1].tolist()
         title = f"focal player {int(players.focal)}, others {company}, last episode of a match"
-        picture = game.draw(state, f"{title}\nrewards {returns[0].tolist()}", beliefs)
-        frames.append(Image.fromarray(picture))
+        title += f"\nstep {int(state.time[0])}, rewards {returns[0].tolist()}"
+        frames.append(Image.fromarray(game.draw(state, title, beliefs)))
 
     with refused(f"no video of {run}"):
         sizes = {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
@@ -1427,20 +1396,12 @@ FREE = """total_timesteps checkpoint_every capture_video profile resume init loa
 def report_profile(folder, profiler):
     """Writes trace.json, and prints the labels: seconds, and shares of the iterations."""
     profiler.export_chrome_trace(f"{folder}/trace.json")
-    labels = [event for event in profiler.key_averages() if event.is_user_annotation]
-    labels.sort(key=lambda label: -label.cpu_time_total)
-    for label in labels:
-        share = label.cpu_time_total / labels[0].cpu_time_total
-        print(f"{label.key:20} {label.cpu_time_total / 1e6:8.3f} s {share:6.1%}")
-
-
-def start_tracking(args, name, run_id):
-    """A W&B run, or that of `run_id` again. Raises UsageError."""
-    with refused("--track"):
-        import wandb
-
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name}
-        return wandb.init(**names, id=run_id, resume="allow", config=vars(args))
+    times = {}
+    for event in profiler.key_averages():
+        if event.is_user_annotation and event.cpu_time_total:  # 0: the same label on the GPU
+            times[event.key] = event.cpu_time_total / 1e6
+    for name, seconds in times.items():
+        print(f"{name:20} {seconds:8.3f} s {seconds / max(times.values()):6.1%}")
 
 
 def train(args, watch=None):
@@ -1462,7 +1423,7 @@ def train(args, watch=None):
     agent = Agent(game, args)
     learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
     moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
-    model = {"params": agent.transition.parameters(), "lr": 1e-3}
+    model = {"params": agent.transition.parameters()}
     optimizer = torch.optim.Adam([learnt, moa, model], args.learning_rate, eps=1e-5)
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
     pool = args.co_players.split(",")
@@ -1471,7 +1432,7 @@ def train(args, watch=None):
     if co_players.callables:  # others of their kind try one step before anything is written
         CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
     buffer = MatchBuffer(game, args)
-    player = Player(agent, args.num_envs)
+    player = co_players.agents[0] = Player(agent, args.num_envs)
     returns = game.alive(state) * 0.0  # [B, N] of running episodes
     reservoir = {}  # surprising transitions
     per_iteration = args.num_envs * args.num_steps
@@ -1483,7 +1444,7 @@ def train(args, watch=None):
     if args.load_moa is not None and not resumes:
         weights = load_checkpoint(args.load_moa, device)["agent"]
         with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
-            agent.moa.load_state_dict({k[4:]: v for k, v in weights.items() if k[:4] == "moa."})
+            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     with refused(f"{source} does not fit this run"):
         if source is not None:
             agent.load_state_dict(content["agent"])
@@ -1493,28 +1454,31 @@ def train(args, watch=None):
                     option = f"--{name.replace('_', '-')}"
                     raise UsageError(f"--resume: {option} was {content['args'][name]!r} there")
             agent.plan_mode = content["plan_mode"]
+            global_step, iteration, tracking_id = content["progress"]
             optimizer.load_state_dict(content["optimizer"])
             if content["args"]["cuda"] == args.cuda:
                 generator.set_state(content["generator"].cpu())
             torch.set_rng_state(content["torch_generator"].cpu())
-            co_players.focal, co_players.kind = content["seats"]
-            co_players.target, co_players.episode = content["scripts"]
+            co_players.focal, co_players.kind, co_players.target = content["seats"]
+            co_players.episode = content["episode"]
             for k, other in co_players.agents.items():
-                other.memory = content["co_player_memory"][k]
-            buffer.now, buffer.match_start, buffer.episode_start = content["starts"]
-            buffer.ring = content["ring"]
-            player.memory = content["memory"]
+                other.memory = content["memory"][k]
+            buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
+
             reservoir = content["reservoir"]
-            global_step = content["global_step"]
-            iteration = content["iteration"]
-            tracking_id = content["tracking_id"]
             if game.simulates:
                 state = type(state)(*content["state"])
                 returns = content["returns"]
             else:
                 print("--resume: episodes of this environment begin anew", file=sys.stderr)
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
-    tracker = start_tracking(args, name, tracking_id) if args.track and not resumes else None
+    tracker = None  # a W&B run
+    with refused("--track"):
+        if args.track:
+            import wandb
+
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
+            tracker = wandb.init(**names, id=tracking_id, resume="allow", config=vars(args))
     folder = f"runs/{name}"
     if resumes:
         folder = os.path.dirname(checkpoint_path(args.resume)) or "."
@@ -1524,17 +1488,17 @@ def train(args, watch=None):
         os.makedirs(folder, exist_ok=True)
         lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if args.track and resumes:  # with the lock
-        tracker = start_tracking(args, name, tracking_id)
+
     if not resumes:
         Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
     writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)
     bar = tqdm(desc=args.env_id, total=args.total_timesteps, unit="step", initial=global_step)
     profiler = None
     if args.profile:
-        window = torch.profiler.schedule(wait=1, warmup=0, active=3, repeat=1)
-        report = functools.partial(report_profile, folder)
-        profiler = torch.profiler.profile(schedule=window, on_trace_ready=report)
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=0, active=3, repeat=1),
+            on_trace_ready=lambda profiler: report_profile(folder, profiler),
+        )
         profiler.start()
     metrics = {}
     saved = 0.0  # when the last checkpoint was written
@@ -1547,7 +1511,7 @@ def train(args, watch=None):
         print("ends after this iteration, with a checkpoint", file=sys.stderr)
 
     try:
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # outside of the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, on_signal)
         while True:
@@ -1559,19 +1523,15 @@ def train(args, watch=None):
                     "args": vars(args),
                     "agent": agent.state_dict(),
                     "plan_mode": agent.plan_mode,
+                    "progress": [global_step, iteration, tracker.id if tracker else tracking_id],
                     "optimizer": optimizer.state_dict(),
                     "generator": generator.get_state(),
                     "torch_generator": torch.get_rng_state(),
-                    "seats": [co_players.focal, co_players.kind],
-                    "scripts": [co_players.target, co_players.episode],
-                    "co_player_memory": {k: p.memory for k, p in co_players.agents.items()},
-                    "starts": [buffer.now, buffer.match_start, buffer.episode_start],
-                    "ring": buffer.ring,
-                    "memory": player.memory,
+                    "seats": [co_players.focal, co_players.kind, co_players.target],
+                    "episode": co_players.episode,
+                    "memory": {k: other.memory for k, other in co_players.agents.items()},
+                    "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
                     "reservoir": reservoir,
-                    "global_step": global_step,
-                    "iteration": iteration,
-                    "tracking_id": tracker.id if tracker else tracking_id,
                     "state": [*state],
                     "returns": returns,
                 }
@@ -1595,37 +1555,32 @@ def train(args, watch=None):
             storage = defaultdict(list)  # [T, B, N, ..]
             sums = defaultdict(list)  # terms of the losses, by minibatch
             finished = []  # length, kinds and returns of episodes that ended
-            with torch.no_grad(), record_function("rollout"):
+            with no_grad(), record_function("rollout"):
                 for _ in range(args.num_steps):
-                    mask = game.action_mask(state)
                     kind = co_players.kind
-                    with record_function("co-players"):
-                        actions = co_players.act(state, mask)
-                    decision = player.act(state, mask, kind == 0, co_players)
-                    actions = where(kind == 0, decision["action"], actions)
+                    with record_function("players"):
+                        actions = co_players.act(state, game.action_mask(state))
                     with record_function("game"):
                         after, reward, terminated, truncated = game.step(state, actions)
-                    player.remember(actions)
                     final_value = zeros_like(reward)
                     if truncated.any():
                         final_value = player.value(after, co_players) * truncated
                     transition = {
-                        **decision,
+                        **player.decision,
                         "action": actions,
                         "other_actions": actions[:, game.others],
                         "reward": reward,
                         "reached": game.reached(state, actions, after, reward),
                         "goes_on": ~(terminated | truncated),
                         "final_value": final_value,
-                        "learner": (kind == 0) & decision["alive"],
+                        "learner": (kind == 0) & game.alive(state),
                     }
                     for name, value in transition.items():
                         storage[name].append(value)
                     ended = (terminated | truncated).all(1)
-                    match_ended = co_players.observe(actions, ended)
+                    match_ended = co_players.observe(ended)
                     if reads_moa:
                         buffer.add(state, transition, ended, match_ended)
-                    player.forget(ended, match_ended)
                     returns = returns + reward
                     state = after
                     if ended.any():
@@ -1641,7 +1596,7 @@ def train(args, watch=None):
                 shared = rows["reward"].mean(2, keepdim=True)
                 rows["reward"] = args.reward_scale * rows["reward"].lerp(shared, args.prosocial)
                 last_value = player.value(state, co_players)
-                following = cat([rows["value"][1:], last_value.unsqueeze(0)])
+                following = cat([rows["value"][1:], last_value[None]])
                 rows["next_value"] = where(rows["goes_on"], following, rows["final_value"])
             global_step += per_iteration
             iteration += 1
@@ -1656,14 +1611,14 @@ def train(args, watch=None):
 
             # ---- TRANSITION NETWORK
             with record_function("transition"):
-                if agent.plan_mode != "none" and not pretraining:
+                if agent.plan_mode != "none" and args.transition == "network" and not pretraining:
                     names = [*TRANSITION, "reward", "next_value"]
                     moves = {name: rows[name][rows["alive"]] for name in names}
-                    with torch.no_grad():
+                    with no_grad():
                         reservoir = surprising(agent.transition, moves, reservoir, generator)
                     for part in minibatches(moves, 2, 16, generator):
                         loss, terms = transition_loss(agent.transition, part, reservoir, generator)
-                        descend(optimizer, 2, loss, math.inf, terms, sums)
+                        descend(optimizer, 2, loss, inf, terms, sums)
 
             # ---- PPO
             with record_function("PPO"):
@@ -1695,7 +1650,7 @@ def train(args, watch=None):
             metrics["moa/buffer_fill"] = min(1.0, buffer.now / buffer.size)
             if finished:
                 lengths, kinds, totals = cat(finished, 1)  # [episodes, N]
-                own = totals.masked_fill(kinds != 0, math.nan)
+                own = totals.masked_fill(kinds != 0, nan)
                 seats = {f"returns/seat_{i}": x for i, x in enumerate(own.unbind(1))}
                 names = {f"returns/{x}": totals[kinds == k] for k, x in enumerate(co_players.names)}
                 means = {"charts/episodic_length": lengths, "charts/episodic_return": own}
@@ -1703,12 +1658,12 @@ def train(args, watch=None):
                     if values.isfinite().any():
                         metrics[name] = float(values.nanmean())
             for name, value in metrics.items():
-                if not math.isfinite(value):
+                if not isfinite(value):
                     raise FloatingPointError(f"{name} is {value} at step {global_step} of {folder}")
                 writer.add_scalar(name, value, global_step)
             if tracker:
                 tracker.log(metrics, step=global_step)
-            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}")
+            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', nan):.2f}")
             bar.update(per_iteration)
             if profiler:
                 profiler.step()
@@ -1742,9 +1697,9 @@ def parse_arguments(arguments):
     for path in (args.evaluate, args.resume, args.init):
         if path is not None:
             content = load_checkpoint(path)
-            options = {**content["args"], "resume": None}
+            options = content["args"]
             if args.init is not None:
-                options |= {"init": None, "load_moa": None, "pretrain_moa_steps": 0}
+                options |= {"resume": None, "load_moa": None, "pretrain_moa_steps": 0}
             if args.evaluate is not None:
                 options = {name: options[name] for name in ("env_id", *PLAYED)}
                 options["plan_update"] = content["plan_mode"]

@@ -165,7 +165,8 @@ class GridParallelEnv(ParallelEnv):
         """uint8 [H', W', 3], or text, or None, by the render mode."""
         state = self.present()
         if self.render_mode == "rgb_array":
-            return np.array(self.game.draw(state, self.env_id, []))
+            title = f"{self.env_id}, step {int(state.time[0])}"
+            return np.array(self.game.draw(state, title, []))
         if self.render_mode == "ansi":
             return render_text(self.game, state)
         return None

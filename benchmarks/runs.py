@@ -411,7 +411,7 @@ def random_return(game: str, company: str, matches: int = 200) -> float:
         everyone.append(running[counted].mean(1))
         left = left - ended.long()
         running[ended] = 0.0
-        players.observe(actions, ended)
+        players.observe(ended)
         state = world.restart(state, ended, generator)
     return float(torch.cat(everyone if company == "self" else focal).mean())
 

@@ -3,10 +3,11 @@
     python benchmarks/within_match.py RUN --co-players nh          # RUN: a self-play run of hop_onestep.py
     python benchmarks/within_match.py RUN --co-players exploiter
 
-Every match starts from RUN's weights and is one game; chunks of 100 steps. Three learners stand side by side: `frozen`
-(nothing learns), `ppo` (PPO and MOA learn, no planner) and `planner` (all learn, the planner acts). The score of a
-window of 300 steps is the focal player's mean return of the episodes that end in it, between uniformly random play (0)
-and plain PPO trained on the same co-players (1). Prints a row for each learner; figures as JSON with `--json FILE`."""
+Every match starts from RUN's weights and is one game; chunks of 100 steps. Four learners stand side by side: `frozen`
+(nothing learns), `ppo` (PPO and MOA learn, no planner), `network` (all learn, the planner acts on the learnt transition
+network) and `simulator` (the same, the planner on exact steps of the game). The score of a window of 300 steps is the
+focal player's mean return of the episodes that end in it, between uniformly random play (0) and plain PPO trained on
+the same co-players (1). Prints a row for each learner; figures as JSON with `--json FILE`."""
 
 import argparse
 import contextlib
@@ -56,19 +57,19 @@ def main() -> None:
     parser.add_argument("--matches", type=int, default=8)
     parser.add_argument("--learning-rate", default="3e-3")
     parser.add_argument("--plan-update", default="offset")
-    parser.add_argument("--plan-beta", default="3")
     parser.add_argument("--reference-steps", type=int, default=300_000, help="training of plain PPO")
-    parser.add_argument("--learners", default="frozen,ppo,planner")
+    parser.add_argument("--learners", default="frozen,ppo,network,simulator")
     parser.add_argument("--json")
     chosen, further = parser.parse_known_args()  # further options are the learner's
     run = str(Path(chosen.run).resolve())
     env_id = script.load_checkpoint(run)["args"]["env_id"]
-    planner = f"--plan-update {chosen.plan_update} --plan-beta {chosen.plan_beta} --plan-until 1"
+    planner = f"--plan-update {chosen.plan_update} --plan-until 1"
     rate = f"--learning-rate {chosen.learning_rate}"
     learners = {
         "frozen": "--plan-update none --learning-rate 1e-12 --freeze-moa",
         "ppo": f"--plan-update none {rate}",
-        "planner": f"{planner} {rate}",
+        "network": f"{planner} {rate}",
+        "simulator": f"{planner} {rate} --transition simulator",
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         plain = {"env_id": env_id, "co_players": chosen.co_players, "goal": "none", "plan_update": "none"}
@@ -91,7 +92,7 @@ def main() -> None:
             last = np.nanmean(np.array(scores)[:, -2:], 1)
             error = 1.96 * last.std(ddof=1) / len(last) ** 0.5
             row = " ".join(f"{score:6.2f}" for score in windows)
-            print(f"{name:8} {row}   last 600: {last.mean():.2f} +- {error:.2f}", flush=True)
+            print(f"{name:9} {row}   last 600: {last.mean():.2f} +- {error:.2f}", flush=True)
             result[name] = np.array(scores).tolist()
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(result) + "\n")

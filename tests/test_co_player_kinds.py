@@ -63,7 +63,7 @@ class Crowd:
         return self.actions[self.others]
 
     def observe(self, ended=False):
-        return self.players.observe(self.actions, torch.full((self.batch,), ended))
+        return self.players.observe(torch.full((self.batch,), ended))
 
 
 def assert_shares(actions, shares):
@@ -180,7 +180,7 @@ def test_an_added_kind_has_a_goal_of_its_own(script, hare_then_stag):
     players = script.CoPlayers(game, ["ns", "nh", "hs"], 50, 1, generator_of(0), fixed=True)
     state = scene(script, game, (2, 2), PREY, 50)
     players.act(state, game.action_mask(state))
-    oracle = players.oracle(state)
+    oracle = game.oracle(state, *players.scripted())
     assert oracle.shape == (50, 4, game.oracle_size)
     rows = {}
     for name, kind in zip(players.names, range(4), strict=True):
@@ -400,7 +400,7 @@ def test_whole_matches_follow_the_rules(script, hare_then_stag, env_id, pool, bu
         actions = torch.where(learner, STAY, actions)
         state, _, terminated, truncated = game.step(state, actions)
         ended = (terminated | truncated).all(1)
-        match_ended = players.observe(actions, ended)
+        match_ended = players.observe(ended)
         for b, seat in list(members):
             if match_ended[b]:
                 del members[b, seat]
@@ -432,8 +432,8 @@ def test_seats_are_dealt_uniformly_and_fixed_co_players_play_every_match(script)
         same = int((players.kind == before).all(1).sum())
         before = players.kind.clone()
         state = game.start(batch, generator_of(0))
-        actions = players.act(state, game.action_mask(state))
-        assert players.observe(actions, everyone).all()
+        players.act(state, game.action_mask(state))
+        assert players.observe(everyone).all()
     assert abs(same - batch / 24) <= 5 * math.sqrt(batch * 23 / 576)
 
 
@@ -473,9 +473,9 @@ def test_a_match_is_so_many_episodes_in_one_seating(script):
         assert torch.equal(players.episode, count)
         focal = players.focal.clone()
         kind = players.kind.clone()
-        actions = players.act(state, game.action_mask(state))
+        players.act(state, game.action_mask(state))
         ended = torch.rand(batch, generator=generator) < 0.3
-        over = players.observe(actions, ended)
+        over = players.observe(ended)
         count += ended
         assert torch.equal(over, ended & (count == 3))
         count[over] = 0
@@ -491,6 +491,55 @@ def test_a_match_is_so_many_episodes_in_one_seating(script):
 def test_fixed_co_players_are_one_fewer_than_the_players(script, number):
     with pytest.raises(script.UsageError):
         callables(script, ["ns"] * number, fixed=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Agents
+# ------------------------------------------------------------------------------------------------
+class Noting:
+    """Stands for a Player: plays one action everywhere, and notes what it is told."""
+
+    def __init__(self, action):
+        self.action = action
+        self.told = []
+
+    def act(self, state, mask, seats, players):
+        self.told.append(("act", seats, players))
+        return {"action": torch.full(seats.shape, self.action)}
+
+    def remember(self, actions):
+        self.told.append(("remember", actions))
+
+    def forget(self, ended, match_ended):
+        self.told.append(("forget", ended, match_ended))
+
+
+def test_agents_play_their_seats_and_remember_what_all_played(script):
+    """The learner, agent 0, at its own seats as the others at theirs."""
+    game = script.GridGame("msh-4x4-4h1s")
+    players = script.CoPlayers(game, ["self", "ns", "nh"], 12, 2, generator_of(5))
+    agents = {0: Noting(UP), 2: Noting(DOWN)}
+    players.agents.update(agents)
+    kinds = []
+    for ended in (torch.arange(12) < 6, torch.arange(12) % 2 == 0, torch.zeros(12) > 0):
+        state = scene(script, game, (2, 2), PREY, 12)
+        kind = players.kind
+        kinds.append(kind)
+        actions = players.act(state, game.action_mask(state))
+        assert (actions[kind == 0] == UP).all() and (actions[kind == 2] == DOWN).all()
+        assert set(kind.flatten().tolist()) == {0, 1, 2}
+        match_ended = players.observe(ended)
+        for number, agent in agents.items():
+            acted, remembered, forgot = agent.told
+            agent.told = []
+            assert acted[0] == "act" and torch.equal(acted[1], kind == number)
+            assert acted[2] is players
+            assert remembered[0] == "remember" and torch.equal(remembered[1], actions)
+            assert forgot[0] == "forget" and torch.equal(forgot[1], ended)
+            assert torch.equal(forgot[2], match_ended)
+    assert torch.equal(kinds[0], kinds[1])
+    changed = (kinds[1] != kinds[2]).any(1).nonzero().flatten().tolist()
+    assert changed and set(changed) <= {0, 2, 4}  # whose second episode ended with the second step
 
 
 # ------------------------------------------------------------------------------------------------
@@ -555,7 +604,7 @@ def test_a_callable_sees_a_row_for_each_seat_and_plays_its_own(script, fixed):
                 legal = bool(mask[b, seat, asked])
                 assert int(actions[b, seat]) == (asked if legal else STAY)
                 total += 1
-        players.observe(actions, torch.rand(12, generator=generator) < 0.6)
+        players.observe(torch.rand(12, generator=generator) < 0.6)
         state = game.start(12, generator)
     assert total == 36 if fixed else 0 < total < 72
 
@@ -588,8 +637,8 @@ def test_start_match_tells_which_rows_start(script, fixed):
     for _ in range(20):
         walker.started.clear()
         state = game.start(12, generator)
-        actions = players.act(state, game.action_mask(state))
-        over = players.observe(actions, torch.rand(12, generator=generator) < 0.3)
+        players.act(state, game.action_mask(state))
+        over = players.observe(torch.rand(12, generator=generator) < 0.3)
         begins = (over.unsqueeze(1) & (players.kind == kind)).flatten()
         told = torch.zeros_like(begins)
         for which in walker.started:

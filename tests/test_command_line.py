@@ -140,6 +140,7 @@ WRONG = [
     ("--num-envs 1.5", "num-envs"),
     ("--learning-rate fast", "learning-rate"),
     ("--moa-buffer balanced", "moa-buffer"),
+    ("--transition model", "transition"),
 ]
 
 
@@ -232,6 +233,7 @@ def test_wrong_numbers(script, nowhere, monkeypatch, capsys):
         (["--env-id", "mpe2.simple_tag_v3", "--env-kwargs", "{"], "JSON"),
         (["--env-id", "mpe2.simple_tag_v3", "--env-kwargs", '{"no_such": 1}'], "no_such"),
         (["--env-id", "mpe2.simple_tag_v3", "--goal", "oracle"], "oracle"),
+        (["--env-id", "mpe2.simple_tag_v3", "--transition", "simulator"], "simulator"),
         (["--env-id", "mpe2.simple_tag_v3", "--co-players", "ns"], "ns"),
         (["--co-players", "nobody"], "nobody"),
         (["--co-players", "ns,,nh"], "co-player"),
@@ -336,13 +338,14 @@ def files(script, done, tmp_path_factory):
     "option", ["--resume", "--init", "--load-moa", "--evaluate", "--co-players"]
 )
 def test_wrong_checkpoints(script, files, nowhere, monkeypatch, capsys, recwarn, option):
-    """One line with the path, and no warning beside it."""
+    """One line with the path; beside it torch warns of a file that begins like an odd pickle."""
     for path in files:
         if path.name == "newer.pt" and option in ("--load-moa", "--co-players"):
             continue  # what is read of it fits
         line = refused(script, monkeypatch, capsys, "--env-id", ENV_ID, option, path)
         assert path.name in line, line
-    assert not recwarn.list
+    warned = ["pickle protocol 103" in str(warning.message) for warning in recwarn]
+    assert len(warned) <= 1 and all(warned)  # of the garbage
 
 
 def test_checkpoints_of_other_runs(script, done, nowhere, monkeypatch, capsys):
@@ -414,9 +417,9 @@ def test_sigterm_ends_a_process_with_a_checkpoint(script, experiment):
     assert experiment["status"] == 143, experiment["error"]
     assert "ends after this iteration" in experiment["error"]
     assert "Traceback" not in experiment["error"]
-    content = script.load_checkpoint(experiment["path"])
-    assert content["global_step"] > 0
-    assert f"stopped at step {content['global_step']}" in experiment["out"]
+    global_step, *_ = script.load_checkpoint(experiment["path"])["progress"]
+    assert global_step > 0
+    assert f"stopped at step {global_step}:" in experiment["out"]
 
 
 def test_run_of_a_copy_under_another_name(script, done, experiment):
@@ -435,12 +438,12 @@ def test_original_plays_and_goes_on_from_a_copys_run(script, experiment, tmp_pat
     monkeypatch.chdir(tmp_path)
     words = ["--init", path, "--co-players", f"self,{path}", "--total-timesteps", "64"]
     finished = run(script, script.parse_arguments(words), tmp_path)
-    assert script.load_checkpoint(finished.path)["global_step"] == 64
-    steps = script.load_checkpoint(path)["global_step"]
+    assert script.load_checkpoint(finished.path)["progress"][0] == 64
+    steps = script.load_checkpoint(path)["progress"][0]
     words = ["--resume", path, "--total-timesteps", str(steps + 64)]
     resumed = run(script, script.parse_arguments(words), tmp_path)
     assert resumed.path == experiment["path"]
-    assert script.load_checkpoint(path)["global_step"] == steps + 64
+    assert script.load_checkpoint(path)["progress"][0] == steps + 64
 
 
 def test_refusal_as_a_process(experiment):

@@ -229,6 +229,9 @@ def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
     assert not calls
     script.evaluate(done, "nh", **options, plan_update="hop", plan_samples=3)
     assert set(calls) == {3}
+    calls.clear()
+    script.evaluate(done, "nh", **options, transition="simulator")
+    assert not calls
     with pytest.raises(script.UsageError, match="planner"):
         script.evaluate(plain, "nh", **options, plan_update="offset")
 
@@ -236,10 +239,23 @@ def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
 def test_every_option_of_play_changes_what_is_played(script, done):
     options = {"episodes": 40, "match_episodes": 4, "plan_update": "hop"}
     first = script.evaluate(done, "nh", **options)
-    others = {"plan_update": "none", "plan_beta": 0.0, "plan_samples": 1}
+    others = {"plan_update": "none", "plan_beta": 0.0, "plan_samples": 1, "transition": "simulator"}
     assert set(others) == set(script.PLAYED)
     for name, value in others.items():
         assert script.evaluate(done, "nh", **{**options, name: value}) != first, name
+
+
+def test_players_remember_before_the_next_state_is_seen(script, done):
+    """All steps of the episode, the last one included."""
+    times = []
+
+    def watch(player, state, **others):
+        steps = player.memory[:, :, 1, -1]
+        assert torch.equal(steps, state.time.unsqueeze(1).expand_as(steps))
+        times.append(int(state.time[0]))
+
+    script.evaluate(done, "nh", env_id=CELL, episodes=2, match_episodes=2, watch=watch)
+    assert times == [*range(36)] * 2
 
 
 def test_planner_can_be_switched_off_before_it_has_learnt(script, small, tmp_path):

@@ -202,8 +202,8 @@ def decisions(script, monkeypatch):
     plain = script.Player.act
 
     def noting(player, state, mask, seats, co_players):
-        oracle = co_players.oracle(state) if player.agent.args.goal == "oracle" else None
-        seen = {"state": state, "memory": player.memory, "seats": seats, "oracle": oracle}
+        scripted = co_players.scripted()
+        seen = {"state": state, "memory": player.memory, "seats": seats, "scripted": scripted}
         shown.append(seen)
         return plain(player, state, mask, seats, co_players)
 
@@ -276,16 +276,15 @@ def test_rollout_step_by_step(script, small, decisions, options):
         for field, new in zip(after, next_state, strict=True):
             assert torch.equal(field[~ended], new[~ended])
         assert not next_state.time[ended].any()
-        oracle = shown[t]["oracle"]
-        players = types.SimpleNamespace(oracle=lambda state, oracle=oracle: oracle)
+        scripted = shown[t]["scripted"]
+        players = types.SimpleNamespace(scripted=lambda scripted=scripted: scripted)
         player = player_of(script, agent, 6, shown[t]["memory"])
         value = player.value(state, players)
         torch.testing.assert_close(step["value"], value, rtol=1e-4, atol=1e-5)
-        if args.goal != "oracle":  # for which the targets would have to be known
-            player.decision = step
-            player.remember(step["action"])
-            final = player.value(after, players)
-            torch.testing.assert_close(step["final_value"], final * truncated, rtol=1e-4, atol=1e-5)
+        player.decision = step
+        player.remember(step["action"])
+        final = player.value(after, players)
+        torch.testing.assert_close(step["final_value"], final * truncated, rtol=1e-4, atol=1e-5)
         assert torch.equal(step["final_value"] != 0, truncated)
         next_value = torch.where(goes_on, next_value, step["final_value"])
         delta = learnt + args.gamma * next_value - step["value"]
@@ -314,9 +313,9 @@ def test_logged_returns(script, small, decisions):
     kinds = []
     plain = script.CoPlayers.observe
 
-    def noting(players, actions, ended):
+    def noting(players, ended):
         kinds.append(players.kind)
-        return plain(players, actions, ended)
+        return plain(players, ended)
 
     def watch(storage, metrics, game, co_players, **others):
         runs.append((steps_of(storage), dict(metrics), game, co_players.names))
@@ -499,8 +498,9 @@ def test_only_the_learners_rows_are_learnt_from(script, small, monkeypatch):
     assert not torch.equal(parts[0], parts[3])
 
 
+@pytest.mark.parametrize("transition", ["network", "simulator"])
 @pytest.mark.parametrize("plan_update", ["offset", "hop", "none"])
-def test_rollouts_in_which_the_learner_has_left(script, small, plan_update):
+def test_rollouts_in_which_the_learner_has_left(script, small, plan_update, transition):
     """The others go on for some steps after it has left: there is nothing to learn from."""
     runs = []
 
@@ -511,7 +511,7 @@ def test_rollouts_in_which_the_learner_has_left(script, small, plan_update):
 
     options = {"num_envs": 1, "num_steps": 2, "total_timesteps": 120, "moa_updates": 1}
     options |= {"env_id": "msh-2x2-3p-2h1s", "co_players": "nh"}
-    script.train(small(plan_update=plan_update, **options), watch)
+    script.train(small(plan_update=plan_update, transition=transition, **options), watch)
     assert len(runs) == 60
     assert 0 in runs
     assert 2 in runs
@@ -594,7 +594,7 @@ class Play:
         fields = {"action": actions, "alive": alive, "reward": reward, "reached": reached}
         self.buffer.add(state, fields, ended, match_ended)
         if self.kinds is not None:
-            assert torch.equal(self.players.observe(actions, ended), match_ended)
+            assert torch.equal(self.players.observe(ended), match_ended)
         self.state = game.restart(after, ended, self.generator)
 
     def span(self, b, t):
@@ -992,13 +992,14 @@ def test_oracle_goals_in_the_buffer_are_those_acted_on(script, small, decisions)
     runs = []
     options = {"env_id": "msh-4x4-3p-2h1s", "co_players": "ns,nh-noisy,self", "num_steps": 40}
 
-    def watch(buffer, **others):
-        runs.append({name: field.clone() for name, field in buffer.ring.items()})
+    def watch(buffer, game, **others):
+        runs.append((game, {name: field.clone() for name, field in buffer.ring.items()}))
 
     script.train(small(goal="oracle", total_timesteps=160, **options), watch)
-    ring = runs[0]
+    game, ring = runs[0]
     for t in range(40):
-        assert torch.equal(ring["goals"][t], decisions[t]["oracle"])
+        oracle = game.oracle(decisions[t]["state"], *decisions[t]["scripted"])
+        assert torch.equal(ring["goals"][t], oracle)
         learner = decisions[t]["seats"]
         own = ring["goals"][t][learner]
         assert own[:, 3].all()  # no scripted kind
@@ -1071,6 +1072,7 @@ def subgoal_accuracy(agent, batch, where):
 # The planner
 # ------------------------------------------------------------------------------------------------
 GRIDS = [HUNT, "msh-2x3-4p-2h2s", DRIFTS]
+TRANSITIONS = ["network", "simulator"]
 
 
 def situations(game, batch=40, steps=6, seed=0):
@@ -1112,6 +1114,8 @@ def some_goals(agent, state, seed=2):
 
 @torch.no_grad()
 def scores_of(script, agent, state, goal, joint, games, seats):
+    if agent.args.transition == "simulator":
+        return script.simulated_scores(agent, state, goal, joint, (games, seats))
     own, views = agent.game.features(state)
     others, _ = agent.inputs(views, goal)
     return script.scores(agent, own, others, joint, (games, seats))
@@ -1185,10 +1189,118 @@ def test_transition_network_reads_every_action_and_no_order(script, lively):
         assert (difference > 1e-4).all(1).float().mean() > 0.9
 
 
+@torch.no_grad()
+def exact_scores_in_a_loop(agent, state, goal, joint, games, seats, seen):
+    """[D, A]: a step of one game for each decision, own action and sample, and V after it. Counts
+    in `seen` what happens in these steps."""
+    game = agent.game
+    args = agent.args
+    n = game.num_players
+    scores = torch.zeros(len(games), game.num_actions)
+    for d, (b, i) in enumerate(zip(games.tolist(), seats.tolist(), strict=True)):
+        before = rows_of(state, torch.tensor([b]))
+        company = [(i + 1 + slot) % n for slot in range(n - 1)]
+        seen["with one that had left"] += not game.alive(before).all()
+        for action, played in itertools.product(range(game.num_actions), joint[b].tolist()):
+            played[i] = action
+            after, rewards, terminated, truncated = game.step(before, torch.tensor([played]))
+            rewards = rewards[0].tolist()
+            shared = sum(rewards) / n
+            value = (1 - args.prosocial) * rewards[i] + args.prosocial * shared
+            value *= args.reward_scale
+            if not terminated[0, i]:
+                own, views = game.features(after)
+                others = [torch.cat([views[0, i, k], goal[b, j]]) for k, j in enumerate(company)]
+                reads = (own[0, i], torch.stack(others), sum(goal[b, j] for j in company))
+                value += args.gamma * float(agent.critic(*reads))
+            scores[d, action] += value / len(joint[b])
+            seen["own reward"] += rewards[i] != 0
+            seen["unequal rewards"] += rewards[i] != shared
+            seen["left"] += bool(terminated[0, i] and not terminated[0].all())
+            seen["left by another"] += bool(terminated[0].any() and not terminated[0, i])
+            seen["ended"] += bool(terminated[0].all())
+            seen["truncated"] += bool(truncated[0, i])
+    return scores
+
+
+@pytest.mark.parametrize("prosocial", [0.0, 0.3])
 @pytest.mark.parametrize("env_id", GRIDS)
-def test_scores_do_not_depend_on_the_rest_of_the_batch(script, lively, env_id):
+def test_exact_scores_equal_a_plain_loop(script, lively, env_id, prosocial):
+    """Of every own action, legal or not, of players at all seats."""
+    options = {"plan_update": "offset", "transition": "simulator", "reward_scale": 0.2}
+    game, agent = lively(env_id=env_id, gamma=GAMMA, prosocial=prosocial, horizon=12, **options)
+    state = situations(game, batch=12, steps=6)
+    goal = some_goals(agent, state)
+    joint = joint_actions(game, state, 3)
+    games, seats = choices(game, state)
+    kept = [field.clone() for field in (*state, goal, joint)]
+    scores = scores_of(script, agent, state, goal, joint, games, seats)
+    for field, copied in zip((*state, goal, joint), kept, strict=True):
+        assert torch.equal(field, copied)
+    seen = Counter()
+    expected = exact_scores_in_a_loop(agent, state, goal, joint, games, seats, seen)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert set(seats.tolist()) == set(range(game.num_players))
+    cases = ["own reward", "unequal rewards", "ended", "truncated"]
+    if game.family == "msh":
+        cases += ["left", "left by another", "with one that had left"]
+    assert min(seen[case] for case in cases) > 20, seen
+    assert expected.std(1).max() > 0.05  # own actions differ
+    other = scores_of(script, agent, state, -goal, joint, games, seats)
+    assert (other - expected).abs().max() > 0.01  # what is inferred counts
+    other = scores_of(script, agent, state, goal, joint.flip(0), games, seats)
+    assert (other - expected).abs().max() > 0.01  # and what the others do
+
+
+@pytest.mark.parametrize("prosocial", [0.0, 0.5])
+def test_exact_scores_by_hand(script, lively, prosocial):
+    """A stag under players 0 and 1, which hunts it; a hare under 2, which takes it in one of two
+    samples. V is 2 everywhere; who catches something leaves the game."""
+    options = {"env_id": "msh-1x2-3p-1h1s", "reward_scale": 1.0, "transition": "simulator"}
+    game, agent = lively(gamma=GAMMA, prosocial=prosocial, **options)
+    with torch.no_grad():
+        agent.critic.out.weight.zero_()
+        agent.critic.out.bias.fill_(2.0)
+    fields = ([[0, 0, 1]], [[0, 1]], [3], [0])
+    state = script.GridState(*map(torch.tensor, fields))
+    stag, hare = 5, 6
+    joint = torch.tensor([[[STAY, stag, STAY], [STAY, stag, hare]]])
+    seats = torch.tensor([0, 2])
+    goal = some_goals(agent, state)
+    scores = scores_of(script, agent, state, goal, joint, torch.tensor([0, 0]), seats)
+    first = [prosocial * 0.5 / 3 + GAMMA * 2] * 7
+    first[stag] = (1 - prosocial) * 5 + prosocial * (10 / 3 + 11 / 3) / 2
+    third = [GAMMA * 2] * 7
+    third[hare] = (1 - prosocial) + prosocial / 3
+    torch.testing.assert_close(scores, torch.tensor([first, third]))
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+def test_the_planner_scores_by_what_the_player_infers(script, lively, monkeypatch, transition):
+    """Its decision's scores are those at the goals of its memory, and at its own seats alone."""
+    game, agent = lively(env_id=HUNT, plan_update="offset", transition=transition)
+    state = situations(game, batch=6, steps=3)
+    joint = joint_actions(game, state, 4)
+    monkeypatch.setattr(script, "sample_joint_actions", lambda *inputs: joint)
+    memory = script.Player(agent, 18).memory
+    memory = torch.randn(memory.shape, generator=generator_of(1)).abs()
+    seats = torch.rand(18, 3, generator=generator_of(5)) < 0.7
+    decision = decision_of(script, agent, state, seats, memory)
+    chosen = (seats & game.alive(state)).nonzero(as_tuple=True)
+    looped = [agent, state, decision["goals"], joint, *chosen]
+    expected = torch.zeros_like(decision["q_plan"])
+    if transition == "simulator":
+        expected[chosen] = exact_scores_in_a_loop(*looped, Counter())
+    else:
+        expected[chosen] = scores_in_a_loop(*looped)
+    torch.testing.assert_close(decision["q_plan"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transition", TRANSITIONS)
+@pytest.mark.parametrize("env_id", GRIDS)
+def test_scores_do_not_depend_on_the_rest_of_the_batch(script, lively, env_id, transition):
     """Each game alone, games in another order, seats relabelled."""
-    game, agent = lively(env_id=env_id, plan_update="offset")
+    game, agent = lively(env_id=env_id, plan_update="offset", transition=transition)
     state = situations(game, batch=4)
     batch, n = state.players.shape
     goal = some_goals(agent, state)

@@ -579,22 +579,6 @@ def test_last_drift_terminates_also_at_the_horizon(script):
     assert scene.reward == [2.0, 6.0, 6.0, 6.0]
 
 
-@every_game
-def test_numbers_that_are_no_actions_raise(script, env_id):
-    game = script.GridGame(env_id)
-    state = game.start(3, generator_of(0))
-    assert game.num_actions == {"msh": 7, "msg": 6}[GAMES[env_id][0]]
-    for number in (-1, game.num_actions, 99):
-        for place in ((0, 0), (2, game.num_players - 1)):
-            actions = torch.full((3, game.num_players), STAY)
-            actions[place] = number
-            with pytest.raises(ValueError):
-                game.step(state, actions)
-    left = state._replace(players=torch.full_like(state.players, -1))  # is no exception
-    with pytest.raises(ValueError):
-        game.step(left, torch.full((3, game.num_players), game.num_actions))
-
-
 def test_left_player_has_an_empty_plane_everywhere_and_sees_the_rest(script):
     items = [None, (0, 3), (3, 3), None, (2, 2)]
     scene = hunt(script, [(0, 0), None, (2, 2), (0, 1)], 4, 2, items)

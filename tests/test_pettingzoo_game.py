@@ -611,7 +611,7 @@ def test_an_environment_that_fails_during_the_run(script, small, workers):
         (f"{HERE}:Continuous", "Discrete"),
         (f"{HERE}:Images", "4096"),
         (f"{HERE}:Graphs", "Graphs"),
-        (f"{HERE}:Empty", "agents"),
+        (f"{HERE}:Empty", "Empty: needs Discrete actions"),
         (f"{HERE}:nobody", "nobody"),
         (f"{HERE}:number", "number"),
         (f"{HERE}:", HERE),
@@ -640,6 +640,7 @@ def test_bad_arguments_of_the_environment(script, small, text):
     "options, word",
     [
         ({"goal": "oracle"}, "oracle"),
+        ({"transition": "simulator"}, "simulator"),
         ({"co_players": "ns"}, "ns"),
         ({"horizon": 0}, "horizon"),
         ({"horizon": -3}, "horizon"),
@@ -706,6 +707,8 @@ def test_simple_tag(script, small, plan_update):
     result = script.evaluate(metrics["run"], "self", episodes=3, num_envs=2, match_episodes=2)
     assert len(result["focal_returns"]) == 3
     assert all(math.isfinite(value) for value in result["focal_returns"])
+    with pytest.raises(script.UsageError, match="simulator"):  # which would step what is played
+        script.evaluate(metrics["run"], "self", transition="simulator")
 
 
 def test_rock_paper_scissors_with_a_class_of_co_player(script, small):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from run_tools import assert_equal, main, run, scalars, weights_of
+from run_tools import assert_equal, main, networks, run, scalars, weights_of
 
 ENV_ID = "msh-3x3-3p-2h1s"
 LONGER = {  # four iterations with a planner that stays on, and episodes that end in each
@@ -126,7 +126,7 @@ def test_files_of_a_run(script, done):
     assert args == dataclasses.asdict(script.checked(done.asked, script.GridGame(ENV_ID)))
     content = torch.load(done.path / "checkpoint.pt", weights_only=True)
     assert args == content["args"]
-    assert content["global_step"] == 640
+    assert content["progress"][0] == 640
     assert None not in (args["gamma"], args["reward_scale"], args["horizon"])
     assert f"done at step 640: runs/{done.path.name}" in done.printed
 
@@ -193,6 +193,7 @@ CHANGES = {  # another value of each option that learning depends on
     "plan_beta": 5.0,
     "plan_until": 0.0,
     "plan_samples": 2,
+    "transition": "simulator",
 }
 ELSEWHERE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity
     capture_video checkpoint_every resume init profile evaluate eval_episodes load_moa
@@ -287,6 +288,36 @@ def test_transition_network_learns_until_the_planner_is_off(script, small, tmp_p
     first, second, third, fourth = weights
     assert not torch.equal(first, second)
     assert torch.equal(second, third) and torch.equal(third, fourth)
+
+
+@pytest.mark.parametrize("env_id", [ENV_ID, "msg-2x3-3p-3d"])
+@pytest.mark.parametrize("plan_update", ["offset", "hop"])
+def test_planner_on_exact_steps(script, small, tmp_path, monkeypatch, env_id, plan_update):
+    """Scores at the learner's seats; the transition network is neither asked nor trained."""
+    weights = []
+    plans = []
+
+    def never(*inputs):
+        raise AssertionError("the transition network is read")
+
+    def watch(agent, storage, metrics, **others):
+        weights.append({name: value.clone() for name, value in networks(agent).items()})
+        planned = torch.stack(storage["q_plan"]).any(3)
+        learner = torch.stack(storage["learner"])
+        assert not (planned & ~learner).any()
+        assert planned.sum() > 0.5 * learner.sum()  # else all ends, whatever it does
+        plans.append(float(torch.stack(storage["offset"]).abs().max()))
+        assert not [name for name in metrics if "transition" in name]
+        assert "losses/plan_slope" in metrics
+
+    monkeypatch.setattr(script, "outcome", never)
+    options = {**LONGER, "env_id": env_id, "co_players": "self,random", "plan_update": plan_update}
+    finished = run(script, small(**options, transition="simulator"), tmp_path, watch)
+    assert all(math.isfinite(value) for value in finished.metrics.values())
+    assert plans[0] == 0.0 and max(plans) > 0.01
+    for name in ("actor", "critic", "moa"):
+        assert not torch.equal(weights[0][name], weights[-1][name]), name
+    assert torch.equal(weights[0]["transition"], weights[-1]["transition"])
 
 
 def test_planner_alone_is_learnt_from_with_an_entropy_bonus(script, small, tmp_path, monkeypatch):
@@ -544,23 +575,23 @@ PROFILED = {  # a tiny run: what the profiler records, it has to digest
 
 
 def test_profile(script, small, tmp_path):
-    """A table by label of three iterations, whose shares are sensible, and a trace."""
+    """A table by label of three iterations, in their order, whose shares are sensible; a trace."""
     finished = run(script, small(**PROFILED, profile=True), tmp_path)
     table = table_of(finished.printed)
-    rollout = ["co-players", "goal inference", "policy and value", "planner", "game"]
+    players = ["goal inference", "policy and value", "planner"]
     update = ["MOA", "transition", "PPO"]
-    assert sorted(table) == sorted(["ProfilerStep*", "rollout", *rollout, *update])
+    assert list(table) == ["ProfilerStep*", "rollout", "players", *players, "game", *update]
     shares = {label: share for label, (_, share) in table.items()}
     whole = table["ProfilerStep*"][0]
     for label, (seconds, share) in table.items():
         assert seconds / whole == pytest.approx(share / 100.0, abs=0.02), label
     assert shares["ProfilerStep*"] == 100.0
     assert 50.0 < shares["rollout"] + sum(shares[label] for label in update) <= 100.5
-    assert 0.3 * shares["rollout"] < sum(shares[label] for label in rollout)
-    assert sum(shares[label] for label in rollout) <= shares["rollout"] + 0.5
+    assert 0.3 * shares["rollout"] < shares["players"] + shares["game"] <= shares["rollout"] + 0.5
+    assert 0.3 * shares["players"] < sum(map(shares.get, players)) <= shares["players"] + 0.5
     calls = calls_of(finished.path)
     assert calls["rollout"] == calls["PPO"] == calls["MOA"] == calls["ProfilerStep"] == 3
-    assert calls["planner"] == calls["game"] == 12
+    assert calls["players"] == calls["planner"] == calls["game"] == 12
 
 
 def test_profile_of_a_run_that_goes_on(script, small, tmp_path):
@@ -752,7 +783,8 @@ def test_tracking_offline(script, small, tmp_path, monkeypatch):
     assert wandb.run is None
     first = logged_offline(tmp_path, 1)
     content = script.load_checkpoint(tracked.path)
-    assert first[1] == {(content["tracking_id"], "project-x")}
+    *_, tracking_id = content["progress"]
+    assert first[1] == {(tracking_id, "project-x")}
     assert set(first[0]) == {64, 128}
     for step, names in first[0].items():
         assert {"losses/policy", "moa/nll", "charts/SPS"} <= names, step
@@ -764,7 +796,7 @@ def test_tracking_offline(script, small, tmp_path, monkeypatch):
     steps, ids = logged_offline(tmp_path, 2)
     assert set(steps) == {64, 128, 192}
     assert ids == first[1]
-    assert script.load_checkpoint(tracked.path)["tracking_id"] == content["tracking_id"]
+    assert script.load_checkpoint(tracked.path)["progress"] == [192, 3, tracking_id]
 
 
 def test_tracking_without_a_login_is_refused(script, tmp_path):
