@@ -122,29 +122,26 @@ def company(game, entries: list[str], matches: int, steps: int, generator):
 
 
 def long_match(game, player, companies: list, steps: int, generator) -> tuple[np.ndarray, np.ndarray]:
-    """One match of the focal `player` in each game of all `companies` (CoPlayers), whose games it plays side by
+    """One match of the focal `player` in each game of all `companies` (CoPlayers), whose games are played side by
     side. Returns its rewards, float [steps, B], and whether the step was an episode's last, bool [steps, B]."""
     import torch
 
     ends = list(itertools.accumulate(len(players.focal) for players in companies))
     parts = [slice(end - len(players.focal), end) for players, end in zip(companies, ends, strict=True)]
+    for players in companies:
+        players.agents[0] = type(player)(player.agent, len(players.focal))
     state = game.start(ends[-1], generator)
     seat = torch.cat([players.focal for players in companies]).unsqueeze(1)
-    learner = torch.arange(game.num_players) == seat
-    never, rewards, lasts = torch.zeros(ends[-1], dtype=torch.bool), [], []
+    rewards, lasts = [], []
     for _ in range(steps):
         mask = game.action_mask(state)
-        theirs = []
+        actions = []
         for players, p in zip(companies, parts, strict=True):
-            theirs.append(players.act(type(state)(*(field[p] for field in state)), mask[p]))
-        own = player.act(state, mask, learner, companies[0])["action"]  # for its generator
-        actions = torch.where(learner, own, torch.cat(theirs))
-        after, reward, terminated, truncated = game.step(state, actions)
+            actions.append(players.act(type(state)(*(field[p] for field in state)), mask[p]))
+        after, reward, terminated, truncated = game.step(state, torch.cat(actions))
         ended = (terminated | truncated).all(1)
         for players, p in zip(companies, parts, strict=True):
-            players.observe(actions[p], ended[p])
-        player.remember(actions)
-        player.forget(ended, never)
+            players.observe(ended[p])
         state = game.restart(after, ended, generator)
         rewards.append(reward.gather(1, seat).squeeze(1))
         lasts.append(ended)
