@@ -133,18 +133,19 @@ def long_match(game, player, companies: list, steps: int, generator) -> tuple[np
     state = game.start(ends[-1], generator)
     seat = torch.cat([players.focal for players in companies]).unsqueeze(1)
     rewards, lasts = [], []
-    for _ in range(steps):
-        mask = game.action_mask(state)
-        actions = []
-        for players, p in zip(companies, parts, strict=True):
-            actions.append(players.act(type(state)(*(field[p] for field in state)), mask[p]))
-        after, reward, terminated, truncated = game.step(state, torch.cat(actions))
-        ended = (terminated | truncated).all(1)
-        for players, p in zip(companies, parts, strict=True):
-            players.observe(ended[p])
-        state = game.restart(after, ended, generator)
-        rewards.append(reward.gather(1, seat).squeeze(1))
-        lasts.append(ended)
+    with torch.no_grad():
+        for _ in range(steps):
+            mask = game.action_mask(state)
+            actions = []
+            for players, p in zip(companies, parts, strict=True):
+                actions.append(players.act(type(state)(*(field[p] for field in state)), mask[p]))
+            after, reward, terminated, truncated = game.step(state, torch.cat(actions))
+            ended = (terminated | truncated).all(1)
+            for players, p in zip(companies, parts, strict=True):
+                players.observe(ended[p])
+            state = game.restart(after, ended, generator)
+            rewards.append(reward.gather(1, seat).squeeze(1))
+            lasts.append(ended)
     return torch.stack(rewards).numpy(), torch.stack(lasts).numpy()
 
 
