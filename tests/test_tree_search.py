@@ -1,0 +1,308 @@
+"""The tree search of hop_mcts_new.py: against a recursive one, in closed form, and batched."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import load_script
+
+GAMES = {  # options of the game
+    "msh-4x4-4h1s": {},
+    "msg-4x4-3p-2d": {"prosocial": 0.3},
+    "msh-3x3-2p-1h2s": {"max_depth": 2},
+    "msh-3x2-6p-2h2s": {"max_depth": 1},
+    "msh-1x1-2p-0h1s": {},
+    "msh-4x4-1p-4h1s": {},
+}
+SIMULATIONS = 30
+TREES = 12
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("hop_mcts_new")
+
+
+class Node:
+    """A node of the reference: a state of one game, and what is known of it."""
+
+    def __init__(self, state, number, depth, reward=0.0, value=0.0, goes_on=True):
+        self.state = state
+        self.number = number
+        self.depth = depth
+        self.reward = reward
+        self.value = value
+        self.goes_on = goes_on
+        self.prior = None
+        self.children = {}
+
+
+class Reference:
+    """One tree, one node and one plain network call at a time, for the player at seat 0."""
+
+    def __init__(self, script, agent, goals, drawn, draws):
+        self.script = script
+        self.agent = agent
+        self.game = agent.game
+        self.args = agent.args
+        self.goals = goals[None]  # [1, N, Z]
+        self.drawn = drawn[None]
+        self.draws = draws  # [S + 1, N]
+
+    def features(self, state):
+        own, views = self.game.features(state)
+        return own.double(), views.double()
+
+    def ask(self, network, state):
+        own, views = self.features(state)
+        others, goal = self.agent.inputs(views, self.goals)
+        return network(own, others, goal)[0, 0]
+
+    def expand(self, node):
+        mask = self.game.action_mask(node.state)
+        logits = self.ask(self.agent.actor, node.state)
+        prior = self.script.masked(logits, mask[0, 0]).softmax(0)
+        node.prior = [float(p) if legal else -1.0 for p, legal in zip(prior, mask[0, 0])]
+        logits = self.agent.moa.decoder(*self.features(node.state), self.drawn)
+        chance = self.script.masked(logits, mask).softmax(-1)[0]
+        node.joint = [0]
+        for seat in range(1, self.game.num_players):
+            upto = chance[seat].cumsum(0)
+            draw = self.draws[node.number, seat] * upto[-1]
+            node.joint.append(int((upto > draw).int().argmax()))
+        node.visits = [0] * len(node.prior)
+        node.total = [0.0] * len(node.prior)
+
+    def choose(self, node):
+        legal = [action for action, p in enumerate(node.prior) if p >= 0]
+        count = sum(node.visits)
+        if count == 0:
+            return max(legal, key=node.prior.__getitem__)
+        untried = [action for action in legal if node.visits[action] == 0]
+        mean = (node.value + sum(node.total)) / (1 + count)
+        q = [total / n if n else mean for total, n in zip(node.total, node.visits)]
+        span = max(max(q) - min(q), 1e-8)
+        score = {}
+        for action in legal:
+            bonus = self.args.puct_c * node.prior[action] * math.sqrt(count)
+            score[action] = (q[action] - min(q)) / span + bonus / (1 + node.visits[action])
+        return max(untried if node.number == 0 and untried else legal, key=score.__getitem__)
+
+    def step(self, node, action, number):
+        joint = torch.tensor([[action, *node.joint[1:]]])
+        after, reward, terminated, truncated = self.game.step(node.state, joint)
+        reward = reward[0].double()
+        reward = self.args.reward_scale * reward.lerp(reward.mean(), self.args.prosocial)[0]
+        lives = not terminated[0, 0]
+        value = float(self.ask(self.agent.critic, after)) if lives else 0.0
+        depth = node.depth + 1
+        goes_on = lives and not truncated[0, 0] and depth < self.args.max_depth
+        return Node(after, number, depth, float(reward), value, goes_on)
+
+    def run(self, state, simulations):
+        """Visits and summed returns of the root's actions."""
+        root = Node(state, 0, 0, value=float(self.ask(self.agent.critic, state)))
+        for number in range(1, simulations + 1):
+            node = root
+            path = []
+            while True:
+                if node.prior is None:
+                    self.expand(node)
+                action = self.choose(node)
+                path.append((node, action))
+                child = node.children.get(action)
+                if child is None:
+                    child = node.children[action] = self.step(node, action, number)
+                    break
+                if not child.goes_on:
+                    break
+                node = child
+            future = child.value
+            for node, action in reversed(path):
+                future = node.children[action].reward + self.args.gamma * future
+                node.visits[action] += 1
+                node.total[action] += future
+        return root.visits, root.total
+
+
+class Scene:
+    """TREES trees of one game, some steps after its start, with networks in float64."""
+
+    def __init__(self, script, monkeypatch, env_id, simulations=SIMULATIONS, **options):
+        plain = script.clock_features
+        monkeypatch.setattr(script, "clock_features", lambda *given: plain(*given).double())
+        self.script = script
+        game = script.GridGame(env_id, horizon=6)
+        game.relative = game.relative.double()
+        options = {"env_id": env_id, "horizon": 6, "num_simulations": simulations, **options}
+        self.args = script.checked(script.Args(**options), game)
+        torch.manual_seed(3)
+        self.agent = script.Agent(game, self.args).double()
+        for weight in self.agent.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        generator = torch.Generator().manual_seed(5)
+        state = game.start(200, generator)
+        for _ in range(2):
+            actions = script.random_actions(game.action_mask(state), generator)
+            state, _, terminated, truncated = game.step(state, actions)
+        plays = (~terminated & ~truncated)[:, 0].nonzero()[:TREES, 0]
+        self.state = type(state)(*(field[plays] for field in state))
+        sizes = (len(plays), game.num_players, self.agent.moa.goal_size)
+        self.goals = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        self.drawn = torch.randn(sizes, generator=generator, dtype=torch.float64)
+        sizes = (simulations + 1, len(plays), game.num_players)
+        self.draws = torch.rand(sizes, generator=generator, dtype=torch.float64)
+
+    @torch.no_grad()
+    def search(self, which=slice(None)):
+        """Q and visits of the trees `which`."""
+        agent = self.agent
+        state = type(self.state)(*(field[which] for field in self.state))
+        goals = self.goals[which]
+        draws = self.draws[:, which].flatten(0, 1)
+        own, views = agent.game.features(state)
+        others, goal = agent.inputs(views.double(), goals)
+        value = agent.critic(own.double(), others, goal)[:, 0, 0]
+        model = self.script.Model(agent, state, goals, self.drawn[which], draws)
+        return self.script.search(model, value, self.args)
+
+
+@pytest.mark.parametrize("env_id", GAMES)
+@torch.no_grad()
+def test_search_equals_a_recursive_one(script, monkeypatch, env_id):
+    """Visit counts in every tree, and sums of returns but for rounding."""
+    scene = Scene(script, monkeypatch, env_id, **GAMES[env_id])
+    q, visits = scene.search()
+    assert len(visits) >= 4
+    assert (visits.sum(1) == SIMULATIONS).all()
+    for tree, counts in enumerate(visits.long().tolist()):
+        given = (scene.goals[tree], scene.drawn[tree], scene.draws[:, tree])
+        state = type(scene.state)(*(field[tree : tree + 1] for field in scene.state))
+        expected, total = Reference(script, scene.agent, *given).run(state, SIMULATIONS)
+        assert counts == expected
+        for action, n in enumerate(counts):
+            if n:
+                assert q[tree, action] == pytest.approx(total[action] / n, abs=1e-6)
+
+
+def test_a_tree_does_not_depend_on_the_batch(script, monkeypatch):
+    """Not on its place, nor on which other trees there are, nor on how many."""
+    scene = Scene(script, monkeypatch, "msh-4x4-4h1s")
+    q, visits = scene.search()
+    order = torch.randperm(len(q), generator=torch.Generator().manual_seed(1))
+    for which in (order, order[:3], torch.cat([order, order, order])):
+        again = scene.search(which)
+        assert torch.equal(again[1], visits[which])
+        torch.testing.assert_close(again[0], q[which], atol=1e-9, rtol=0)
+
+
+def test_depth_limit_is_one_step_of_exact_planning(script, monkeypatch):
+    """At depth 1 an action's Q is r + gamma V', the same at every visit."""
+    scene = Scene(script, monkeypatch, "msh-3x2-6p-2h2s", simulations=9, max_depth=1)
+    q, _ = scene.search()
+    game = scene.agent.game
+    mask = game.action_mask(scene.state)[:, 0]
+    compared = 0
+    for tree in range(len(q)):
+        given = (scene.goals[tree], scene.drawn[tree], scene.draws[:, tree])
+        reference = Reference(script, scene.agent, *given)
+        state = type(scene.state)(*(field[tree : tree + 1] for field in scene.state))
+        root = Node(state, 0, 0)
+        with torch.no_grad():
+            reference.expand(root)
+            for action in mask[tree].nonzero()[:, 0].tolist():
+                child = reference.step(root, action, 1)
+                expected = child.reward + scene.args.gamma * child.value
+                assert q[tree, action] == pytest.approx(expected, abs=1e-6)
+                compared += 1
+    assert compared > 20
+
+
+class Bandit:
+    """A model without state: each action pays what `payoffs` [T, A] say, and nothing follows."""
+
+    def __init__(self, payoffs, prior):
+        self.payoffs = payoffs
+        self.prior = prior
+        self.num_actions = payoffs.shape[1]
+
+    def expand(self, nodes):
+        return self.prior[nodes % len(self.prior)]
+
+    def step(self, nodes, actions, new):
+        reward = self.payoffs.gather(1, actions[:, None])[:, 0]
+        return reward, torch.zeros_like(reward), torch.zeros_like(actions) > 0
+
+
+def bandit_search(script, payoffs, prior, simulations, constant=1.25):
+    payoffs = torch.tensor([payoffs], dtype=torch.float64)
+    prior = torch.tensor([prior], dtype=torch.float64)
+    args = script.Args(num_simulations=simulations, puct_c=constant, gamma=0.9)
+    q, visits = script.search(Bandit(payoffs, prior), payoffs.new_zeros(1), args)
+    return q[0].tolist(), visits[0].tolist()
+
+
+def test_bandit(script):
+    """Every legal action once; then, without a bonus, the best one."""
+    q, visits = bandit_search(script, [1.0, 3.0, 2.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0)
+    assert visits == [1, 8, 1, 0]
+    assert q == pytest.approx([1.0, 3.0, 2.0, 27 / 11])  # not tried: the mean of 11, V = 0 of them
+
+
+def test_bandit_without_time_for_all(script):
+    """First the best prior, then the next one by PUCT among those that were not tried."""
+    _, visits = bandit_search(script, [1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2)
+    assert visits == [1, 0, 1]
+
+
+def test_equal_payoffs_are_visited_by_the_prior(script):
+    """With the same Q everywhere visits go as the prior."""
+    _, visits = bandit_search(script, [0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000)
+    assert visits == pytest.approx([600, 300, 100], abs=3)
+
+
+def test_illegal_actions_are_never_tried(script, monkeypatch):
+    scene = Scene(script, monkeypatch, "msh-4x4-4h1s", simulations=60)
+    _, visits = scene.search()
+    mask = scene.agent.game.action_mask(scene.state)[:, 0]
+    assert (visits[~mask] == 0).all()
+    assert (visits[mask] > 0).all()
+
+
+def test_scores_of_any_seat(script, monkeypatch):
+    """Relabelling the seats of a game changes no scores: the order of co-players is cyclic."""
+    scene = Scene(script, monkeypatch, "msh-4x4-4h1s", simulations=12, num_goal_samples=2)
+    game = scene.agent.game
+    goals = scene.goals
+    log_std = torch.full_like(goals, -30.0)
+    value = torch.zeros(goals.shape[:2], dtype=torch.float64)
+    shown = []
+    plain = script.uniform
+    monkeypatch.setattr(
+        script, "uniform", lambda shape, generator: plain(shape, generator).double()
+    )
+    for shift in range(game.num_players):
+        state = scene.state._replace(players=scene.state.players.roll(shift, 1))
+        games = torch.arange(len(goals))
+        chosen = (games, torch.full_like(games, shift % game.num_players))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            given = (goals.roll(shift, 1), log_std, value, chosen, generator)
+            shown.append(script.scores(scene.agent, state, *given))
+    for q in shown[1:]:
+        torch.testing.assert_close(q, shown[0], atol=1e-9, rtol=0)
+    assert shown[0].std() > 0.01
+
+
+def test_environments_without_a_simulator_are_refused(script):
+    with pytest.raises(script.UsageError, match="hop_onestep.py"):
+        script.train(script.Args(env_id="mpe2.simple_tag_v3", plan_update="hop"))
+
+
+def test_learns_the_small_stag_hunt(script, tmp_path, monkeypatch):
+    """Self-play leaves the hares (1 for each) within 30,000 steps."""
+    monkeypatch.chdir(tmp_path)
+    args = script.Args(co_players="self", total_timesteps=32768, num_simulations=8)
+    metrics = script.train(args)
+    assert metrics["charts/episodic_return"] > 1.8
