@@ -103,7 +103,7 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    learning_rate: float = 1e-3  # of policy and value (Adam)
+    learning_rate: float = 1e-3  # of policy, value and what the planner learns (Adam)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
@@ -113,7 +113,7 @@ class Args:
     ent_coef: float = 0.02  # entropy bonus at the start; annealed to a tenth
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of policy and value
+    hidden_size: int = 64  # width of policy, value and what the planner learns
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero, scripted ones' truth
@@ -989,7 +989,7 @@ class MatchBuffer:
 
 # ---- Agent and planner ---------------------------------------------------------------------------
 class Agent(nn.Module):
-    """The learned player: policy, value, MOA, and how far its planner is to be trusted."""
+    """The learned player: policy, value, MOA, and what its planner learns."""
 
     # ours: no transition network
     def __init__(self, game, args):
@@ -1100,7 +1100,7 @@ def gaussian(mean, log_std, generator):
     return mean + log_std.exp() * noise
 
 
-# ours: tree search
+# ours: tree search in place of one step
 class Tree(NamedTuple):
     """T trees that grow in lock step, as parallel arrays over V = (S + 1) * T nodes: node s * T + t
     is made in tree t by simulation s, and 0..T-1 are the roots."""
@@ -1118,7 +1118,6 @@ class Tree(NamedTuple):
     expanded: Tensor  # bool [V] the prior is known: most nodes are never reached again
 
 
-# ours: tree search
 def puct(visits, total, prior, value, root, constant):
     """int64 [R]: the action to try next at R nodes (Silver et al. 2017), by the highest Q + c pi
     sqrt(N) / (1 + n). Q is scaled to 0..1 over the node's actions and its mean, as which an action
@@ -1135,14 +1134,12 @@ def puct(visits, total, prior, value, root, constant):
     return score.masked_fill(prior < 0, -1e9).argmax(1)
 
 
-# ours: tree search
 def select(tree, roots):
     """Follows the choices down from the `roots` [T]: the paths, by levels of (trees [P], nodes
     [P]), and the last node [T] of each."""
     path = []
     leaf = roots.clone()
-    trees = roots
-    nodes = roots
+    trees = nodes = roots
     while len(nodes):
         path.append((trees, nodes))
         leaf.index_copy_(0, trees, nodes)
@@ -1153,7 +1150,6 @@ def select(tree, roots):
     return path, leaf
 
 
-# ours: tree search
 def expand(tree, model, leaf, new, max_depth):
     """Makes the nodes `new`, a slice of T, by the actions chosen at the nodes `leaf` [T]. Where a
     path ends for the first time, the prior is asked for, and its best action chosen."""
@@ -1167,11 +1163,9 @@ def expand(tree, model, leaf, new, max_depth):
     tree.reward[new], tree.value[new], goes_on = model.step(leaf, action, new)
     tree.depth[new] = tree.depth.index_select(0, leaf) + 1
     tree.goes_on[new] = goes_on & (tree.depth[new] < max_depth)
-    edges = leaf * tree.child.shape[1] + action
-    tree.child.view(-1).index_copy_(0, edges, arange(new.start, new.stop, device=leaf.device))
+    tree.child[leaf, action] = arange(new.start, new.stop, device=leaf.device)
 
 
-# ours: tree search
 def backup(tree, path, new, gamma, constant):
     """Adds the discounted return of every path, down to the value of its new node, to the actions
     on it, and chooses anew there."""
@@ -1196,7 +1190,6 @@ def backup(tree, path, new, gamma, constant):
     tree.follow.index_copy_(0, nodes, child.masked_fill(~on, -1))
 
 
-# ours: tree search
 def search(model, value, args):
     """Q [T, A] of the roots' actions (not tried: the root's mean) and visits [T, A], by simulations
     from V `value` [T] of the roots. `model` has num_actions, `expand(nodes) -> prior` and
@@ -1228,13 +1221,11 @@ def search(model, value, args):
     return where(visits > 0, total / visits.clamp(min=1.0), mean[:, None]), visits
 
 
-# ours: tree search
 def sums(rows, table):
     """[R, n, H]: sums of the rows int64 [R, n, ..] of a `table` [.., H]."""
     return F.embedding_bag(rows.flatten(0, 1), table, mode="sum").unflatten(0, rows.shape[:2])
 
 
-# ours: tree search
 class CellNetwork:
     """A PlayerNetwork as the search reads it. What its first layers see of cells is tabulated by
     pair of cells, for kinds of items and then for players, so that a state costs sums of rows."""
@@ -1268,7 +1259,6 @@ class CellNetwork:
         return network.out(F.relu(network.hidden(F.relu(first))))
 
 
-# ours: tree search
 class Model:
     """The world of T trees, for `search`: exact steps of the game, co-players as the MOA plays them
     under the goals `drawn` [T, N, Z], and pi_theta and V of the player at seat 0, which know the

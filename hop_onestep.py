@@ -100,7 +100,7 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    learning_rate: float = 1e-3  # of policy, value and transition network (Adam)
+    learning_rate: float = 1e-3  # of policy, value and what the planner learns (Adam)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
@@ -110,7 +110,7 @@ class Args:
     ent_coef: float = 0.02  # entropy bonus at the start; annealed to a tenth
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of policy, value and transition network
+    hidden_size: int = 64  # width of policy, value and what the planner learns
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero, scripted ones' truth
@@ -977,7 +977,7 @@ class MatchBuffer:
 
 # ---- Agent and planner ---------------------------------------------------------------------------
 class Agent(nn.Module):
-    """The learned player: policy, value, MOA, and the transition network of its planner."""
+    """The learned player: policy, value, MOA, and what its planner learns."""
 
     def __init__(self, game, args):
         super().__init__()

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from conftest import load_script
+import copies
+from conftest import ROOT, load_script
 
 GAMES = {  # options of the game
     "msh-4x4-4h1s": {},
@@ -306,3 +307,9 @@ def test_learns_the_small_stag_hunt(script, tmp_path, monkeypatch):
     args = script.Args(co_players="self", total_timesteps=32768, num_simulations=8)
     metrics = script.train(args)
     assert metrics["charts/episodic_return"] > 1.8
+
+
+def test_what_it_shares_with_the_first_script_is_the_same():
+    """But for what a comment marks as its own."""
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in ("hop_onestep", "hop_mcts_new")}
+    assert copies.differences(sources) == []
