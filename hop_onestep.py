@@ -16,8 +16,8 @@ expected r + gamma V'; PPO learns around it.
 One iteration; `train` has it line by line:
 
     repeat num_steps times, in B games at once:                          # ROLLOUT
-        z_j ~ q_phi(z | h_j) for every seat j                            # goals, from the match
-        a_j^k ~ pi_hat(. | o_j, t, z_j^k), k = 1..K                      # MOA
+        q_phi(z | h_j), mean z_j, for every seat j                       # goals, from the match
+        z_j^k ~ q_phi, a_j^k ~ pi_hat(. | o_j, t, z_j^k), k = 1..K       # MOA
         Q(a_i) = mean over k of r_hat(o_i, a_i, a_-i^k) + gamma V_hat'   # planner, every own action
         a_i ~ exp(log pi_theta(. | o_i, z_-i) + beta Q)                  # hop: exp(beta Q) alone
         h_j <- h_j + (o_j, a_j);  o, r <- step(a)
@@ -25,6 +25,7 @@ One iteration; `train` has it line by line:
     TRANSITION: r_hat towards r, V_hat' towards V(o_i')
     PPO: clipped loss on the policy that acted, V towards lambda-returns
          (hop: pi_theta towards exp(beta Q) by cross-entropy, V with its entropy bonus)
+    beta = plan_beta times how right Q has been, the slope of (return - V) on it, in 0..1
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
 also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
@@ -34,8 +35,9 @@ has `start_match(which [R] bool)`, that is called when matches start.
 
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
 (1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
-actions, X own and Y co-players' features, Z goal, K samples, M items, T steps of a rollout, S
-matches, L steps of a match, C steps in the buffer, R rows, D decisions; S + 1: cells, and none."""
+actions, X own and Y co-players' features, Z goal, E + 1 memory, K samples, M items, T steps of a
+rollout, C steps in the buffer, L steps of a match, R rows, D decisions; tables: S + 1 cells, the
+last is none, F features of a pair of cells."""
 
 import contextlib
 import dataclasses
@@ -165,7 +167,7 @@ def checked(args, game):
             if not low <= value <= high:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
-    loaded = (args.load_moa, args.init) != (None, None)
+    loaded = args.load_moa or args.init
     short = args.total_timesteps < args.num_envs * args.num_steps
     exact = args.goal == "oracle" or args.transition == "simulator"
     problems = {
@@ -184,7 +186,7 @@ def checked(args, game):
 def clock_features(game, state):
     """float32 [B, N, 8]: functions of the steps done and left of an episode. No step begins with
     0 left, so V is never trained there: at the time limit it is read as with 1 left."""
-    done, left = game.clock(state).unbind(1)
+    done, left = game.clock(state).T
     left = left.clamp(min=1)
     functions = [done / game.horizon, left / game.horizon, (-left / 8).exp(), left <= 5]
     functions += [left == 1, left == 2, left == 3, done + left < game.horizon]
@@ -560,8 +562,8 @@ class PettingZooGame:
             self.kwargs = json.loads(args.env_kwargs)
             copies = Copies(self.make, self.kwargs, 1)
             found = getattr(copies.envs[0].unwrapped, "max_cycles", None)
-            self.horizon = args.horizon or found or 0
-        if self.horizon < 1:
+            self.horizon = args.horizon or found
+        if not self.horizon:
             raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
         self.num_players = len(copies.agents)
         self.sizes = copies.sizes
@@ -881,7 +883,7 @@ def moa_loss(agent, batch, pretraining, generator):
     kl = tensor(0.0)
     if args.goal == "inferred":
         step = moa.step_features(*map(batch.get, "own others action active".split()))
-        before = step.cumsum(1) - step  # [S, L, N, E + 1] sums strictly before each step
+        before = step.cumsum(1) - step  # [.., L, N, E + 1] sums strictly before each step
         within = before - before.take_along_dim(batch["first"][..., None], 1)
         mean, log_std = moa.encode(stack([before, within], 3).flatten(0, 2)[index], *seen)
         goal = gaussian(mean, log_std, generator)
@@ -937,11 +939,11 @@ class MatchBuffer:
         return self.read(game, start.maximum(time - HISTORY + 1).clamp(min=oldest))
 
     def read(self, number, start):
-        """Of matches in the games int64 [S] `number`, L <= HISTORY steps from step [S] `start`:
-        tensors [S, L, N, ..] by name."""
+        """Of matches in the games int64 [R] `number`, L <= HISTORY steps from step [R] `start`:
+        tensors [R, L, N, ..] by name."""
         steps = start[:, None] + arange(HISTORY, device=start.device)
         match = self.ring["match"][steps % self.size, number[:, None]]
-        inside = (match == match[:, :1]) & (steps < self.now)  # [S, HISTORY]
+        inside = (match == match[:, :1]) & (steps < self.now)  # [R, HISTORY]
         length = int(inside.sum(1).max())
         steps = steps[:, :length]
         inside = inside[:, :length, None]
@@ -1104,7 +1106,7 @@ def sample_joint_actions(agent, own, others, goal, log_std, mask, generator):
 def outcome(network, own, others, other_actions, action):
     """Reward [..] and next value [..] that the transition network predicts, from own features
     [.., X], co-players' [.., N-1, Y + Z] and actions [.., N-1], and the own action [..]."""
-    size = network.goal.in_features
+    size = network.goal.in_features  # A: the own action is read where others read goals
     theirs = F.one_hot(other_actions, size)
     theirs = cat([others.expand(*theirs.shape[:-1], -1), theirs], -1)
     return network(own, theirs, F.one_hot(action, size).float()).unbind(-1)
@@ -1260,12 +1262,12 @@ def load_checkpoint(run, device="cpu"):
     return content
 
 
-def load_player(path, game, batch, play=None):
+def load_player(path, game, batch, **play):
     """The agent of a checkpoint, to play B games of `game`, with the options `play` in place of its
     own; by this script if its networks fit, whatever it is called, else by the script beside this
     one that wrote it. Raises UsageError."""
     content = load_checkpoint(path, game.device)
-    options = {**content["args"], "plan_update": content["plan_mode"], **(play or {})}
+    options = {**content["args"], "plan_update": content["plan_mode"], **play}
     with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
         try:
             agent = Agent(game, Args(**options))
@@ -1273,9 +1275,10 @@ def load_player(path, game, batch, play=None):
         except (TypeError, RuntimeError):
             if content["script"] == SCRIPT:
                 raise
-            return importlib.import_module(content["script"]).load_player(path, game, batch, play)
-    if agent.plan_mode not in ("none", content["plan_mode"]) and agent.plan_slope == 0.0:
-        raise UsageError(f"{path} has not learnt what a planner needs: its planner was never on")
+            return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
+    never_on = agent.plan_mode not in ("none", content["plan_mode"]) and agent.plan_slope == 0.0
+    if never_on or content["args"].get("transition") == "simulator" != agent.args.transition:
+        raise UsageError(f"{path} has not learnt what this planner needs: it was never on")
     return Player(agent, batch)
 
 
@@ -1311,7 +1314,7 @@ def evaluate(
     generator = Generator(device).manual_seed(seed)
     batch = min(num_envs, ceil(episodes / match_episodes))
     players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
-    player = players.agents[0] = load_player(checkpoint, game, batch, play)
+    player = players.agents[0] = load_player(checkpoint, game, batch, **play)
     state = game.start(batch, generator)
     returns = game.alive(state) * 0.0
     totals = torch.zeros(2, episodes, device=device)  # of the focal player, of the others
@@ -1351,8 +1354,8 @@ def print_evaluation(args):
     """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
     company = args.co_players or "self"
     options = {name: getattr(args, name) for name in EVALUATED}
-    options["device"] = "cuda" if args.cuda else "cpu"
-    result = evaluate(args.evaluate, company, episodes=args.eval_episodes, **options)
+    device = "cuda" if args.cuda else "cpu"
+    result = evaluate(args.evaluate, company, episodes=args.eval_episodes, device=device, **options)
     returns = np.array(result["focal_returns"])
     ends = range(args.match_episodes, len(returns), args.match_episodes)
     means = [match.mean() for match in np.split(returns, ends)]
@@ -1361,10 +1364,10 @@ def print_evaluation(args):
     print(f"co-player return  {result['co_player_return']:7.3f} of {company}")
     print(f"by episode of a match {np.round(result['by_episode'], 2)}")
     if args.capture_video:
-        record_video(args.evaluate, company, args.match_episodes)
+        record_video(args.evaluate, company, args.match_episodes, **options)
 
 
-def record_video(run, company, episodes):
+def record_video(run, company, episodes, **play):
     """episode.gif in the run's folder: the last episode of a match, and what is believed of all."""
     frames = []
 
@@ -1382,13 +1385,14 @@ def record_video(run, company, episodes):
         frames.append(Image.fromarray(game.draw(state, title, beliefs)))
 
     with refused(f"no video of {run}"):
-        sizes = {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
-        evaluate(run, company, watch=watch, **sizes)
+        play |= {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
+        evaluate(run, company, watch=watch, **play)
         path = os.path.join(os.path.dirname(checkpoint_path(run)), "episode.gif")
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
 # ---- Training ------------------------------------------------------------------------------------
+# what may differ from the run that `--resume` goes on with
 FREE = """total_timesteps checkpoint_every capture_video profile resume init load_moa track compile
     wandb_project_name wandb_entity cuda exp_name evaluate eval_episodes env_workers""".split()
 
@@ -1406,7 +1410,8 @@ def report_profile(folder, profiler):
 
 def train(args, watch=None):
     """The whole run; returns the last metrics, and `run`, its folder. `watch(**locals())` is called
-    after every iteration. Raises UsageError before anything is written."""
+    after every iteration. Raises UsageError before anything is written, or later if a co-player or
+    an environment fails."""
     # ---- SETUP
     device = torch.device("cuda" if args.cuda else "cpu")
     resumes = args.resume is not None
@@ -1429,7 +1434,7 @@ def train(args, watch=None):
     pool = args.co_players.split(",")
     co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
     state = game.start(args.num_envs, generator)
-    if co_players.callables:  # others of their kind try one step before anything is written
+    if co_players.callables:  # copies of them try one step, before anything is written
         CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
     buffer = MatchBuffer(game, args)
     player = co_players.agents[0] = Player(agent, args.num_envs)
@@ -1470,7 +1475,7 @@ def train(args, watch=None):
                 state = type(state)(*content["state"])
                 returns = content["returns"]
             else:
-                print("--resume: episodes of this environment begin anew", file=sys.stderr)
+                print("--resume: episodes of this environment begin anew")
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
     tracker = None  # a W&B run
     with refused("--track"):
@@ -1651,7 +1656,7 @@ def train(args, watch=None):
             if finished:
                 lengths, kinds, totals = cat(finished, 1)  # [episodes, N]
                 own = totals.masked_fill(kinds != 0, nan)
-                seats = {f"returns/seat_{i}": x for i, x in enumerate(own.unbind(1))}
+                seats = {f"returns/seat_{i}": x for i, x in enumerate(own.T)}
                 names = {f"returns/{x}": totals[kinds == k] for k, x in enumerate(co_players.names)}
                 means = {"charts/episodic_length": lengths, "charts/episodic_return": own}
                 for name, values in {**means, **names, **seats}.items():
@@ -1684,7 +1689,7 @@ def train(args, watch=None):
         raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
     print(f"done at step {global_step}: {folder}")
     if args.capture_video:
-        record_video(folder, pool[-1], args.match_episodes)
+        record_video(folder, pool[-1], args.match_episodes)  # with the last kind of the list
     return {**metrics, "run": folder}
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from run_tools import broken_run, main, run
 
 ENV_ID = "msh-3x3-3p-2h1s"
+OTHER = "msh-2x7-3p-1h1s"
 CELL = "msh-1x1-2p-0h1s"  # one cell and one stag: whoever hunts can, and two hunters catch it
 
 
@@ -236,6 +237,16 @@ def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
         script.evaluate(plain, "nh", **options, plan_update="offset")
 
 
+def test_a_network_that_was_never_trained_is_not_planned_on(script, small, tmp_path):
+    """A run whose planner stepped the game is played so, or without a planner's model."""
+    options = {"transition": "simulator", "plan_until": 1.0, "co_players": "nh"}
+    finished = run(script, small(**options), tmp_path)
+    played = {"episodes": 2, "match_episodes": 2}
+    script.evaluate(finished.path, "nh", **played)
+    with pytest.raises(script.UsageError, match="has not learnt"):
+        script.evaluate(finished.path, "nh", **played, transition="network")
+
+
 def test_every_option_of_play_changes_what_is_played(script, done):
     options = {"episodes": 40, "match_episodes": 4, "plan_update": "hop"}
     first = script.evaluate(done, "nh", **options)
@@ -327,6 +338,12 @@ def test_evaluation_writes_a_video(script, done, tmp_path, monkeypatch, capsys):
         assert 1 < image.n_frames <= 36
         assert image.n_frames == len(drawn)
     assert all("nh,ns" in title for title in drawn)
+    drawn.clear()
+    sizes = []
+    monkeypatch.setattr(script.GridGame, "draw", lambda self, *given: sizes.append(self.width))
+    monkeypatch.setattr(script.Image, "fromarray", lambda array: Image.new("RGB", (2, 2)))
+    status, _, _ = main(script, monkeypatch, capsys, *words, "--env-id", OTHER, "--capture-video")
+    assert status == 0 and set(sizes) == {7}  # of the game that was played
 
 
 def test_checkpoint_is_played_with_its_own_options(script, done):
