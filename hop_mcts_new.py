@@ -180,7 +180,6 @@ def checked(args, game):
                 raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
     loaded = args.load_moa or args.init
     short = args.total_timesteps < args.num_envs * args.num_steps
-
     problems = {
         "--total-timesteps is less than --num-envs * --num-steps": short,
         "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
@@ -459,7 +458,6 @@ class GridGame:
         """Picture uint8 [.., .., 3] of the first game, with a line from each player to each item,
         as wide as it is likely to be its next: `beliefs`, a list of lists [N, M], or empty."""
         canvas = FigureCanvasAgg(Figure())
-
         axes = canvas.figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
         cells = cat([state.players[0], state.items[0]])
         y = cells // self.width
@@ -1004,7 +1002,6 @@ class Agent(nn.Module):
         actions = game.num_actions
         self.actor = PlayerNetwork(game.own_size, other, goal, actions, args.hidden_size)
         self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
-
         self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
         self.plan_mode = args.plan_update  # "none" after --plan-until
         self.to(game.device)
@@ -1617,7 +1614,6 @@ def train(args, watch=None):
     buffer = MatchBuffer(game, args)
     player = co_players.agents[0] = Player(agent, args.num_envs)
     returns = game.alive(state) * 0.0  # [B, N] of running episodes
-
     per_iteration = args.num_envs * args.num_steps
     global_step = 0
     iteration = 0
@@ -1647,7 +1643,6 @@ def train(args, watch=None):
             for k, other in co_players.agents.items():
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
-
             if game.simulates:
                 state = type(state)(*content["state"])
                 returns = content["returns"]
@@ -1670,7 +1665,6 @@ def train(args, watch=None):
         os.makedirs(folder, exist_ok=True)
         lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
     if not resumes:
         Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
     writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)

@@ -447,7 +447,6 @@ class GridGame:
         """Picture uint8 [.., .., 3] of the first game, with a line from each player to each item,
         as wide as it is likely to be its next: `beliefs`, a list of lists [N, M], or empty."""
         canvas = FigureCanvasAgg(Figure())
-
         axes = canvas.figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
         cells = cat([state.players[0], state.items[0]])
         y = cells // self.width
@@ -1469,7 +1468,6 @@ def train(args, watch=None):
             for k, other in co_players.agents.items():
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
-
             reservoir = content["reservoir"]
             if game.simulates:
                 state = type(state)(*content["state"])
@@ -1493,7 +1491,6 @@ def train(args, watch=None):
         os.makedirs(folder, exist_ok=True)
         lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
     if not resumes:
         Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
     writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 TOKENS = {"hop_onestep": 15_500}  # at most
-LINES = {"hop_onestep": 1_735}  # 1,600 is the aim, so this may only be lowered
+LINES = {"hop_onestep": 1_729}  # 1,600 is the aim, so this may only be lowered
 TOKENS_A_LINE = 12.5
 WIDE_LINES = 25  # of more than 100 characters
 OPTIONS = 55
