@@ -142,9 +142,7 @@ class Args:
 
 
 # ours: the search steps the game
-NO_SIMULATOR = (
-    "tree search is for msh and msg; hop_onestep.py and latent_world_model.py need no simulator"
-)
+NO_SIMULATOR = "tree search is for msh and msg; hop_onestep.py plans without a simulator"
 FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until".split()
 FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
 
@@ -495,7 +493,7 @@ class Copies:
         self.actions = [env.action_space(agent) for agent in self.agents]
         size = max(map(spaces.flatdim, self.views), default=9999)
         if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
-            raise UsageError(f"{make}: needs Discrete actions and at most 4096 numbers observed")
+            raise UsageError(f"{make}: needs agents, Discrete actions, at most 4096 numbers seen")
         self.sizes = [size, max(int(space.n) for space in self.actions), 4]
         self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
 

@@ -484,7 +484,7 @@ class Copies:
         self.actions = [env.action_space(agent) for agent in self.agents]
         size = max(map(spaces.flatdim, self.views), default=9999)
         if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
-            raise UsageError(f"{make}: needs Discrete actions and at most 4096 numbers observed")
+            raise UsageError(f"{make}: needs agents, Discrete actions, at most 4096 numbers seen")
         self.sizes = [size, max(int(space.n) for space in self.actions), 4]
         self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
 

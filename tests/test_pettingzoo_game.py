@@ -611,7 +611,7 @@ def test_an_environment_that_fails_during_the_run(script, small, workers):
         (f"{HERE}:Continuous", "Discrete"),
         (f"{HERE}:Images", "4096"),
         (f"{HERE}:Graphs", "Graphs"),
-        (f"{HERE}:Empty", "Empty: needs Discrete actions"),
+        (f"{HERE}:Empty", "Empty: needs agents"),
         (f"{HERE}:nobody", "nobody"),
         (f"{HERE}:number", "number"),
         (f"{HERE}:", HERE),
