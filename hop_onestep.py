@@ -107,22 +107,20 @@ class Args:
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
-    num_minibatches: int = 8  # minibatches a pass
+    num_minibatches: int = 4  # minibatches a pass
     clip_coef: float = 0.2  # PPO's clipping
     ent_coef: float = 0.02  # entropy bonus at the start; annealed to a tenth
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of policy, value and what the planner learns
+    hidden_size: int = 64  # width of all networks
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
     goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero, scripted ones' truth
     goal_size: int = 8  # dimensions of z
-    moa_hidden_size: int = 64  # width of the MOA's networks
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_updates: int = 4  # minibatches for the MOA an iteration
-    moa_matches: int = 8  # matches in each
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
@@ -833,7 +831,7 @@ class MOA(nn.Module):
     def __init__(self, game, args):
         super().__init__()
         self.num_actions = game.num_actions
-        hidden = args.moa_hidden_size
+        hidden = args.hidden_size
         sizes = (game.own_size, game.other_size)
         self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
         self.item_kind = game.item_kind  # [M]
@@ -865,7 +863,8 @@ class MOA(nn.Module):
         return mean, log_std.clamp(-6.0, 2.0)
 
 
-MOA_ROWS = 4096  # steps of players that a minibatch of the MOA predicts, with whole matches seen
+MOA_MATCHES = 8  # matches in a minibatch of the MOA, each seen whole
+MOA_ROWS = 4096  # steps of players in them that it predicts
 
 
 def moa_loss(agent, batch, pretraining, generator):
@@ -1008,7 +1007,7 @@ class Player:
 
     def __init__(self, agent, batch):
         self.agent = agent
-        size = agent.args.moa_hidden_size + 1
+        size = agent.args.hidden_size + 1
         self.memory = agent.plan_slope.new_zeros(batch, agent.game.num_players, 2, size)
 
     def infer(self, state, co_players):
@@ -1606,7 +1605,7 @@ def train(args, watch=None):
             # ---- MOA
             with record_function("MOA"):
                 for _ in range(moa_updates):
-                    batch = buffer.sample(args.moa_matches, generator)
+                    batch = buffer.sample(MOA_MATCHES, generator)
                     if batch["weight"].any():
                         loss, terms = moa_loss(agent, batch, pretraining, generator)
                         descend(optimizer, 1, loss, 1.0, terms, sums)

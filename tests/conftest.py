@@ -19,8 +19,6 @@ SMALL = {  # options of a small and short run
     "num_minibatches": 2,
     "hidden_size": 16,
     "goal_size": 3,
-    "moa_hidden_size": 8,
-    "moa_matches": 4,
     "moa_capacity": 2000,
     "match_episodes": 2,
     "plan_samples": 4,

@@ -887,7 +887,7 @@ def test_encodings_know_nothing_of_the_present_or_the_future(play):
         after = (where[:, 1] == t + 1) & was_there
         difference = (changed.mean[after] - plain.mean[after]).abs().max(1).values
         assert len(difference) > 0
-        assert (difference > 1e-3).all()
+        assert (difference > 3e-4).all()
     actions = batch["action"].clone()
     actions[:, 2, 0] = (actions[:, 2, 0] + 1) % 7
     changed = captured_loss(one, {**batch, "action": actions})
@@ -1016,7 +1016,7 @@ def test_goals_that_are_inferred_predict_better_than_none(script, lively, monkey
     nll = {}
     shares = {}
     for goal in ("inferred", "none"):
-        options = {"env_id": "msh-5x5-3p-2h2s", "goal": goal, "moa_hidden_size": 32}
+        options = {"env_id": "msh-5x5-3p-2h2s", "goal": goal, "hidden_size": 32}
         game, agent = lively(goal_size=4, moa_alpha=0.003, subgoal_coef=0.3, **options)
         moa = script.MOA(game, agent.args)
         agent.moa = moa
