@@ -139,8 +139,6 @@ class Args:
     max_depth: int = 50  # steps that the search looks ahead
 
 
-# ours: the search steps the game
-NO_SIMULATOR = "tree search is for msh and msg; hop_onestep.py plans without a simulator"
 FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until".split()
 FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
 
@@ -164,7 +162,7 @@ def refused(what):
 # ours: the search steps the game
 def checked(args, game):
     """`args` with the game's defaults in place of None. Raises UsageError for what cannot be."""
-    steps = args.plan_update == "none" or game.simulates
+    exact = (args.goal == "oracle" or args.plan_update != "none") and not game.simulates
     missing = {name: v for name, v in game.defaults.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **missing)
     for name, value in vars(args).items():
@@ -178,8 +176,8 @@ def checked(args, game):
     short = args.total_timesteps < args.num_envs * args.num_steps
     problems = {
         "--total-timesteps is less than --num-envs * --num-steps": short,
-        "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
-        NO_SIMULATOR: not steps,
+        "tree search and --goal oracle are for msh and msg; hop_onestep.py, hop_ppo_gumbel.py and "
+        "latent_world_model.py need no simulator": exact,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
     }
@@ -1035,7 +1033,6 @@ class Player:
         own, views, goals, _ = self.infer(state, co_players)
         return self.agent.critic(own, *self.agent.inputs(views, goals)).squeeze(-1)
 
-    # ours: the search
     def act(self, state, mask, seats, co_players):
         """What every seat sees, thinks and does, by name; the planner runs where bool `seats`
         [B, N] is True."""
@@ -1043,7 +1040,7 @@ class Player:
         generator = co_players.generator
         alive = agent.game.alive(state)
         with record_function("goal inference"):
-            own, views, goals, log_std = self.infer(state, co_players)
+            own, views, goals, _ = seen = self.infer(state, co_players)
         with record_function("policy and value"):
             others, goal = agent.inputs(views, goals)
             prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
@@ -1053,7 +1050,7 @@ class Player:
         if agent.plan_mode != "none":
             with record_function("planner"):
                 chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
-                q_plan[chosen] = scores(agent, state, goals, log_std, value, chosen, generator)
+                q_plan[chosen] = scores(agent, state, seen, chosen, generator)
                 mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
                 slope = agent.plan_slope.clamp(0.0, 1.0)
                 offset = agent.args.plan_beta * slope * (q_plan - mean) * mask
@@ -1103,15 +1100,13 @@ class Tree(NamedTuple):
 
     visits: Tensor  # [V, A] how often each action was tried
     total: Tensor  # [V, A] sum of the returns that followed
-    prior: Tensor  # [V, A] pi_theta; -1: illegal
+    prior: Tensor  # [V, A] pi_theta; -1: illegal; all 0 until asked for, at most nodes never
     value: Tensor  # [V] V; 0 once the player has left or the game has ended
     reward: Tensor  # [V] on the way into the node
-    depth: Tensor  # int64 [V] steps from the root
+    left: Tensor  # int64 [V] steps that may follow
     choice: Tensor  # int64 [V] the action to try next
     follow: Tensor  # int64 [V] the node that it leads to; -1: paths end here
     child: Tensor  # int64 [V, A] the node that each action leads to; -1: none yet
-    goes_on: Tensor  # bool [V] steps follow after it
-    expanded: Tensor  # bool [V] the prior is known: most nodes are never reached again
 
 
 def puct(visits, total, prior, value, root, constant):
@@ -1130,7 +1125,7 @@ def puct(visits, total, prior, value, root, constant):
     return score.masked_fill(prior < 0, -1e9).argmax(1)
 
 
-def select(tree, roots):
+def simulate(tree, roots):
     """Follows the choices down from the `roots` [T]: the paths, by levels of (trees [P], nodes
     [P]), and the last node [T] of each."""
     path = []
@@ -1138,58 +1133,46 @@ def select(tree, roots):
     trees = nodes = roots
     while len(nodes):
         path.append((trees, nodes))
-        leaf.index_copy_(0, trees, nodes)
-        nodes = tree.follow.index_select(0, nodes)
+        leaf[trees] = nodes
+        nodes = tree.follow[nodes]
         on = (nodes >= 0).nonzero()[:, 0]
-        trees = trees.index_select(0, on)
-        nodes = nodes.index_select(0, on)
+        trees = trees[on]
+        nodes = nodes[on]
     return path, leaf
 
 
-def expand(tree, model, leaf, new, max_depth):
+def expand(tree, model, leaf, new):
     """Makes the nodes `new`, a slice of T, by the actions chosen at the nodes `leaf` [T]. Where a
     path ends for the first time, the prior is asked for, and its best action chosen."""
-    fresh = leaf[~tree.expanded.index_select(0, leaf)]
+    fresh = leaf[tree.prior[leaf].amax(1) == 0]
     if len(fresh):
-        prior = model.expand(fresh)
-        tree.prior.index_copy_(0, fresh, prior)
-        tree.choice.index_copy_(0, fresh, prior.argmax(1))
-        tree.expanded.index_fill_(0, fresh, True)
-    action = tree.choice.index_select(0, leaf)
+        tree.prior[fresh] = model.expand(fresh)
+        tree.choice[fresh] = tree.prior[fresh].argmax(1)
+    action = tree.choice[leaf]
     tree.reward[new], tree.value[new], goes_on = model.step(leaf, action, new)
-    tree.depth[new] = tree.depth.index_select(0, leaf) + 1
-    tree.goes_on[new] = goes_on & (tree.depth[new] < max_depth)
+    tree.left[new] = where(goes_on, tree.left[leaf] - 1, 0)
     tree.child[leaf, action] = arange(new.start, new.stop, device=leaf.device)
 
 
 def backup(tree, path, new, gamma, constant):
     """Adds the discounted return of every path, down to the value of its new node, to the actions
     on it, and chooses anew there."""
-    levels = [len(nodes) for _, nodes in path]
-    nodes = cat([nodes for _, nodes in path])
-    edges = nodes * tree.child.shape[1] + tree.choice.index_select(0, nodes)
-    child = tree.child.view(-1).index_select(0, edges)
-    rewards = tree.reward.index_select(0, child).split(levels)
     future = tree.value[new].clone()  # [T]
-    returns = []
-    for (trees, _), reward in zip(reversed(path), reversed(rewards)):
-        returns.append(reward + gamma * future.index_select(0, trees))
-        future.index_copy_(0, trees, returns[-1])
-    total = cat(returns[::-1])
-    tree.total.view(-1).index_add_(0, edges, total)
-    tree.visits.view(-1).index_add_(0, edges, torch.ones_like(total))
-    seen = (x.index_select(0, nodes) for x in (tree.visits, tree.total, tree.prior, tree.value))
-    choice = puct(*seen, nodes < len(future), constant)
-    child = tree.child.view(-1).index_select(0, nodes * tree.child.shape[1] + choice)
-    on = (child >= 0) & tree.goes_on.index_select(0, child.clamp(min=0))
-    tree.choice.index_copy_(0, nodes, choice)
-    tree.follow.index_copy_(0, nodes, child.masked_fill(~on, -1))
+    for trees, nodes in reversed(path):
+        action = tree.choice[nodes]
+        future[trees] = tree.reward[tree.child[nodes, action]] + gamma * future[trees]
+        tree.total[nodes, action] += future[trees]
+        tree.visits[nodes, action] += 1
+    nodes = cat([nodes for _, nodes in path])
+    choice = puct(*(x[nodes] for x in tree[:4]), nodes < len(future), constant)
+    child = tree.child[nodes, choice]
+    tree.choice[nodes] = choice
+    tree.follow[nodes] = where((child >= 0) & (tree.left[child] > 0), child, -1)
 
 
 def search(model, value, args):
-    """Q [T, A] of the roots' actions (not tried: the root's mean) and visits [T, A], by simulations
-    from V `value` [T] of the roots. `model` has num_actions, `expand(nodes) -> prior` and
-    `step(nodes, actions, new) -> reward, value, goes_on`."""
+    """Q [T, A] of the roots' actions (not tried: the root's mean) and visits [T, A], from V `value`
+    [T] of the roots. Of `model`, num_actions, `expand` and `step` are used, as Model has them."""
     count = len(value)
     size = (args.num_simulations + 1) * count
     roots = arange(count, device=value.device)
@@ -1197,22 +1180,19 @@ def search(model, value, args):
     tree = Tree(
         *value.new_zeros(3, size, model.num_actions),
         *value.new_zeros(2, size),
-        *stack([numbers, numbers, numbers - 1]),
+        *stack([numbers + args.max_depth, numbers, numbers - 1]),
         numbers.new_full((size, model.num_actions), -1),
-        numbers > 0,
-        numbers > 0,
     )
     tree.value[:count] = value
     for start in range(count, size, count):
         new = slice(start, start + count)
         with record_function("select"):
-            path, leaf = select(tree, roots)
+            path, leaf = simulate(tree, roots)
         with record_function("expand"):
-            expand(tree, model, leaf, new, args.max_depth)
+            expand(tree, model, leaf, new)
         with record_function("backup"):
             backup(tree, path, new, args.gamma, args.puct_c)
-    visits = tree.visits[:count]
-    total = tree.total[:count]
+    visits, total = (x[:count] for x in tree[:2])
     mean = (value + total.sum(1)) / (1.0 + args.num_simulations)
     return where(visits > 0, total / visits.clamp(min=1.0), mean[:, None]), visits
 
@@ -1223,69 +1203,63 @@ def sums(rows, table):
 
 
 class CellNetwork:
-    """A PlayerNetwork as the search reads it. What its first layers see of cells is tabulated by
-    pair of cells, for kinds of items and then for players, so that a state costs sums of rows."""
+    """A PlayerNetwork for the seats `who`, a slice of W, of T trees, in which it knows the `goal`
+    [T, W, Z] and `theirs` [T, W, N-1, ..]. What its first layers see of cells is tabulated by pair
+    of cells, for kinds of items and then for players, so that a state costs sums of rows."""
 
-    def __init__(self, network, game):
+    def __init__(self, network, game, who, goal, theirs):
         size = game.subgoal_size
         kinds = len(game.item_counts)
         clock, walls, *items = network.own.weight.T.split([8, 5, *[size] * kinds])
-        ends = [size * k for k in range(1, kinds + 2)]
-        near, *seen, goal = network.other.weight.T.tensor_split(ends)
+        near, *seen, weight = network.other.weight.T.split([*[size] * (kinds + 1), theirs.shape[3]])
         pairs = game.relative.flatten(0, 1)  # [(S + 1)^2, F]
-        self.own = cat([pairs @ weight for weight in items])
-        self.other = cat([*(pairs @ weight for weight in seen), pairs @ near + network.other.bias])
+        self.own = cat([pairs @ item for item in items])
+        self.other = cat([*(pairs @ item for item in seen), pairs @ near + network.other.bias])
         self.walls = game.legal_moves.type_as(walls) @ walls + network.own.bias
         self.clock = clock  # [8, H]
-        self.goal = goal  # [Z, H / 2]
+        self.goal = network.goal(goal)  # [T, W, H]
+        self.theirs = theirs @ weight  # [T, W, N-1, H / 2]
         self.network = network
-        self.game = game
+        self.who = who
+        self.others = game.others[who]  # [W, N-1]
 
-    def __call__(self, clock, players, rows, who, goal, theirs=0.0):
-        """[R, W, outputs] of the W seats of the slice `who`, from what Model.look saw, and what
-        goals add to the first layers: to own [.., W, H], to the co-players' [.., W, N-1, H / 2]."""
+    def __call__(self, clock, players, rows, trees):
+        """[R, W, outputs] from what Model.look saw of R nodes, in these `trees`."""
         network = self.network
-        n = self.game.num_players
-        others = self.game.others[who]  # [W, N-1]
+        n = players.shape[1]
         items = sums(rows[:, :, n:], self.other)  # [R, N, H / 2] what every player sees of them
-        near = rows[:, who, :n].gather(2, others.expand(len(rows), -1, -1))
-        seen = F.embedding(near, self.other) + items[:, others] + theirs
-        first = sums(rows[:, who, n:], self.own) + self.walls[players[:, who]]
-        first = first + (clock @ self.clock)[:, None] + goal + network.mix(F.relu(seen).sum(2))
+        near = rows[:, self.who, :n].gather(2, self.others.expand(len(rows), -1, -1))
+        seen = F.embedding(near, self.other) + items[:, self.others] + self.theirs[trees]
+        first = sums(rows[:, self.who, n:], self.own) + self.walls[players[:, self.who]]
+        first = first + (clock @ self.clock)[:, None] + self.goal[trees]
+        first = first + network.mix(F.relu(seen).sum(2))
         return network.out(F.relu(network.hidden(F.relu(first))))
 
 
 class Model:
-    """The world of T trees, for `search`: exact steps of the game, co-players as the MOA plays them
-    under the goals `drawn` [T, N, Z], and pi_theta and V of the player at seat 0, which know the
-    means `goals` [T, N, Z], as in play. Uniform `draws` [V, N] decide what is done at a node."""
+    """What T trees search: exact steps of the game, co-players that the MOA plays by the `drawn`
+    goals [T, N, Z], pi_theta and V of the player at seat 0, which know the mean `goals` [T, N, Z],
+    as in play. Uniform `draws` [V, N] decide what co-players do at a node."""
 
     def __init__(self, agent, state, goals, drawn, draws):
         self.args = agent.args
         self.game = agent.game
         self.num_actions = self.game.num_actions
         self.draws = draws
-        self.state = type(state)(*(x.new_zeros(len(draws), *x.shape[1:]) for x in state))  # [V, ..]
-        self.joint = state.players.new_zeros(draws.shape)  # [V, N] co-players' actions
-        self.write(slice(0, len(goals)), state)
+        copies = len(draws) // len(goals)
+        self.state = type(state)(*(x.expand(copies, *x.shape).flatten(0, 1) for x in state))  # [V]
+        self.joint = zeros_like(self.state.players)  # [V, N] co-players' actions
         theirs = goals[:, None, 1:]  # [T, 1, N-1, Z]
-        self.policy = CellNetwork(agent.actor, self.game)
-        self.value = CellNetwork(agent.critic, self.game)
-        self.moa = CellNetwork(agent.moa.decoder, self.game)
-        self.policy_goals = [agent.actor.goal(theirs.sum(2)), theirs @ self.policy.goal]
-        self.value_goals = [agent.critic.goal(theirs.sum(2)), theirs @ self.value.goal]
-        self.moa_goals = agent.moa.decoder.goal(drawn[:, 1:])  # [T, N-1, H]
+        me = (self.game, slice(0, 1), theirs.sum(2), theirs)
+        self.policy = CellNetwork(agent.actor, *me)
+        self.value = CellNetwork(agent.critic, *me)
+        co_players = (self.game, slice(1, None), drawn[:, 1:], theirs[..., :0])  # its own z alone
+        self.moa = CellNetwork(agent.moa.decoder, *co_players)
         kind = F.pad(self.game.item_kind, (goals.shape[1], 0), value=len(self.game.item_counts))
         self.offset = kind * len(self.game.relative) ** 2  # [N + M] where a kind's rows begin
 
-    def write(self, new, state):
-        """Takes the states of the nodes `new`, a slice."""
-        for whole, part in zip(self.state, state):
-            whole[new] = part
-
     def look(self, state):
-        """Clock [R, 8], cells of players [R, N] (S: gone), and rows of the tables [R, N, N + M] for
-        each of these and the cells of players and items."""
+        """Clock [R, 8], cells of players [R, N] (S: gone), rows of the tables [R, N, N + M]."""
         size = len(self.game.relative)
         players = state.players % size
         cells = cat([players, state.items % size], 1)
@@ -1294,16 +1268,14 @@ class Model:
 
     def expand(self, nodes):
         """Prior [R, A] at `nodes` [R], where the co-players choose what they do."""
-        trees = nodes % len(self.moa_goals)
+        trees = nodes % len(self.moa.goal)
         state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
         mask = self.game.action_mask(state)
         seen = self.look(state)
         with record_function("search: policy"):
-            goals = (x.index_select(0, trees) for x in self.policy_goals)
-            logits = masked(self.policy(*seen, slice(0, 1), *goals)[:, 0], mask[:, 0])
+            logits = masked(self.policy(*seen, trees)[:, 0], mask[:, 0])
         with record_function("search: MOA"):
-            theirs = self.moa(*seen, slice(1, None), self.moa_goals.index_select(0, trees))
-            upto = masked(theirs, mask[:, 1:]).softmax(2).cumsum(2)
+            upto = masked(self.moa(*seen, trees), mask[:, 1:]).softmax(2).cumsum(2)
             draw = self.draws.index_select(0, nodes)[:, 1:, None] * upto[..., -1:]
             self.joint[nodes, 1:] = (upto > draw).int().argmax(2)
         return logits.softmax(1).masked_fill(~mask[:, 0], -1.0)
@@ -1317,18 +1289,21 @@ class Model:
             state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
             after, reward, terminated, truncated = self.game.step(state, joint)
             reward = self.args.reward_scale * reward.lerp(reward.mean(1, True), self.args.prosocial)
-            self.write(new, after)
+            for whole, part in zip(self.state, after):
+                whole[new] = part
         with record_function("search: value"):
-            value = self.value(*self.look(after), slice(0, 1), *self.value_goals)[:, 0, 0]
+            value = self.value(*self.look(after), slice(None))[:, 0, 0]
         lives = ~terminated[:, 0]
         return reward[:, 0], value * lives, lives & ~truncated[:, 0]
 
 
 # ours: tree search
-def scores(agent, state, goals, log_std, value, chosen, generator):
-    """[D, A]: Q_plan of D decisions, the games and seats `chosen`: the mean of K trees, each with
-    its own draw of the goals."""
+def scores(agent, state, seen, chosen, generator):
+    """[D, A]: Q_plan of D decisions, the games and seats `chosen`, of which Player.infer has `seen`
+    this: the mean of K trees, each with its own draw of the goals."""
     args = agent.args
+    own, views, goals, log_std = seen
+    value = agent.critic(own, *agent.inputs(views, goals)).squeeze(-1)
     games, seat = (x.repeat_interleave(args.num_goal_samples) for x in chosen)
     order = cat([seat[:, None], agent.game.others[seat]], 1)  # [T, N] the player first
     goals = goals[games[:, None], order]
@@ -1336,8 +1311,7 @@ def scores(agent, state, goals, log_std, value, chosen, generator):
     draws = uniform(((args.num_simulations + 1) * len(games), order.shape[1]), generator)
     roots = type(state)(*(x[games] for x in state))
     roots = roots._replace(players=roots.players.gather(1, order))
-    model = Model(agent, roots, goals, drawn, draws)
-    q, _ = search(model, value[games, seat], args)
+    q, _ = search(Model(agent, roots, goals, drawn, draws), value[games, seat], args)
     return q.unflatten(0, (-1, args.num_goal_samples)).mean(1)
 
 
@@ -1412,9 +1386,8 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-# ours: options of the search
-PLAYED = """plan_update plan_beta num_simulations num_goal_samples puct_c
-    max_depth""".split()  # what `evaluate` may change
+# ours: what `evaluate` may change
+PLAYED = "plan_update plan_beta num_simulations num_goal_samples puct_c max_depth".split()
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 

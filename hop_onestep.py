@@ -167,10 +167,10 @@ def checked(args, game):
                 raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
     loaded = args.load_moa or args.init
     short = args.total_timesteps < args.num_envs * args.num_steps
-    exact = args.goal == "oracle" or args.transition == "simulator"
+    exact = (args.goal == "oracle" or args.transition == "simulator") and not game.simulates
     problems = {
         "--total-timesteps is less than --num-envs * --num-steps": short,
-        "--goal oracle, --transition simulator: for msh and msg": exact and not game.simulates,
+        "--goal oracle, --transition simulator: for msh and msg": exact,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
     }
@@ -1034,7 +1034,7 @@ class Player:
         generator = co_players.generator
         alive = agent.game.alive(state)
         with record_function("goal inference"):
-            own, views, goals, log_std = self.infer(state, co_players)
+            own, views, goals, _ = seen = self.infer(state, co_players)
         with record_function("policy and value"):
             others, goal = agent.inputs(views, goals)
             prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
@@ -1043,12 +1043,8 @@ class Player:
         offset = q_plan
         if agent.plan_mode != "none":
             with record_function("planner"):
-                joint = sample_joint_actions(agent, own, views, goals, log_std, mask, generator)
                 chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
-                if agent.args.transition == "simulator":
-                    q_plan[chosen] = simulated_scores(agent, state, goals, joint, chosen)
-                else:
-                    q_plan[chosen] = scores(agent, own, others, joint, chosen)
+                q_plan[chosen] = scores(agent, state, seen, chosen, generator)
                 mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
                 slope = agent.plan_slope.clamp(0.0, 1.0)
                 offset = agent.args.plan_beta * slope * (q_plan - mean) * mask
@@ -1091,13 +1087,13 @@ def gaussian(mean, log_std, generator):
     return mean + log_std.exp() * noise
 
 
-def sample_joint_actions(agent, own, others, goal, log_std, mask, generator):
-    """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of
-    samples serves every own action (common random numbers) and every observer, since what is
-    inferred of j is the same for all."""
-    goals = goal[:, :, None].expand(-1, -1, agent.args.plan_samples, -1)  # [B, N, K, Z]
-    goals = gaussian(goals, log_std[:, :, None], generator)
-    logits = agent.moa.decoder(own[:, :, None], others[:, :, None], goals)
+def sample_joint_actions(agent, mask, seen, generator):
+    """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat, as `seen` by
+    Player.infer. One set of samples serves every own action (common random numbers) and every
+    observer, since what is inferred of j is the same for all."""
+    own, views, mean, log_std = (x[:, :, None] for x in seen)
+    goals = gaussian(mean.expand(-1, -1, agent.args.plan_samples, -1), log_std, generator)
+    logits = agent.moa.decoder(own, views, goals)
     return sample(masked(logits, mask[:, :, None]), generator).transpose(1, 2)
 
 
@@ -1110,32 +1106,37 @@ def outcome(network, own, others, other_actions, action):
     return network(own, theirs, F.one_hot(action, size).float()).unbind(-1)
 
 
-def simulated_scores(agent, state, goals, joint, chosen):
-    """As `scores`, by steps of the game from `state`, and V there under the same goals."""
+def simulated(agent, state, goals, joint, chosen):
+    """As `outcome` [D, K, A], by steps of the game from `state`, and V there under the `goals`."""
     games, seats = chosen
     game = agent.game
     mine = F.one_hot(seats, game.num_players).bool()[:, None, None]  # [D, 1, 1, N]
-    choices = arange(game.num_actions, device=games.device)[:, None, None]
-    actions = where(mine, choices, joint[games, None])  # [D, A, K, N]
+    choices = arange(game.num_actions, device=games.device)[:, None]
+    actions = where(mine, choices, joint[games, :, None])  # [D, K, A, N]
     shape = actions.shape[:3]
-    index = games[:, None, None].expand(shape).flatten()  # [D * A * K]
+    index = games[:, None, None].expand(shape).flatten()  # [D * K * A]
     before = type(state)(*(field[index] for field in state))
     after, reward, terminated, _ = game.step(before, actions.flatten(0, 2))
     reward = agent.args.reward_scale * reward.lerp(reward.mean(1, True), agent.args.prosocial)
     own, views = game.features(after)
     value = agent.critic(own, *agent.inputs(views, goals[index])).squeeze(-1) * ~terminated
-    result = (reward + agent.args.gamma * value).unflatten(0, shape).mean(2)  # [D, A, N]
-    return (result * mine[:, 0]).sum(2)
+    return ((x.unflatten(0, shape) * mine).sum(3) for x in (reward, value))
 
 
-def scores(agent, own, others, joint, chosen):
-    """[D, A]: mean over the K joint actions of r + gamma V', for every own action, of D decisions:
-    the games and seats `chosen`."""
+def scores(agent, state, seen, chosen, generator):
+    """[D, A]: mean over K joint actions of r + gamma V', for every own action, of D decisions: the
+    games and seats `chosen`, of which Player.infer has `seen` this."""
+    own, views, goals, _ = seen
     games, seats = chosen
-    joint = joint[games[:, None], :, agent.game.others[seats]].transpose(1, 2)  # [D, K, N-1]
-    features = (x[chosen][:, None, None] for x in (own, others))
-    actions = arange(agent.game.num_actions, device=own.device)
-    reward, value = outcome(agent.transition, *features, joint[:, :, None], actions)  # [D, K, A]
+    joint = sample_joint_actions(agent, agent.game.action_mask(state), seen, generator)
+    if agent.args.transition == "simulator":
+        reward, value = simulated(agent, state, goals, joint, chosen)
+    else:
+        joint = joint[games[:, None], :, agent.game.others[seats]].transpose(1, 2)  # [D, K, N-1]
+        others, _ = agent.inputs(views, goals)
+        seen = (x[chosen][:, None, None] for x in (own, others))
+        actions = arange(agent.game.num_actions, device=own.device)
+        reward, value = outcome(agent.transition, *seen, joint[:, :, None], actions)
     return (reward + agent.args.gamma * value).mean(1)
 
 

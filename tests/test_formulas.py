@@ -6,6 +6,7 @@ import math
 import types
 from collections import Counter, defaultdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -1114,11 +1115,10 @@ def some_goals(agent, state, seed=2):
 
 @torch.no_grad()
 def scores_of(script, agent, state, goal, joint, games, seats):
-    if agent.args.transition == "simulator":
-        return script.simulated_scores(agent, state, goal, joint, (games, seats))
-    own, views = agent.game.features(state)
-    others, _ = agent.inputs(views, goal)
-    return script.scores(agent, own, others, joint, (games, seats))
+    """The planner's scores [D, A] with these joint actions sampled."""
+    seen = (*agent.game.features(state), goal, torch.zeros_like(goal))
+    with mock.patch.object(script, "sample_joint_actions", lambda *given: joint):
+        return script.scores(agent, state, seen, (games, seats), None)
 
 
 @torch.no_grad()
@@ -1365,11 +1365,12 @@ def test_joint_actions_are_drawn_from_the_moa_at_drawn_goals(script, lively):
     log_std = torch.full((4, 3, 2), 0.3)
     generator = generator_of(0)
     with torch.no_grad():
-        joint = script.sample_joint_actions(agent, own, others, mean, log_std, mask, generator)
+        seen = (own, others, mean, log_std)
+        joint = script.sample_joint_actions(agent, mask, seen, generator)
         noise = torch.randn(4, 3, samples, 2, generator=generator)
         goals = mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * noise
-        seen = (own.unsqueeze(2), others.unsqueeze(2))
-        logits = agent.moa.decoder(*seen, goals).masked_fill(~mask.unsqueeze(2), -1e9)
+        features = (own.unsqueeze(2), others.unsqueeze(2))
+        logits = agent.moa.decoder(*features, goals).masked_fill(~mask.unsqueeze(2), -1e9)
         at_mean = agent.moa.decoder(own, others, mean).masked_fill(~mask, -1e9).softmax(2)
     assert joint.shape == (4, samples, 3)
     policy = logits.softmax(3).mean(2)
@@ -1392,8 +1393,8 @@ def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
     memory = torch.randn(shape, generator=generator_of(1)).abs()
     shown = []
 
-    def noting(agent, own, others, goal, log_std, mask, generator):
-        shown.append((goal, log_std))
+    def noting(agent, mask, seen, generator):
+        shown.append(seen[2:])
         return joint_actions(game, state, 4)
 
     monkeypatch.setattr(script, "sample_joint_actions", noting)

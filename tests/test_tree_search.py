@@ -277,7 +277,6 @@ def test_scores_of_any_seat(script, monkeypatch):
     game = scene.agent.game
     goals = scene.goals
     log_std = torch.full_like(goals, -30.0)
-    value = torch.zeros(goals.shape[:2], dtype=torch.float64)
     shown = []
     plain = script.uniform
     monkeypatch.setattr(
@@ -289,8 +288,9 @@ def test_scores_of_any_seat(script, monkeypatch):
         chosen = (games, torch.full_like(games, shift % game.num_players))
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
-            given = (goals.roll(shift, 1), log_std, value, chosen, generator)
-            shown.append(script.scores(scene.agent, state, *given))
+            features = (x.double() for x in game.features(state))
+            seen = (*features, goals.roll(shift, 1), log_std)
+            shown.append(script.scores(scene.agent, state, seen, chosen, generator))
     for q in shown[1:]:
         torch.testing.assert_close(q, shown[0], atol=1e-9, rtol=0)
     assert shown[0].std() > 0.01
