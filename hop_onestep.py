@@ -1,9 +1,9 @@
 """HOP+ with one-step planning: opponent modelling with inferred goals in mixed-motive games.
 
-A learner plays among co-players whose goals it infers: a VAE's z for every seat, from what that
-seat did in this *match* (several episodes with the same co-players in the same seats). A model of
-other agents (MOA) predicts their actions from z; a one-step planner scores each own action by the
-expected r + gamma V'; PPO learns around it.
+A learner plays among co-players whose goals it infers, one for every seat, from what that seat did
+in this *match* (several episodes with the same co-players in the same seats). A model of other
+agents (MOA) predicts their actions from the goal, z of a VAE; a one-step planner scores each own
+action by the expected r + gamma V'; PPO learns around it.
 
     python hop_onestep.py --num-envs 16                         # train on the small stag hunt
     python hop_onestep.py --env-id msg --co-players self        # self-play on the snowdrift game
@@ -102,7 +102,7 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    learning_rate: float = 1e-3  # of policy, value and what the planner learns (Adam)
+    learning_rate: float = 1e-3  # of all but the MOA (Adam)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
@@ -115,17 +115,17 @@ class Args:
     hidden_size: int = 64  # width of all networks
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero, scripted ones' truth
-    goal_size: int = 8  # dimensions of z
-    moa_learning_rate: float = 3e-3  # of the MOA (Adam)
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # zero, or scripted ones' truth
+    goal_size: int = 8  # dimensions of a goal
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
+    moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_updates: int = 4  # minibatches for the MOA an iteration
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = 0  # first game steps of the run, which train the VAE alone
+    pretrain_moa_steps: int = 0  # first game steps of the run, which train goals alone
     # planner
     plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
     plan_beta: float | None = None  # weight of the scores, in scaled returns
@@ -134,7 +134,7 @@ class Args:
     transition: Literal["network", "simulator"] = "network"  # whence the planner's r and V'
 
 
-FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until".split()
+FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until inter_om_alpha".split()  # in any script
 FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
 
 
@@ -167,10 +167,9 @@ def checked(args, game):
                 raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
     loaded = args.load_moa or args.init
     short = args.total_timesteps < args.num_envs * args.num_steps
-    exact = (args.goal == "oracle" or args.transition == "simulator") and not game.simulates
     problems = {
         "--total-timesteps is less than --num-envs * --num-steps": short,
-        "--goal oracle, --transition simulator: for msh and msg": exact,
+        "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
     }
@@ -216,9 +215,10 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
     "msh": ({"stag": 1, "hare": 4}, [2, 1], [10.0, 1.0], 0.0),
     "msg": ({"drift": 6}, [1], [-4.0], 6.0),
 }
-GRID_DEFAULTS = {  # of the options that are None, by measurements (README.md)
+DEFAULTS = {  # of the options that are None, by measurements (README.md)
     "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
     "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
+    "other": dict(gamma=0.95, plan_update="none", plan_beta=5.0, plan_until=1.0),
 }
 NUMBER = "[1-9][0-9]?"
 GRID_ID = re.compile(
@@ -255,7 +255,7 @@ class GridGame:
         self.height = int(match["height"] or 8)
         self.width = int(match["width"] or 8)
         self.num_players = int(match["players"] or 4)
-        self.horizon = horizon or GRID_DEFAULTS[self.family]["horizon"]
+        self.horizon = horizon or DEFAULTS[self.family]["horizon"]
         items, quota, share, self.bonus = RULES[self.family]
         self.item_names = [*items]
         self.item_counts = [int(match[name] or count) for name, count in items.items()]
@@ -288,7 +288,7 @@ class GridGame:
         self.rank = tensor([*self.kinds.values(), [0] * kinds])  # last: who is not scripted
         noisy = [f"{kind}-noisy" for kind in self.kinds if kind != "random"]
         self.defaults = {
-            **GRID_DEFAULTS[self.family],
+            **DEFAULTS[self.family],
             "co_players": ",".join(["self", *self.kinds, *noisy]),
             "reward_scale": 3.0 / (self.best_return or 1.0),
             "horizon": self.horizon,
@@ -571,8 +571,7 @@ class PettingZooGame:
         self.kind = F.one_hot(kind, self.num_players).float()  # [N, N] first agent alike
         self.other_size = size + self.num_players
         self.own_size = 8 + self.other_size
-        planner = dict(plan_update="none", plan_beta=5.0, plan_until=1.0)
-        self.defaults = dict(horizon=self.horizon, gamma=0.95, co_players="self", **planner)
+        self.defaults = {**DEFAULTS["other"], "horizon": self.horizon, "co_players": "self"}
 
     def start(self, batch, generator):
         """Makes `batch` copies and begins an episode in each."""
@@ -830,12 +829,12 @@ class MOA(nn.Module):
 
     def __init__(self, game, args):
         super().__init__()
-        self.num_actions = game.num_actions
         hidden = args.hidden_size
         sizes = (game.own_size, game.other_size)
         self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
         self.item_kind = game.item_kind  # [M]
         queries = 1 + len(game.item_counts) * game.subgoal_size
+        self.memory_size = hidden + 1  # E + 1
         self.step_feature = layer(sum(sizes) + game.num_actions, hidden, 1.0)
         self.encoder = PlayerNetwork(*sizes, 4 * hidden + 2, 2 * args.goal_size, hidden, 0.1)
         self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
@@ -843,7 +842,7 @@ class MOA(nn.Module):
 
     def step_features(self, own, others, actions, active):
         """[.., E + 1]: what one step adds to the memory; 0 where bool `active` [..] is False."""
-        seen = cat([own, others.sum(-2), F.one_hot(actions, self.num_actions)], -1)
+        seen = cat([own, others.sum(-2), F.one_hot(actions, self.decoder.out.out_features)], -1)
         feature = self.step_feature(seen).tanh()
         return F.pad(feature, (0, 1), value=1.0) * active[..., None]
 
@@ -977,7 +976,7 @@ class MatchBuffer:
 
 # ---- Agent and planner ---------------------------------------------------------------------------
 class Agent(nn.Module):
-    """The learned player: policy, value, MOA, and what its planner learns."""
+    """The learned player: its networks."""
 
     def __init__(self, game, args):
         super().__init__()
@@ -991,6 +990,9 @@ class Agent(nn.Module):
         self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
         sizes = (other + actions, actions, 2, args.hidden_size)  # knows all players' actions
         self.transition = PlayerNetwork(game.own_size, *sizes, 0.1)
+        self.exact = args.transition == "simulator"  # the planner needs no training
+        if self.exact and not game.simulates:
+            raise UsageError("--transition simulator is for msh and msg")
         self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
         self.plan_mode = args.plan_update  # "none" after --plan-until
         self.to(game.device)
@@ -1003,16 +1005,16 @@ class Agent(nn.Module):
 
 
 class Player:
-    """An agent that plays B games, with its memory [B, N, 2, E + 1] of the running matches."""
+    """An agent that plays B games, with the MOA's memory of the running matches."""
 
     def __init__(self, agent, batch):
         self.agent = agent
-        size = agent.args.hidden_size + 1
-        self.memory = agent.plan_slope.new_zeros(batch, agent.game.num_players, 2, size)
+        shape = (batch, agent.game.num_players, 2, agent.moa.memory_size)
+        self.memory = torch.zeros(shape).to(agent.game.device)
 
     def infer(self, state, co_players):
-        """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; mean and log standard deviation
-        [B, N, Z] of every seat's goal."""
+        """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; of every seat the goal [B, N, Z]
+        and how sure it is, as MOA.encode has them."""
         agent = self.agent
         own, others = agent.game.features(state)
         if agent.args.goal == "inferred":
@@ -1028,29 +1030,29 @@ class Player:
         return self.agent.critic(own, *self.agent.inputs(views, goals)).squeeze(-1)
 
     def act(self, state, mask, seats, co_players):
-        """What every seat sees, thinks and does, by name; the planner runs where bool `seats`
-        [B, N] is True."""
+        """What every seat sees, thinks and does, by name; what counts is that of the learner's
+        `seats`, bool [B, N]."""
         agent = self.agent
-        generator = co_players.generator
         alive = agent.game.alive(state)
         with record_function("goal inference"):
-            own, views, goals, _ = seen = self.infer(state, co_players)
+            seen = self.infer(state, co_players)
+            own, views, goals, _ = seen
         with record_function("policy and value"):
             others, goal = agent.inputs(views, goals)
-            prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
             value = agent.critic(own, others, goal).squeeze(-1)
+            prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
         q_plan = zeros_like(prior)
         offset = q_plan
         if agent.plan_mode != "none":
             with record_function("planner"):
                 chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
-                q_plan[chosen] = scores(agent, state, seen, chosen, generator)
+                q_plan[chosen] = scores(agent, state, seen, chosen, co_players.generator)
                 mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
                 slope = agent.plan_slope.clamp(0.0, 1.0)
                 offset = agent.args.plan_beta * slope * (q_plan - mean) * mask
         logits = offset if agent.plan_mode == "hop" else prior + offset
         policy = masked(logits, mask).log_softmax(-1)
-        action = sample(policy, generator)
+        action = sample(policy, co_players.generator)
         self.decision = {
             "action": action,  # int64 [B, N]
             "log_prob": pick(policy, action),  # [B, N] under the policy that acts
@@ -1152,18 +1154,16 @@ def calibration(rows, mode):
 
 
 RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
-TRANSITION = "own others other_actions action".split()  # what `outcome` reads
+TRANSITION = "own others other_actions action reward next_value".split()
 
 
 def surprising(network, rows, reservoir, generator):
     """The reservoir of transitions, by name [RESERVOIR, ..], with those in `rows` [R, ..] offered:
     weighted by the squared error of the reward (A-Res, Efraimidis and Spirakis 2006). Joint hunts
     are too rare at first to be learnt as they come."""
-    error = (outcome(network, *map(rows.get, TRANSITION))[0] - rows["reward"]).square() + 1e-9
+    error = (outcome(network, *map(rows.get, TRANSITION[:4]))[0] - rows["reward"]).square() + 1e-9
     key = uniform(error.shape, generator).clamp(min=1e-20).log() / error
-    pool = {}
-    for name, value in {**rows, "key": key}.items():
-        pool[name] = cat([reservoir.get(name, value[:0]), value])
+    pool = {k: cat([reservoir.get(k, new[:0]), new]) for k, new in {**rows, "key": key}.items()}
     keep = pool["key"].topk(min(len(pool["key"]), RESERVOIR)).indices
     return {name: value[keep] for name, value in pool.items()}
 
@@ -1174,7 +1174,7 @@ def transition_loss(network, rows, reservoir, generator):
     count = len(rows["reward"])
     drawn = (uniform((ceil(count / 4),), generator) * len(reservoir["key"])).long()
     both = {name: cat([value, reservoir[name][drawn]]) for name, value in rows.items()}
-    reward, value = outcome(network, *map(both.get, TRANSITION))
+    reward, value = outcome(network, *map(both.get, TRANSITION[:4]))
     reward_loss = F.mse_loss(reward, both["reward"])
     value_loss = F.mse_loss(value[:count], rows["next_value"])
     terms = {"losses/transition_reward": reward_loss, "losses/transition_value": value_loss}
@@ -1192,31 +1192,36 @@ def generalised_advantages(rewards, values, next_values, goes_on, gamma, gae_lam
     return advantages
 
 
-def ppo_loss(agent, rows, ent_coef, imitate):
+def ppo_loss(agent, rows, ent_coef):
     """Loss of a minibatch [R, ..], and its terms. Clipped PPO on the policy that acted: log
-    pi_theta plus the planner's stored offset, so that the ratio is exact. Where the planner acted
-    alone, `imitate`: cross-entropy towards its policy (HOP, Huang et al. 2024)."""
+    pi_theta plus the planner's stored offset, so that the ratio is exact. Where the planner acts
+    alone: cross-entropy towards its policy (HOP, Huang et al. 2024)."""
     args = agent.args
     mask = rows["mask"]
-    offset = rows["offset"]
     inputs = (rows["own"], rows["others"], rows["goal"])
     prior = masked(agent.actor(*inputs), mask)
+    offset = rows["offset"]
+    imitate = agent.plan_mode == "hop"
     log_policy = (prior if imitate else prior + offset).log_softmax(-1)
     entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
     value_loss = 0.5 * (agent.critic(*inputs).squeeze(-1) - rows["return"]).square().mean()
     terms = {"losses/value": value_loss, "losses/entropy": entropy}
+    advantage = rows["advantage"]
+    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     if imitate:
         policy_loss = -(masked(offset, mask).softmax(-1) * log_policy).sum(-1).mean()
         entropy = 0.0
     else:
         ratio = (pick(log_policy, rows["action"]) - rows["log_prob"]).exp()
-        advantage = rows["advantage"]
-        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
         clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
         policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
         terms["losses/approx_kl"] = (ratio - 1.0 - ratio.log()).mean()
     terms["losses/policy"] = policy_loss
     return policy_loss + args.vf_coef * value_loss - ent_coef * entropy, terms
+
+
+LEARNT = """own others goal mask offset q_plan prior action log_prob advantage
+    return""".split()  # of a rollout, what PPO reads
 
 
 def minibatches(rows, epochs, parts, generator):
@@ -1262,11 +1267,10 @@ def load_checkpoint(run, device="cpu"):
 
 
 def load_player(path, game, batch, **play):
-    """The agent of a checkpoint, to play B games of `game`, with the options `play` in place of its
-    own; by this script if its networks fit, whatever it is called, else by the script beside this
-    one that wrote it. Raises UsageError."""
+    """The agent of a checkpoint, for B games of `game`, with options `play` in place of its own;
+    by this script if its networks fit, else by the one beside it that wrote it; UsageError."""
     content = load_checkpoint(path, game.device)
-    options = {**content["args"], "plan_update": content["plan_mode"], **play}
+    options = {**content["args"], **content["played"], **play}
     with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
         try:
             agent = Agent(game, Args(**options))
@@ -1275,9 +1279,10 @@ def load_player(path, game, batch, **play):
             if content["script"] == SCRIPT:
                 raise
             return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
-    never_on = agent.plan_mode not in ("none", content["plan_mode"]) and agent.plan_slope == 0.0
-    if never_on or content["args"].get("transition") == "simulator" != agent.args.transition:
+    never_on = agent.plan_mode != "none" and agent.plan_slope == 0.0
+    if not agent.exact and (never_on or content["args"].get("transition") == "simulator"):
         raise UsageError(f"{path} has not learnt what this planner needs: it was never on")
+    agent.plan_slope += never_on
     return Player(agent, batch)
 
 
@@ -1290,12 +1295,11 @@ def evaluate(
 
     `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of
     them, or N-1 of them (a list, or separated by commas). `env_id`: by default the game trained on.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options
-    in PLAYED) replaces the checkpoint's. Returns undiscounted sums of rewards of `episodes`
-    episodes: `focal_return`, the mean of `focal_returns` [episodes] in the order of matches,
-    `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th episode
-    of a match. `watch(**locals())` sees every state, the last of an episode included. Raises
-    UsageError."""
+    The agent plays as at the end of its training, but for the options `play` (of those in PLAYED).
+    Returns undiscounted sums of rewards of `episodes` episodes: `focal_return`, the mean of
+    `focal_returns` [episodes] in the order of matches, `co_player_return` (mean), and `by_episode`
+    [match_episodes], the focal mean at the k-th episode of a match. `watch(**locals())` sees every
+    state, the last of an episode included. Raises UsageError."""
     if min(episodes, num_envs, match_episodes) < 1:
         raise UsageError("episodes, --num-envs, --match-episodes: at least 1")
     with refused(f"{checkpoint} is a run of other options"):
@@ -1399,12 +1403,12 @@ FREE = """total_timesteps checkpoint_every capture_video profile resume init loa
 def report_profile(folder, profiler):
     """Writes trace.json, and prints the labels: seconds, and shares of the iterations."""
     profiler.export_chrome_trace(f"{folder}/trace.json")
-    times = {}
+    times = {}  # microseconds
     for event in profiler.key_averages():
         if event.is_user_annotation and event.cpu_time_total:  # 0: the same label on the GPU
-            times[event.key] = event.cpu_time_total / 1e6
-    for name, seconds in times.items():
-        print(f"{name:20} {seconds:8.3f} s {seconds / max(times.values()):6.1%}")
+            times[event.key] = event.cpu_time_total
+    for name, duration in times.items():
+        print(f"{name:20} {duration / 1e6:8.3f} s {duration / max(times.values()):6.1%}")
 
 
 def train(args, watch=None):
@@ -1429,6 +1433,8 @@ def train(args, watch=None):
     moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
     model = {"params": agent.transition.parameters()}
     optimizer = torch.optim.Adam([learnt, moa, model], args.learning_rate, eps=1e-5)
+    reservoir = {}  # surprising transitions
+    reads_moa = args.goal == "inferred" or args.plan_update != "none"
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
     pool = args.co_players.split(",")
     co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
@@ -1438,12 +1444,10 @@ def train(args, watch=None):
     buffer = MatchBuffer(game, args)
     player = co_players.agents[0] = Player(agent, args.num_envs)
     returns = game.alive(state) * 0.0  # [B, N] of running episodes
-    reservoir = {}  # surprising transitions
     per_iteration = args.num_envs * args.num_steps
     global_step = 0
     iteration = 0
     tracking_id = None
-    reads_moa = args.goal == "inferred" or args.plan_update != "none"
     moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
     if args.load_moa is not None and not resumes:
         weights = load_checkpoint(args.load_moa, device)["agent"]
@@ -1457,7 +1461,6 @@ def train(args, watch=None):
                 if name not in FREE and content["args"][name] != value:
                     option = f"--{name.replace('_', '-')}"
                     raise UsageError(f"--resume: {option} was {content['args'][name]!r} there")
-            agent.plan_mode = content["plan_mode"]
             global_step, iteration, tracking_id = content["progress"]
             optimizer.load_state_dict(content["optimizer"])
             if content["args"]["cuda"] == args.cuda:
@@ -1469,6 +1472,7 @@ def train(args, watch=None):
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
             reservoir = content["reservoir"]
+            agent.plan_mode = content["played"]["plan_update"]
             if game.simulates:
                 state = type(state)(*content["state"])
                 returns = content["returns"]
@@ -1524,7 +1528,6 @@ def train(args, watch=None):
                     "script": SCRIPT,
                     "args": vars(args),
                     "agent": agent.state_dict(),
-                    "plan_mode": agent.plan_mode,
                     "progress": [global_step, iteration, tracker.id if tracker else tracking_id],
                     "optimizer": optimizer.state_dict(),
                     "generator": generator.get_state(),
@@ -1534,6 +1537,7 @@ def train(args, watch=None):
                     "memory": {k: other.memory for k, other in co_players.agents.items()},
                     "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
                     "reservoir": reservoir,
+                    "played": {"plan_update": agent.plan_mode},  # options as they are now
                     "state": [*state],
                     "returns": returns,
                 }
@@ -1614,8 +1618,7 @@ def train(args, watch=None):
             # ---- TRANSITION NETWORK
             with record_function("transition"):
                 if agent.plan_mode != "none" and args.transition == "network" and not pretraining:
-                    names = [*TRANSITION, "reward", "next_value"]
-                    moves = {name: rows[name][rows["alive"]] for name in names}
+                    moves = {name: rows[name][rows["alive"]] for name in TRANSITION}
                     with no_grad():
                         reservoir = surprising(agent.transition, moves, reservoir, generator)
                     for part in minibatches(moves, 2, 16, generator):
@@ -1624,25 +1627,22 @@ def train(args, watch=None):
 
             # ---- PPO
             with record_function("PPO"):
-                imitate = agent.plan_mode == "hop"
-                if imitate and args.plan_beta:  # soft V (SAC, eq. 3); its entropy bonus falls to 0
+                if agent.plan_mode == "hop" and args.plan_beta:  # soft V (SAC, eq. 3)
                     temperature = (1.0 - done / args.plan_until) / args.plan_beta
-                    rows["reward"] = rows["reward"] - temperature * rows["log_prob"]
+                    rows["reward"] -= temperature * rows["log_prob"]
                 steps = map(rows.get, "reward value next_value goes_on".split())
                 rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]
-                names = """own others goal mask offset q_plan prior action log_prob advantage
-                    return""".split()
-                rows = {name: rows[name][rows["learner"]] for name in names}  # [R, ..]
+                rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
                 if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
                     expected, slope = calibration(rows, agent.plan_mode)
                     agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
                     sums["losses/plan_slope"].append(slope)
-                    if imitate:  # V towards the mean of the lambda-return and E_pi Q_plan
+                    if agent.plan_mode == "hop":  # V towards the mean of both
                         rows["return"] = 0.5 * (rows["return"] + expected)
                 epochs = 0 if pretraining else args.update_epochs
                 for part in minibatches(rows, epochs, args.num_minibatches, generator):
-                    loss, terms = loss_of(agent, part, ent_coef, imitate)
+                    loss, terms = loss_of(agent, part, ent_coef)
                     descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
 
             # ---- LOG
@@ -1702,10 +1702,10 @@ def parse_arguments(arguments):
             options = content["args"]
             if args.init is not None:
                 options |= {"resume": None, "load_moa": None, "pretrain_moa_steps": 0}
-            if args.evaluate is not None:
-                options = {name: options[name] for name in ("env_id", *PLAYED)}
-                options["plan_update"] = content["plan_mode"]
             with refused(f"{path} is a run of other options"):
+                if args.evaluate is not None:
+                    options = {name: options[name] for name in ("env_id", *PLAYED)}
+                    options |= content["played"]
                 return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
     return args
 

@@ -25,7 +25,8 @@ measured in the same way; it is trained by few steps, so above 1 is possible. Th
 the same: beside three `cleaner`s on `msg` a random learner gets nearly the most there is, and only helping costs.
 Kinds are averaged first, so that none is trimmed; interquartile means are over games and seeds, as in `learning.py`.
 
-Players that hop_onestep.py cannot load are left out: at present, those of all other scripts.
+Players that hop_onestep.py cannot load are left out: at present, those of hop_ppo_gumbel.py and
+latent_world_model.py.
 
 Cross-play: one player of each method with three of each method, all trained in self-play, of different seeds where
 there are several, all with their planners: mean return of the one, in matches of ten episodes.
@@ -224,7 +225,8 @@ def policy_alone(path: str) -> str:
     kept = str(CHECKPOINTS / "adaptation" / f"policy_of_{Path(path).name}")
     if not (ROOT / kept).is_file() or (ROOT / kept).stat().st_mtime < (ROOT / path).stat().st_mtime:
         content = torch.load(ROOT / path, map_location="cpu", weights_only=True)
-        content = {name: content[name] for name in ("script", "args", "agent")} | {"plan_mode": "none"}
+        content = {name: content[name] for name in ("script", "args", "agent")}
+        content |= {"plan_mode": "none", "played": {"plan_update": "none"}}  # of older scripts, of the others
         runs.save(content, ROOT / kept)
     return kept
 
@@ -321,7 +323,7 @@ def work(job: dict) -> dict:
     if job["part"] == "adaptation":
         result |= adapted(job["learner"], job["kinds"], job)
         return result | {"returns": result["late"]} | about(start)
-    result["returns"] = {}
+    result["returns"], script = {}, importlib.import_module(content["script"])
     for name, path in job["partners"].items():
         played = script.evaluate(job["learner"], path, episodes=job["episodes"], seed=1000 + seed)
         result["returns"][name] = round(played["focal_return"], 4)

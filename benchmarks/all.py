@@ -16,8 +16,10 @@ import sys
 from runs import ROOT
 
 COMPARISON = ("learning", "adaptation", "scaling", "goals")  # of all scripts; what asks for time
-SCRIPTS = {"onestep": ("selfplay", "goals", "main"), "mcts": ("selfplay", "untrained", "top")}
-SCRIPTS |= {"latent_model": ("selfplay", "offline"), "discrete_goals": ("model", "selfplay", "goals", "speed")}
+SCRIPTS = {
+    "latent_model": ("selfplay", "offline"),
+    "discrete_goals": ("model", "selfplay", "goals", "speed"),
+}
 
 
 def main(words: list[str]) -> int:

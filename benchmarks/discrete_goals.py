@@ -25,8 +25,8 @@ import runs
 from runs import Running, about, benchmark, results_in, spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import hop_mcts
 import hop_ppo_gumbel as script
+import latent_world_model
 import moa_goals
 
 MODEL = {  # game: kinds, matches and updates
@@ -130,11 +130,11 @@ def model(job: dict) -> dict:
         torch.manual_seed(seed)
         began, row = time.process_time(), {}
         if goal in ("none", "oracle"):
-            moa = hop_mcts.MOA(relative, base.hidden, 8, goal)
+            moa = latent_world_model.MOA(relative, base.hidden, 8, goal)
 
             def loss(moa, batch, done, goal=goal):
                 batch = batch if goal == "oracle" else batch._replace(oracle=None)
-                return hop_mcts.moa_loss(moa, batch, 0.01, base.subgoal_coef, False, numbers)
+                return latent_world_model.moa_loss(moa, batch, 0.01, base.subgoal_coef, False, numbers)
 
             fit(moa, loss, train, relative, base, numbers)
             nll[goal] = moa_goals.held_out(moa, goal, test, base)
@@ -163,11 +163,15 @@ def model(job: dict) -> dict:
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 def speed(job: dict) -> dict:
-    """Median game steps a CPU second of training: plain PPO by hop_mcts.py, and this script with inferred goals.
-    A round is `moa_every` iterations, so that every part of the work is in it; the scripts take turns."""
+    """Median game steps a CPU second of training: plain PPO by latent_world_model.py, and this script with inferred
+    goals. A round is `moa_every` iterations, so that every part of the work is in it; the scripts take
+    turns."""
     start, company = time.time(), {"env_id": job["game"], "co_players": job["co_players"]}
-    plain = hop_mcts.Args(**company, goal="none", plan_update="none")
-    trainers = [hop_mcts.Trainer(hop_mcts.resolved(plain)), script.Trainer(script.resolved(script.Args(**company)))]
+    plain = latent_world_model.Args(**company, goal="none", plan_update="none")
+    trainers = [
+        latent_world_model.Trainer(latent_world_model.resolved(plain)),
+        script.Trainer(script.resolved(script.Args(**company))),
+    ]
     for trainer in trainers:
         while trainer.global_step < job["warm_up"]:
             trainer.iterate()

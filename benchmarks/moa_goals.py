@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import hop_mcts as script  # for its MOA, which sibling scripts share
+import latent_world_model as script  # for its MOA, a VAE, and the match buffer
 
 
 @dataclasses.dataclass

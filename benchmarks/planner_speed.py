@@ -1,44 +1,48 @@
-"""How fast does the tree search decide? All figures of one run: only their ratios hold on a machine that drifts.
+"""How fast does the tree search of hop_mcts.py decide, against what else could be in its place?
 
-    python benchmarks/planner_speed.py                              # the table, and docs/planner_speed.png
-    python benchmarks/planner_speed.py --games 16 --simulations 50 --json planner_speed.json --plot ""
-    python benchmarks/planner_speed.py --mctx                       # the search alone, against mctx
+    python benchmarks/planner_speed.py               # the tables, and docs/planner_speed.png
+    python benchmarks/planner_speed.py --games 16 --simulations 50 --plot ""
+    python benchmarks/planner_speed.py --mctx        # the search alone, against mctx
 
-Decisions a second of Agent.act for all seats that have a choice: with the batched search of hop_mcts.py, with one tree
-and one network call at a time (sequential_search.py, on `--sequential` decisions), with the one-step planner of
-hop_onestep.py, and without planner. Games are fresh, so that every seat decides. The agents are trained for `--warm-up`
-game steps, since an untrained policy makes other trees. Methods take turns; medians of `--rounds` rounds after one that
-is not counted. Bookkeeping is what the search spends on neither network, goal inference nor game step.
+Decisions a CPU second of one thread, by Player.act in fresh games where every seat decides: with
+the batched search; with a sequential one (below), on `--sequential` decisions; with the one-step
+planner of hop_onestep.py, on its transition network and on the simulator; and without planner. The
+agent is trained by plain PPO first, since an untrained policy makes other trees. Methods take
+turns, so that ratios hold on a machine that has other work; medians of rounds, after one that does
+not count. Before that, both searches must make the same visits on the same draws.
 
-`--mctx` gives both searches the same model, an MLP whose one call is a simulation, and needs
-`pip install jax mctx` (https://github.com/google-deepmind/mctx; not in requirements.txt).
-"""
+`--mctx` gives the search of hop_mcts.py and mctx the same model, an MLP whose one call is a
+simulation: `pip install jax mctx` (https://github.com/google-deepmind/mctx). Shapes in comments: T
+trees, S simulations, N players/seats, A actions, X own and Y co-players' features, Z goal."""
 
+import contextlib
 import dataclasses
-import functools
 import importlib
-import json
+import itertools
+import os
 import platform
+import re
 import statistics
 import sys
+import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections import defaultdict
+from functools import partial
+from math import exp, sqrt
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import tyro
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import hop_mcts as script
-import hop_onestep as onestep
-import sequential_search
+from matplotlib.figure import Figure
+from torch import Generator, cat, no_grad, tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ["sequential search", "batched search", "one step", "no planner"]
-NO_BOOKKEEPING = ("game step", "goal inference", "MOA", "policy and value")  # parts of the timer
+sys.path.insert(0, str(ROOT))
+import hop_mcts  # noqa: E402
+import hop_onestep  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -47,296 +51,466 @@ class Options:
     games: str = "1,16,64"  # parallel games, a comma list
     simulations: str = "50,200"  # simulations in each tree, a comma list
     goal_samples: int = 5  # trees a decision
-    plan_samples: int = 16  # samples of the one-step planner
     sequential: int = 3  # decisions of the sequential search a round
-    threads: int = 0  # threads (default: torch's)
-    cpu_time: bool = False  # CPU seconds instead of seconds: with --threads 1, on a machine that others use too
-    rounds: int = 5  # counted rounds
-    warm_up: int = 16384  # game steps of training before anything is timed
-    json: str = ""  # file for the figures
-    plot: str = str(ROOT / "docs" / "planner_speed.png")  # file for the plot; none if empty
+    rounds: int = 5  # rounds that count
+    training: int = 32768  # game steps of training before anything is timed
+    plot: str = str(ROOT / "docs/planner_speed.png")  # file for the plot; none if empty
     mctx: bool = False  # compare the search alone with mctx instead
-    trees: int = 320  # trees of --mctx
     quick: bool = False  # one small setting, to see that all works
 
 
-class OneStep:
-    """hop_onestep.py's agent with the trained networks that fit it, asked as the tree search's is."""
+# ---- Sequential search ---------------------------------------------------------------------------
+class PlainGame:
+    """What a GridGame does, for one game at a time: a GridState of lists and numbers."""
 
-    def __init__(self, args: onestep.Args, trained: dict[str, torch.Tensor]):
-        self.game = onestep.GridGame(args.env_id)
-        self.agent = onestep.Agent(self.game, onestep.checked(args, self.game)).eval()
-        self.args = self.agent.args
-        sizes = {name: value.shape for name, value in self.agent.state_dict().items()}
-        fitting = {name: value for name, value in trained.items() if value.shape == sizes.get(name)}
-        self.agent.load_state_dict(fitting, strict=False)  # the rest keeps its first weights
-        self.player = onestep.Player(self.agent, 1)
+    def __init__(self, game):
+        self.game = game
+        self.next_cell = game.next_cell.tolist()
+        self.legal_moves = game.legal_moves.tolist()
+        self.walls = game.legal_moves.type_as(game.relative)  # [cells + 1, 5]
+        self.kind = game.item_kind.tolist()
+        self.rules = [*zip(game.item_action.tolist(), game.quota.tolist(), game.share.tolist())]
+        self.clocks = {}  # features [N, 8], by steps done and step of the first hunt
 
-    def act(self, state, mask, memory, seats, generator, oracle):
-        company = types.SimpleNamespace(generator=generator)
-        memory = torch.stack(list(memory), 2)
-        with torch.no_grad():
-            self.player.memory = memory
-            return self.player.act(onestep.GridState(*state), mask, seats, company)
+    def step(self, state, actions):
+        """Next state, the N rewards; for the player at seat 0, terminated and truncated."""
+        players, items, time, first_hunt = state
+        after = [self.next_cell[cell][action] for cell, action in zip(players, actions)]
+        items = [*items]
+        rewards = [0.0] * len(players)
+        time += 1
+        for m, (takes, quota, share) in enumerate(self.rules):
+            here = [i for i, cell in enumerate(players) if cell == items[m] >= 0]
+            takers = [i for i in here if actions[i] == takes]
+            if len(takers) >= quota:
+                items[m] = -1
+                rewards = [reward + self.game.bonus for reward in rewards]
+                for i in takers:
+                    rewards[i] += share / len(takers)
+                    if self.game.family == "msh":
+                        after[i] = -1
+                        first_hunt = first_hunt or time
+        over = max(items) < 0 or 0 < first_hunt <= time - hop_mcts.COUNTDOWN
+        terminated = over or after[0] < 0
+        truncated = time >= self.game.horizon and not terminated
+        return hop_mcts.GridState(after, items, time, first_hunt), rewards, terminated, truncated
+
+    def mask(self, state):
+        """Which actions are legal, N lists of A."""
+        masks = []
+        for cell in state.players:
+            here = {kind for kind, place in zip(self.kind, state.items) if cell == place >= 0}
+            kinds = range(len(self.game.item_counts))
+            masks.append(self.legal_moves[cell] + [kind in here for kind in kinds])
+        return masks
+
+    def features(self, state):
+        """Own features [N, X] and co-players' [N, N-1, Y]."""
+        game = self.game
+        now = state[2:]
+        if now not in self.clocks:
+            batch = hop_mcts.GridState(*(tensor([field]) for field in state))
+            self.clocks[now] = game.features(batch)[0][0, :, :8]
+        players = tensor(state.players)
+        kinds = game.relative[players[:, None], tensor(state.items)].split(game.item_counts, 1)
+        seen = cat([kind.sum(1) for kind in kinds], 1)
+        near = game.relative[players[:, None], players[game.others]]
+        own = cat([self.clocks[now], self.walls[players], seen], 1)
+        return own, cat([near, seen[game.others]], 2)
 
 
-class Situation:
-    """Agents of all methods, and games under way to decide in."""
+class Node(types.SimpleNamespace):
+    """A state in a tree: `number` of the simulation that made it, `depth`, `state`, `seen` (its
+    features), `reward` on the way, `value`, `goes_on`, and `prior` (None until expanded, then A
+    numbers, -1: illegal); then also `joint` (N actions), `visits`, `total` and `children` (A)."""
 
-    def __init__(self, options: Options, most_games: int):
-        common = {
-            "env_id": options.env_id,
-            "co_players": "self",
-            "num_envs": max(16, most_games),
-            "plan_update": "none",
-        }
-        common |= {"num_steps": 32, "total_timesteps": max(options.warm_up, 32 * max(16, most_games))}
-        trainer = script.Trainer(script.resolved(script.Args(**common)))
-        with tqdm(total=options.warm_up, desc="warm-up", unit="step", leave=False) as progress:
-            while trainer.global_step < options.warm_up:
-                before = trainer.global_step
-                trainer.iterate()
-                progress.update(trainer.global_step - before)
-        self.agents, self.trainer = {}, trainer
-        trained = trainer.agent.state_dict()
+
+class PlainTree:
+    """The search of the player at seat 0 of one game, one node, one call of a network and one step
+    of the game at a time, in plain Python, as HOP's own code has it; but nothing known is computed
+    again. Of one tree, what Model is given of many: `draws` [S + 1, N], goals [N, Z]."""
+
+    def __init__(self, agent, game, state, value, goals, drawn, draws):
+        self.agent = agent
+        self.args = agent.args
+        self.game = game
+        self.theirs = goals[1:]
+        self.goal = goals[1:].sum(0)
+        self.drawn = drawn
+        self.draws = draws.tolist()
+        self.root = Node(number=0, depth=0, state=state, value=value, prior=None)
+        self.root.seen = game.features(state)
+
+    def ask(self, network, node):
+        """[outputs] of the player's policy or value network."""
+        own, views = node.seen
+        return network(own[0], cat([views[0], self.theirs], 1), self.goal)
+
+    def expand(self, node):
+        """Asks for the prior, and draws what the co-players do."""
+        masks = self.game.mask(node.state)
+        prior = softmax(self.ask(self.agent.actor, node).tolist(), masks[0])
+        own, views = node.seen
+        node.joint = [None]
+        for j in range(1, len(masks)):
+            logits = self.agent.moa.decoder(own[j], views[j], self.drawn[j]).tolist()
+            upto = [*itertools.accumulate(softmax(logits, masks[j]))]
+            draw = self.draws[node.number][j] * upto[-1]
+            node.joint.append(next(a for a, p in enumerate(upto) if p > draw))
+        node.prior = [p if legal else -1.0 for p, legal in zip(prior, masks[0])]
+        node.visits = [0] * len(prior)
+        node.total = [0.0] * len(prior)
+        node.children = [None] * len(prior)
+
+    def choose(self, node):
+        """The action to try next: by the prior at first, then by PUCT."""
+        legal = [action for action, p in enumerate(node.prior) if p >= 0]
+        count = sum(node.visits)
+        if count == 0:
+            return max(legal, key=node.prior.__getitem__)
+        mean = (node.value + sum(node.total)) / (1 + count)
+        q = [total / n if n else mean for total, n in zip(node.total, node.visits)]
+        low = min(q)
+        span = max(max(q) - low, 1e-8)
+        weight = self.args.puct_c * sqrt(count)
+        rows = zip(q, node.prior, node.visits)
+        score = [(x - low) / span + weight * p / (1 + n) for x, p, n in rows]
+        untried = [action for action in legal if node is self.root and not node.visits[action]]
+        return max(untried or legal, key=score.__getitem__)
+
+    def step(self, node, action, number):
+        """The node to which an action leads, with its value."""
+        args = self.args
+        joint = [action, *node.joint[1:]]
+        state, rewards, terminated, truncated = self.game.step(node.state, joint)
+        reward = (1.0 - args.prosocial) * rewards[0] + args.prosocial * sum(rewards) / len(rewards)
+        child = Node(number=number, depth=node.depth + 1, state=state, value=0.0, prior=None)
+        child.reward = args.reward_scale * reward
+        child.goes_on = not terminated and not truncated and child.depth < args.max_depth
+        if not terminated:
+            child.seen = self.game.features(state)
+            child.value = self.ask(self.agent.critic, child).item()
+        return child
+
+    def simulate(self, number):
+        """Down to an action that was not tried, or after which nothing follows; and back up."""
+        path = []
+        child = self.root
+        while child is self.root or child.goes_on and child.number != number:
+            node = child
+            if node.prior is None:
+                self.expand(node)
+            action = self.choose(node)
+            child = node.children[action] or self.step(node, action, number)
+            node.children[action] = child
+            path.append((node, action))
+        future = child.value
+        for node, action in reversed(path):
+            future = node.children[action].reward + self.args.gamma * future
+            node.visits[action] += 1
+            node.total[action] += future
+
+
+def softmax(logits, mask):
+    """Probabilities of a list of `logits`, 0 where `mask` is False."""
+    high = max(itertools.compress(logits, mask))
+    weights = [exp(logit - high) if legal else 0.0 for logit, legal in zip(logits, mask)]
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def sequential_search(given, value, args):
+    """Q and visits [T, A] as by hop_mcts.search, by one PlainTree after another; in place of a
+    model, what Model would be `given`."""
+    agent, state, goals, drawn, draws = given
+    draws = draws.unflatten(0, (-1, len(goals)))
+    game = PlainGame(agent.game)
+    rows = []
+    for t in range(len(goals)):
+        root = hop_mcts.GridState(*(field[t].tolist() for field in state))
+        tree = PlainTree(agent, game, root, float(value[t]), goals[t], drawn[t], draws[:, t])
+        for number in range(1, args.num_simulations + 1):
+            tree.simulate(number)
+        visits = tree.root.visits
+        total = tree.root.total
+        mean = (tree.root.value + sum(total)) / (1 + args.num_simulations)
+        rows.append([[x / n if n else mean for x, n in zip(total, visits)], visits])
+    return value.new_tensor(rows).unbind(1)
+
+
+# ---- Planners ------------------------------------------------------------------------------------
+METHODS = {  # and their options
+    "sequential search": {},
+    "batched search": {},
+    "one step": {"transition": "network"},
+    "one step, simulator": {"transition": "simulator"},
+    "no planner": {"plan_update": "none"},
+}
+INSIDE = ["search: policy", "search: MOA", "search: game", "search: value"]  # of `expand`
+LABELS = ["select", "expand", *INSIDE, "backup"]  # as torch.profiler has them
+
+
+def train(options, games):
+    """An agent that plain PPO made in self-play, and its memory of running matches, [games, ..]."""
+    args = hop_mcts.Args(env_id=options.env_id, co_players="self", plan_update="none")
+    args.num_envs = max(args.num_envs, games)
+    args.total_timesteps = max(options.training, args.num_envs * args.num_steps)
+    last = {}
+    folder = tempfile.TemporaryDirectory()
+    with folder, contextlib.chdir(folder.name), contextlib.redirect_stdout(None):
+        hop_mcts.train(args, watch=last.update)
+    return last["agent"], last["player"].memory
+
+
+def make_players(options, trained, simulations):
+    """A Player for each method, with the trained networks; the transition network is not."""
+    players = {}
+    for name, own in METHODS.items():
+        script = hop_onestep if "transition" in own else hop_mcts
+        values = {**vars(trained.args), "plan_update": "offset", **own}
+        values |= {"num_simulations": simulations, "num_goal_samples": options.goal_samples}
+        known = [field.name for field in dataclasses.fields(script.Args) if field.name in values]
+        args = script.Args(**{name: values[name] for name in known})
+        agent = script.Agent(script.GridGame(options.env_id), args)
+        agent.load_state_dict(trained.state_dict(), strict=False)
+        players[name] = script.Player(agent, 1)
+    return players
+
+
+@no_grad()
+def act(player, memory, seed, decisions=sys.maxsize):
+    """Decides in fresh games, one for each row of the `memory`, at all seats or as many as
+    `decisions`: CPU seconds a decision."""
+    generator = Generator().manual_seed(seed)
+    game = player.agent.game
+    state = game.start(len(memory), generator)
+    mask = game.action_mask(state)
+    seats = torch.zeros_like(mask[:, :, 0])
+    decisions = min(decisions, seats.numel())
+    seats.view(-1)[torch.linspace(0, seats.numel() - 1, decisions).long()] = True
+    player.memory = memory
+    company = types.SimpleNamespace(generator=generator)
+    start = time.process_time()
+    player.act(state, mask, seats, company)
+    return (time.process_time() - start) / decisions
+
+
+def planning_by(search):
+    """A context in which hop_mcts.py plans by this search, which is given what Model would be."""
+    return mock.patch.multiple(hop_mcts, Model=lambda *given: given, search=search)
+
+
+def agreement(player, memory):
+    """The share of trees in which both searches make the same visits, in a few decisions."""
+    model = hop_mcts.Model
+    search = hop_mcts.search
+    same = []
+
+    def both(given, value, args):
+        result = search(model(*given), value, args)
+        same.extend((result[1] == sequential_search(given, value, args)[1]).all(1).tolist())
+        return result
+
+    with planning_by(both):
+        act(player, memory, 0, 8)
+    return statistics.mean(same)
+
+
+@contextlib.contextmanager
+def clocked(spent, label):
+    """Adds its CPU seconds to those `spent`; the profiler itself would slow the search down."""
+    start = time.process_time()
+    yield
+    spent[label] += time.process_time() - start
+
+
+def measure(options, players, memory):
+    """Medians over rounds: decisions a second by method, shares of the batched search by label."""
+    rates = {name: [] for name in METHODS}
+    shares = []
+    few = options.sequential
+    for number in range(options.rounds + 1):
+        for name, player in players.items():
+            if name == "sequential search":
+                with planning_by(sequential_search):
+                    seconds = [act(player, memory[:few], number, few)]
+            else:
+                calls = 1 if name == "batched search" else 4
+                seconds = [act(player, memory, number) for _ in range(calls)]
+            rates[name].append(1.0 / statistics.mean(seconds))
+        spent = defaultdict(float)
+        with mock.patch.object(hop_mcts, "record_function", partial(clocked, spent)):
+            act(players["batched search"], memory, number)
+        spent["expand"] -= sum(spent[label] for label in INSIDE)
+        shares.append([spent[label] / spent["planner"] for label in LABELS])
+    rates = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    return rates, [statistics.median(values) for values in zip(*shares[1:])]
+
+
+def print_table(head, rows):
+    """In markdown."""
+    print("\n| " + " | ".join(head) + " |\n|" + "-|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def plot(results, title, path):
+    """Decisions a second against games, a picture for each number of simulations."""
+    simulations = sorted({number for _, number in results})
+    figure = Figure(figsize=(1 + 4 * len(simulations), 4), layout="constrained")
+    pictures = figure.subplots(1, len(simulations), squeeze=False, sharey=True)[0]
+    for axes, chosen in zip(pictures, simulations):
+        games = [count for count, number in results if number == chosen]
         for name in METHODS:
-            method = onestep if name.startswith("one step") else script
-            settings = {
-                "plan_update": "none" if name == "no planner" else "hop",
-                "num_goal_samples": options.goal_samples,
-            }
-            settings |= {"plan_samples": options.plan_samples}
-            known = {field.name for field in dataclasses.fields(method.Args)}
-            args = method.Args(**{k: v for k, v in (common | settings).items() if k in known})
-            if method is onestep:
-                self.agents[name] = OneStep(args, trained)
-                continue
-            agent = method.Agent(method.GridGame(options.env_id), method.resolved(args)).eval()
-            agent.load_state_dict(trained, strict=False)
-            self.agents[name] = agent
-        one_at_a_time = self.agents["sequential search"]
-        one_at_a_time.plan = functools.partial(sequential_search.plan, one_at_a_time)
-
-    def inputs(self, name: str, games: int, decisions: int) -> tuple:
-        """The arguments of Agent.act in `games` fresh games, where all seats decide; or as many as `decisions`, spread
-        over the games and seats. And how many these are."""
-        game, generator = self.trainer.game, torch.Generator().manual_seed(2)
-        state = game.initial_state(games, generator)
-        mask, seats = game.action_mask(state), torch.zeros_like(state.players, dtype=torch.bool)
-        spread = torch.linspace(0, seats.numel() - 1, min(decisions, seats.numel())).round().long()
-        seats.view(-1)[spread] = True
-        memory = script.Memory(*(total[:games] for total in self.trainer.memory))
-        return (state, mask, memory, seats, torch.Generator().manual_seed(1), None), int(seats.sum())
-
-
-def clock(options: Options) -> Callable[[], float]:
-    """What counts the seconds."""
-    return time.process_time if options.cpu_time else time.perf_counter
-
-
-def measure(options: Options, situation: Situation, games: int, simulations: int, progress: tqdm) -> dict:
-    """Medians over rounds: decisions a second by method, and shares of the batched search's time by part."""
-    rates, shares, now = {name: [] for name in METHODS}, [], clock(options)
-    for counted in range(options.rounds + 1):
-        for name, agent in situation.agents.items():
-            agent.args.num_simulations = simulations
-            given, deciding = situation.inputs(name, games, options.sequential if "sequential" in name else 10**9)
-            repeats = 1 if "search" in name else 10
-            start = now()
-            for _ in range(repeats):
-                agent.act(*given)
-            seconds = (now() - start) / repeats
-            progress.update()
-            if counted:
-                rates[name].append(deciding / seconds)
-        agent = situation.agents["batched search"]
-        agent.timer = script.Timer(True)
-        agent.act(*situation.inputs("batched search", games, 10**9)[0])
-        if counted:
-            shares.append(parts(agent.timer))
-        agent.timer = script.Timer(False)
-    shares = {part: statistics.median(share[part] for share in shares) for part in shares[0]}
-    return {"rates": {name: statistics.median(rate) for name, rate in rates.items()}, "shares": shares}
-
-
-def parts(timer: script.Timer) -> dict[str, float]:
-    """Shares of the search's time, by part; `bookkeeping` is all that is in none of the others."""
-    whole, shares = timer.seconds["MCTS",], {name: 0.0 for name in NO_BOOKKEEPING}
-    for path, seconds in timer.seconds.items():
-        if path[0] == "MCTS" and path[-1] in shares:
-            shares[path[-1]] += seconds / whole
-    return {**shares, "bookkeeping": 1.0 - sum(shares.values())}
-
-
-def report(results: list[dict]) -> None:
-    """Markdown tables."""
-    print("| games | simulations | " + " | ".join(METHODS) + " | batched / sequential | one step / batched |")
-    print("|" + "-|" * (len(METHODS) + 4))
-    for result in results:
-        rates = result["rates"]
-        cells = [f"{rates[name]:,.1f}" if rates[name] < 100 else f"{rates[name]:,.0f}" for name in METHODS]
-        batched = rates["batched search"]
-        ratios = [f"{batched / rates['sequential search']:.1f}x", f"{rates['one step'] / batched:.1f}x"]
-        print(f"| {result['games']} | {result['simulations']} | {' | '.join([*cells, *ratios])} |")
-    names = list(results[0]["shares"])
-    print("\n| games | simulations | " + " | ".join(names) + " |\n|" + "-|" * (len(names) + 2))
-    for result in results:
-        shares = " | ".join(f"{result['shares'][name]:.0%}" for name in names)
-        print(f"| {result['games']} | {result['simulations']} | {shares} |")
-
-
-def plot(results: list[dict], title: str, path: Path) -> None:
-    """Decisions a second against games, one picture a number of simulations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    simulations = sorted({result["simulations"] for result in results})
-    figure, axes = plt.subplots(1, len(simulations), figsize=(4.4 * len(simulations), 3.6), squeeze=False, sharey=True)
-    colours = dict(zip(METHODS, ("#D55E00", "#0072B2", "#009E73", "#AA4499", "#555555"), strict=True))
-    for axis, number in zip(axes[0], simulations, strict=True):
-        rows = [result for result in results if result["simulations"] == number]
-        for name in METHODS:
-            rates = [row["rates"][name] for row in rows]
-            axis.plot([row["games"] for row in rows], rates, "o-", color=colours[name], lw=1.5, ms=4, label=name)
-        ticks = [row["games"] for row in rows]
-        axis.set(xscale="log", yscale="log", xlabel="parallel games", title=f"{number} simulations")
-        axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("decisions a second")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
+            axes.plot(games, [results[count, chosen][name] for count in games], "o-", label=name)
+        axes.set(xscale="log", yscale="log", xlabel="parallel games", title=f"{chosen} simulations")
+        axes.set_xticks(games, map(str, games))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    pictures[0].set_ylabel("decisions a CPU second")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The search alone, against mctx
-# ---------------------------------------------------------------------------------------------------------------------
-EMBEDDING, HIDDEN, ACTIONS = 64, 128, 7
-SIZES = [EMBEDDING + ACTIONS, HIDDEN, HIDDEN, EMBEDDING + ACTIONS + 2]  # out: next embedding, prior, value, reward
-LOOK_AHEAD, CONSTANT, GAMMA = 50, 1.25, 0.99
+def compare_planners(options):
+    """Prints the tables, and draws the plot."""
+    games, simulations = ([*map(int, x.split(","))] for x in (options.games, options.simulations))
+    trained, memory = train(options, max(games))
+    results = {}  # decisions a second by method, of each setting
+    speeds = []
+    parts = []
+    for number in simulations:
+        players = make_players(options, trained, number)
+        share = agreement(players["batched search"], memory)
+        print(f"{number} simulations: the same visits in {share:.1%} of trees, in float32")
+        if share < 0.9:
+            raise hop_mcts.UsageError("the two searches differ")
+        for count in games:
+            rates, shares = measure(options, players, memory[:count])
+            results[count, number] = rates
+            batched = rates["batched search"]
+            ratios = [batched / rates["sequential search"], rates["one step"] / batched]
+            cells = [f"{rate:,.{1 if rate < 100 else 0}f}" for rate in rates.values()]
+            cells += [f"{ratio:.1f}x" for ratio in ratios]
+            speeds.append([str(count), str(number), *cells])
+            cells = [f"{share:.0%}" for share in [*shares, 1.0 - sum(shares)]]
+            parts.append([str(count), str(number), *cells])
+    title = f"{options.env_id}: decisions a CPU second, {options.goal_samples} trees a decision"
+    print(f"\n{title}")
+    setting = ["games", "simulations"]
+    print_table([*setting, *METHODS, "batched / sequential", "one step / batched"], speeds)
+    print("\nShares of the batched search's time, by label of torch.profiler (`expand` without")
+    print("those within; rest: tables of features, draws, goals)")
+    print_table([*setting, *LABELS, "rest"], parts)
+    if options.plot and not options.quick:
+        plot(results, title, options.plot)
 
 
-class MLPModel:
-    """For TreeSearch: one call of an MLP on (embedding, action) gives next embedding, prior, value and reward."""
+# ---- The search alone, against mctx --------------------------------------------------------------
+EMBEDDING = 64
+ACTIONS = 7
+TREES = 320
+SIZES = [EMBEDDING + ACTIONS, 128, 128, EMBEDDING + ACTIONS + 2]  # out: embedding, prior, V, reward
 
-    def __init__(self, weights: list, embedding: torch.Tensor, simulations: int):
-        """`weights` and biases of the layers; `embedding` [T, EMBEDDING] of the roots."""
-        self.weights, self.trees = weights, len(embedding)
-        self.embedding = embedding.new_empty((simulations + 1) * self.trees, EMBEDDING)  # [nodes, EMBEDDING]
-        self.logits = embedding.new_empty(len(self.embedding), ACTIONS)  # [nodes, A]
-        self.embedding[: self.trees] = embedding
-        self.goes_on = torch.ones(self.trees, dtype=torch.bool)
 
-    def expand(self, nodes: torch.Tensor) -> torch.Tensor:
-        """Prior [R, A] of the nodes [R]; their network call was made when they were reached."""
+class MLP:
+    """A model for hop_mcts.search, in which one call on (embedding, action) is a simulation."""
+
+    num_actions = ACTIONS
+
+    def __init__(self, weights, embedding, logits, simulations):
+        self.weights = weights
+        self.embedding = embedding.repeat(simulations + 1, 1)  # [(S + 1) * T, EMBEDDING]
+        self.logits = logits.repeat(simulations + 1, 1)  # [(S + 1) * T, A]
+        self.goes_on = torch.ones(len(logits), dtype=torch.bool)
+
+    def expand(self, nodes):
         return self.logits.index_select(0, nodes).softmax(1)
 
-    def step(self, nodes: torch.Tensor, actions: torch.Tensor, simulation: int):
-        """Reward [T], value [T] and bool [T], whether it goes on, of `actions` [T] at `nodes` [T]."""
-        chosen = torch.nn.functional.one_hot(actions, ACTIONS).float()
-        x = torch.cat([self.embedding.index_select(0, nodes), chosen], 1)
+    def step(self, nodes, actions, new):
+        x = cat([self.embedding.index_select(0, nodes), F.one_hot(actions, ACTIONS)], 1)
         (w1, b1), (w2, b2), (w3, b3) = self.weights
-        x = torch.addmm(b3, torch.addmm(b2, torch.addmm(b1, x, w1).relu_(), w2).relu_(), w3)
-        here = slice(simulation * self.trees, (simulation + 1) * self.trees)
-        self.embedding[here] = x[:, :EMBEDDING].tanh()
-        self.logits[here] = x[:, EMBEDDING : EMBEDDING + ACTIONS]
+        x = torch.addmm(b3, torch.addmm(b2, torch.addmm(b1, x, w1).relu(), w2).relu(), w3)
+        self.embedding[new] = x[:, :EMBEDDING].tanh()
+        self.logits[new] = x[:, EMBEDDING:-2]
         return x[:, -1], x[:, -2], self.goes_on
 
 
-def compare_with_mctx(options: Options) -> dict:
-    """Simulations a second of TreeSearch and mctx.muzero_policy with the same MLP, in turns. Raises UsageError."""
-    with script.refused("--mctx needs jax and mctx: pip install jax mctx"):
-        jax, mctx = importlib.import_module("jax"), importlib.import_module("mctx")
-    if jax.default_backend() != "cpu":
-        raise script.UsageError("--mctx compares on the CPU: set JAX_PLATFORMS=cpu")
-    jnp, generator = jax.numpy, torch.Generator().manual_seed(1)
-    simulations = int(options.simulations.split(",")[0])
-    weights = [
-        (torch.randn(i, o, generator=generator) * (2 / i) ** 0.5, torch.zeros(o))
-        for i, o in zip(SIZES[:-1], SIZES[1:], strict=True)
-    ]
-    embedding = torch.randn(options.trees, EMBEDDING, generator=generator).tanh()
-    logits, value = torch.randn(options.trees, ACTIONS, generator=generator), torch.zeros(options.trees)
-    params = [(jnp.array(w.numpy()), jnp.array(b.numpy())) for w, b in weights]
+@no_grad()
+def compare_with_mctx(options):
+    """Prints simulations a second of hop_mcts.search and of mctx.muzero_policy, in turns."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    with hop_mcts.refused("--mctx: pip install jax mctx"):
+        jax = importlib.import_module("jax")
+        mctx = importlib.import_module("mctx")
+    jnp = jax.numpy
+    args = hop_mcts.Args(gamma=0.99, num_simulations=int(options.simulations.split(",")[0]))
+    generator = Generator().manual_seed(1)
+    weights = []
+    for rows, columns in itertools.pairwise(SIZES):
+        weight = torch.randn(rows, columns, generator=generator) * sqrt(2.0 / rows)
+        weights.append((weight, torch.zeros(columns)))
+    embedding = torch.randn(TREES, EMBEDDING, generator=generator).tanh()
+    logits = torch.randn(TREES, ACTIONS, generator=generator)
+    value = torch.zeros(TREES)
+    parameters = [(jnp.array(weight.numpy()), jnp.array(bias.numpy())) for weight, bias in weights]
+    root = {"prior_logits": logits, "value": value, "embedding": embedding}
+    root = mctx.RootFnOutput(**{name: jnp.array(x.numpy()) for name, x in root.items()})
 
-    def recurrent(params, key, action, embedding):
+    def recurrent(parameters, key, action, embedding):
         x = jnp.concatenate([embedding, jax.nn.one_hot(action, ACTIONS)], 1)
-        (w1, b1), (w2, b2), (w3, b3) = params
+        (w1, b1), (w2, b2), (w3, b3) = parameters
         x = jax.nn.relu(jax.nn.relu(x @ w1 + b1) @ w2 + b2) @ w3 + b3
-        discount = jnp.full(x.shape[0], GAMMA)
-        heads = {"prior_logits": x[:, EMBEDDING : EMBEDDING + ACTIONS], "value": x[:, -2], "reward": x[:, -1]}
-        return mctx.RecurrentFnOutput(discount=discount, **heads), jnp.tanh(x[:, :EMBEDDING])
+        heads = {"prior_logits": x[:, EMBEDDING:-2], "value": x[:, -2], "reward": x[:, -1]}
+        output = mctx.RecurrentFnOutput(discount=jnp.full(len(x), args.gamma), **heads)
+        return output, jnp.tanh(x[:, :EMBEDDING])
 
     @jax.jit
-    def policy(params, key, logits, value, embedding):
-        root = mctx.RootFnOutput(prior_logits=logits, value=value, embedding=embedding)
-        sizes = {"num_simulations": simulations, "max_depth": LOOK_AHEAD, "dirichlet_fraction": 0.0}
-        return mctx.muzero_policy(params, key, root, recurrent, **sizes, pb_c_init=CONSTANT).action_weights
-
-    given = [jnp.array(x.numpy()) for x in (logits, value, embedding)]
+    def policy(parameters, root):
+        given = (parameters, jax.random.PRNGKey(0), root, recurrent, args.num_simulations)
+        constants = {"dirichlet_fraction": 0.0, "pb_c_init": args.puct_c}
+        chosen = mctx.muzero_policy(*given, max_depth=args.max_depth, **constants)
+        return chosen.action_weights
 
     def theirs():
-        policy(params, jax.random.PRNGKey(0), *given).block_until_ready()
+        policy(parameters, root).block_until_ready()
 
-    @torch.inference_mode()
     def ours():
-        model = MLPModel(weights, embedding, simulations)
-        search = script.TreeSearch(model, logits.softmax(1), value, simulations, CONSTANT, GAMMA, LOOK_AHEAD)
-        search.run()
+        hop_mcts.search(MLP(weights, embedding, logits, args.num_simulations), value, args)
 
-    rates, now = {"TreeSearch": [], "mctx": []}, clock(options)
-    for counted in tqdm(range(4 * options.rounds + 2), desc="rounds", leave=False):
-        for name, search in (("TreeSearch", ours), ("mctx", theirs)):
-            start = now()
+    rates = {"hop_mcts.search": [], "mctx": []}
+    for number in range(4 * options.rounds + 2):
+        for name, search in zip(rates, (ours, theirs)):
+            start = time.process_time()
             search()
-            if counted >= 2:  # jax compiles in the first round
-                rates[name].append(options.trees * simulations / (now() - start))
+            if number >= 2:  # the first compiles
+                seconds = time.process_time() - start
+                rates[name].append(TREES * args.num_simulations / seconds)
     rates = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"\n{options.trees} trees, {simulations} simulations, jax {jax.__version__}, mctx {mctx.__version__}\n")
-    print("| search | simulations a second | of mctx |\n|-|-|-|")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate:,.0f} | {rate / rates['mctx']:.2f}x |")
-    return {"trees": options.trees, "simulations": simulations, "rates": rates}
+    print(f"{TREES} trees, {args.num_simulations} simulations, jax {jax.__version__}")
+    rows = [[name, f"{x:,.0f}", f"{x / rates['mctx']:.2f}x"] for name, x in rates.items()]
+    print_table(["search", "simulations a CPU second", "of mctx"], rows)
 
 
-def main(options: Options) -> None:
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def main(options):
+    torch.set_num_threads(1)
     if options.quick:
-        options = dataclasses.replace(
-            options, games="2", simulations="8", sequential=1, rounds=1, warm_up=512, trees=32
-        )
-    where = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
-    where += ", of CPU time" if options.cpu_time else ""
+        small = {"games": "2", "simulations": "8", "sequential": 1, "rounds": 1, "training": 2048}
+        options = dataclasses.replace(options, **small)
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):  # Linux
+        processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    print(f"{platform.platform()}, {processor}, torch {torch.__version__}, 1 thread")
     if options.mctx:
-        results = compare_with_mctx(options)
+        compare_with_mctx(options)
     else:
-        games, simulations = ([int(x) for x in text.split(",")] for text in (options.games, options.simulations))
-        situation, results = Situation(options, max(games)), []
-        calls = len(games) * len(simulations) * (options.rounds + 1) * len(METHODS)
-        with tqdm(total=calls, desc="decisions", unit="call", leave=False) as progress:
-            for number in simulations:
-                for count in games:
-                    result = measure(options, situation, count, number, progress)
-                    results.append({"games": count, "simulations": number, **result})
-        title = f"{options.env_id}, decisions a second, {options.goal_samples} trees a decision, {where}"
-        print(f"{title}\n")
-        report(results)
-        if options.plot and not options.quick:
-            plot(results, title, Path(options.plot))
-    if options.json:
-        content = {"options": dataclasses.asdict(options), "machine": where, "results": results}
-        Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
+        compare_planners(options)
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except script.UsageError as error:
+    except hop_mcts.UsageError as error:
         print(f"planner_speed.py: error: {error}", file=sys.stderr)
         sys.exit(2)

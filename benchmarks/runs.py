@@ -98,7 +98,7 @@ def work(job: dict) -> dict:
     result["train_cpu_seconds"] = round(time.process_time() - began, 1)
     content = script.load_checkpoint(metrics["run"])
     if job.get("keep"):
-        names = ("script", "game", "args", "agent", "plan_mode")  # what playing needs
+        names = ("script", "game", "args", "agent", "plan_mode", "played")  # what playing needs
         kept = {name: content[name] for name in names if name in content}
         save(kept, ROOT / job["keep"])
     n = script.GridGame(content["args"]["env_id"]).num_players

@@ -7,7 +7,8 @@
     python benchmarks/scaling.py --report                 # tables and docs/scaling_*.png of the results so far
 
 Parts:
-- `profile`: what `--profile` counts, among the default mixture of co-players, with 64 games. Not of hop_onestep.py.
+- `profile`: what `--profile` counts, among the default mixture of co-players, with 64 games. Not of hop_onestep.py
+  and hop_mcts.py.
 - `sps`: game steps a second of training in self-play against the number of parallel games. All methods of one number
   of games take turns in one process, so that their ratios hold on a machine that has other work; medians of turns,
   bars from the slowest to the fastest. On one thread of a CPU the clock is CPU time, else the wall's. Two threads are
@@ -55,7 +56,7 @@ METHODS = {  # name: script, options, colour (Okabe and Ito)
     "latent model": ("latent_world_model", {}, "#E69F00"),
     "tree search": ("hop_mcts", {}, "#0072B2"),
 }
-TIMED = ("discrete goals", "latent model", "tree search")  # methods of `profile` and `sps`; some results have more
+TIMED = ("discrete goals", "latent model")  # methods of `profile` and `sps`; some results have more
 PROFILED = {"msh-4h1s": 2, "msg": 2}  # game: turns
 NUM_STEPS = 64  # default of all scripts
 BEFORE = 8  # iterations before anything is timed: a match of the longest episodes

@@ -1,4 +1,6 @@
-"""Fixtures of the tests of the scripts. A test that asks for `script` runs once for each script."""
+"""Fixtures of the tests of the scripts. A test that asks for `script` runs once for each script, or
+for those that it names, `@pytest.mark.only("hop_onestep")`: what scripts share is the same text
+(copies.py), so that one of them is enough where the method cannot matter."""
 
 import functools
 import importlib.util
@@ -10,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
-SCRIPTS = ["hop_onestep"]  # of the present shape; a sibling that is rebuilt is added here
+SCRIPTS = ["hop_onestep", "hop_mcts"]  # of the present shape; who is rebuilt is added here
 
 SMALL = {  # options of a small and short run
     "num_envs": 4,
@@ -21,13 +23,25 @@ SMALL = {  # options of a small and short run
     "goal_size": 3,
     "moa_capacity": 2000,
     "match_episodes": 2,
-    "plan_samples": 4,
+}
+OWN = {  # of the planner that only one script has
+    "hop_onestep": {"plan_samples": 4},
+    "hop_mcts": {"num_simulations": 4, "num_goal_samples": 2},
 }
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "only(*names): the scripts that a test is run for")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
     torch.set_num_threads(1)  # the games are small, threads cost more than they bring
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    mark = metafunc.definition.get_closest_marker("only")
+    if mark is not None and "script" in metafunc.fixturenames:
+        names = pytest.mark.parametrize("script", mark.args, indirect=True)
+        metafunc.definition.add_marker(names)
 
 
 @functools.cache
@@ -46,10 +60,17 @@ def script(request):
 
 
 @pytest.fixture(scope="session")
+def sibling(script):
+    """Another script than `script`: the one before it."""
+    return load_script(SCRIPTS[SCRIPTS.index(script.SCRIPT) - 1])
+
+
+def small_args(script, **options):
+    """Args of a small and short run of a script, with the options given."""
+    return script.Args(**{**SMALL, **OWN[script.SCRIPT], **options})
+
+
+@pytest.fixture(scope="session")
 def small(script):
     """Makes the Args of a small and short run, with the options given."""
-
-    def make(**options):
-        return script.Args(**{**SMALL, **options})
-
-    return make
+    return functools.partial(small_args, script)

@@ -5,10 +5,10 @@
     python tests/copies.py --repair hop_onestep --into hop_mcts  # ... into one script
 
 A definition is a statement at the top level of a script, or a member of a class, with its
-decorators and the comment lines directly above it. Where it is what is new in a script, one of
-these comment lines says so, `# ours: <what differs>`, and it may differ. Above a class the line
-speaks of its head and docstring, and of which members it has; they are compared one by one. The
-docstring of a script and its imports are not compared."""
+decorators and the comment lines directly above it. Where it is what is new in a script, a comment
+line above it or in it says so, `# ours: <what differs>`, and it may differ. Above a class, or above
+its docstring, the line speaks of its head and docstring, and of which members it has; they are
+compared one by one. The docstring of a script and its imports are not compared."""
 
 import argparse
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["hop_onestep"]  # of the present shape; a sibling that is rebuilt is added here
+SCRIPTS = ["hop_onestep", "hop_mcts"]  # of the present shape; who is rebuilt is added here
 MARK = "# ours:"
 
 
@@ -64,7 +64,7 @@ def definitions(source: str) -> dict[str, Definition]:
 
     def add(name: str, start: int, end: int, members: tuple[str, ...] = ()) -> None:
         text = lines[start:end]
-        ours = any(line.strip().startswith(MARK) for line in comments(text))
+        ours = any(line.strip().startswith(MARK) for line in text)
         if name in found:
             raise ValueError(f"{name} is defined twice")
         found[name] = Definition("\n".join(text), start, end, ours, members)
@@ -87,14 +87,6 @@ def definitions(source: str) -> dict[str, Definition]:
         for member in body:
             add(f"{node.name}.{name_of(member)}", first_line(member, lines), member.end_lineno)
     return found
-
-
-def comments(text: list[str]) -> list[str]:
-    """The comment lines at the top of a text."""
-    count = 0
-    while count < len(text) and text[count].strip().startswith("# "):
-        count += 1
-    return text[:count]
 
 
 def differences(sources: dict[str, str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 BAR = re.compile(r"[^\r\n]*?\d+%\|[^\r\n]*?\[[^\r\n]*?\] ?")  # a progress bar
-NETWORKS = ("actor", "critic", "moa", "transition")
+NETWORKS = ("actor", "critic", "moa", "transition")  # those of all scripts
 
 
 def arguments(**options):
@@ -70,7 +70,8 @@ def networks(agent):
     vectors = {}
     for network in NETWORKS:
         names = [name for name in weights if name.startswith(f"{network}.")]
-        vectors[network] = torch.cat([weights[name].flatten() for name in names])
+        if names:
+            vectors[network] = torch.cat([weights[name].flatten() for name in names])
     return vectors
 
 

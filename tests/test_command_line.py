@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from conftest import NAMES, OWN
 from run_tools import arguments, main, refused, run, weights_of
 
 ENV_ID = "msh-3x3-3p-2h1s"
@@ -140,13 +141,20 @@ WRONG = [
     ("--num-envs 1.5", "num-envs"),
     ("--learning-rate fast", "learning-rate"),
     ("--moa-buffer balanced", "moa-buffer"),
-    ("--transition model", "transition"),
+    ("--plan-update search", "plan-update"),
 ]
+WRONG_OWN = {  # of one script
+    "hop_onestep": [
+        ("--transition model", "transition"),
+        ("--num-simulations 4", "num-simulations"),
+    ],
+    "hop_mcts": [("--transition network", "transition"), ("--plan-samples 4", "plan-samples")],
+}
 
 
 def test_words_that_are_no_options(script, nowhere, monkeypatch, capsys):
     """The parser's own message names them; status 2, and nothing is written."""
-    for words, fragment in WRONG:
+    for words, fragment in [*WRONG, *WRONG_OWN[script.SCRIPT]]:
         status, out, error = main(script, monkeypatch, capsys, *words.split())
         assert status == 2 and out == "", words
         assert fragment in error and "Traceback" not in error, words
@@ -177,6 +185,7 @@ def test_text_longer_than_any_path(script, nowhere, monkeypatch, capsys, option)
     assert option == "env-id" or len(line) < 700
 
 
+PLAIN = ["--plan-update", "none"]
 SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until"]
 FROM_0 = ["seed", "env_workers", "pretrain_moa_steps"]
 
@@ -233,8 +242,8 @@ def test_wrong_numbers(script, nowhere, monkeypatch, capsys):
         (["--env-id", "mpe2.simple_tag_v3", "--env-kwargs", "{"], "JSON"),
         (["--env-id", "mpe2.simple_tag_v3", "--env-kwargs", '{"no_such": 1}'], "no_such"),
         (["--env-id", "mpe2.simple_tag_v3", "--goal", "oracle"], "oracle"),
-        (["--env-id", "mpe2.simple_tag_v3", "--transition", "simulator"], "simulator"),
-        (["--env-id", "mpe2.simple_tag_v3", "--co-players", "ns"], "ns"),
+        (["--env-id", "mpe2.simple_tag_v3", *PLAIN, "--goal", "oracle"], "oracle"),
+        (["--env-id", "mpe2.simple_tag_v3", *PLAIN, "--co-players", "ns"], "'ns'"),
         (["--co-players", "nobody"], "nobody"),
         (["--co-players", "ns,,nh"], "co-player"),
         (["--co-players", "cleaner"], "cleaner"),
@@ -251,6 +260,23 @@ def test_wrong_numbers(script, nowhere, monkeypatch, capsys):
 )
 def test_wrong_command_lines(script, nowhere, monkeypatch, capsys, words, fragment):
     assert fragment in refused(script, monkeypatch, capsys, *words)
+
+
+@pytest.mark.only("hop_onestep")
+def test_the_simulator_is_of_the_grid_games(script, nowhere, monkeypatch, capsys):
+    words = ["--env-id", "mpe2.simple_tag_v3", "--transition", "simulator"]
+    assert "simulator" in refused(script, monkeypatch, capsys, *words)
+
+
+@pytest.mark.only("hop_mcts")
+@pytest.mark.parametrize("words", [[], ["--plan-update", "hop"], ["--plan-update", "offset"]])
+def test_the_search_is_of_the_grid_games(script, nowhere, monkeypatch, capsys, words):
+    """The line names the scripts that need no simulator of the environment."""
+    words = ["--env-id", "mpe2.simple_tag_v3", *words]
+    line = refused(script, monkeypatch, capsys, *words)
+    for name in set(NAMES) - {"hop_mcts"}:
+        assert f"{name}.py" in line
+    assert "tree search" in line and "msh and msg" in line
 
 
 def test_name_of_an_experiment(script, small, nowhere):
@@ -366,7 +392,7 @@ def test_checkpoints_of_other_runs(script, done, nowhere, monkeypatch, capsys):
         ["--evaluate", done, "--eval-episodes", 0],
         ["--evaluate", done, "--num-envs", 0],
         ["--evaluate", done, "--match-episodes", 0],
-        ["--evaluate", done, "--plan-samples", 0],
+        *(["--evaluate", done, f"--{name.replace('_', '-')}", 0] for name in OWN[script.SCRIPT]),
     ):
         line = refused(script, monkeypatch, capsys, *words)
         assert "error: " in line

@@ -126,9 +126,11 @@ def test_what_is_marked_may_differ_and_is_not_repaired():
     assert differences({"a": own, "b": other}) == []
 
 
-def test_a_mark_inside_a_definition_marks_nothing():
+def test_a_mark_inside_a_definition_marks_it():
     inside = changed(("    return 2 * x", f"    {MARK} triples\n    return 3 * x"))
-    assert differences({"a": PLAIN, "b": inside}) == ["double differs: a, b"]
+    assert differences({"a": PLAIN, "b": inside}) == []
+    behind = changed(("    return 2 * x", f"    return 3 * x  {MARK} triples"))
+    assert differences({"a": PLAIN, "b": behind}) == ["double differs: a, b"]
 
 
 def test_marks_of_a_class_and_of_its_members_are_apart():
@@ -165,8 +167,9 @@ def test_command_line(tmp_path):
     """It tells what differs, with status 1, and repairs the file."""
     program = (ROOT / "tests" / "copies.py").read_text()
     (tmp_path / "tests").mkdir()
-    for one in SCRIPTS:
-        program = program.replace(f'SCRIPTS = ["{one}"', 'SCRIPTS = ["a", "b"')
+    names = f"SCRIPTS = {SCRIPTS}".replace("'", '"')
+    assert names in program
+    program = program.replace(names, 'SCRIPTS = ["a", "b"]')
     (tmp_path / "tests" / "copies.py").write_text(program)
     (tmp_path / "a.py").write_text(PLAIN)
     (tmp_path / "b.py").write_text(changed(("2 * x", "3 * x")))

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -10,23 +13,24 @@ import pytest
 import torch
 from PIL import Image
 
-from run_tools import broken_run, main, run
+from conftest import small_args
+from run_tools import broken_run, main, refused, run
 
 ENV_ID = "msh-3x3-3p-2h1s"
 OTHER = "msh-2x7-3p-1h1s"
+OFFSET = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
 CELL = "msh-1x1-2p-0h1s"  # one cell and one stag: whoever hunts can, and two hunters catch it
+
+
+def trust(agent, **others):
+    agent.plan_slope.fill_(1.0)
 
 
 @pytest.fixture(scope="module")
 def done(script, small, tmp_path_factory):
     """The folder of a run with a planner that is on, and trusted, at its end."""
-
-    def watch(agent, **others):
-        agent.plan_slope.fill_(1.0)
-
     folder = tmp_path_factory.mktemp("done")
-    options = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
-    return run(script, small(env_id=ENV_ID, co_players="self,nh", **options), folder, watch).path
+    return run(script, small(env_id=ENV_ID, co_players="self,nh", **OFFSET), folder, trust).path
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,33 @@ def plain(script, small, tmp_path_factory):
     """The folder of a run without a planner."""
     folder = tmp_path_factory.mktemp("plain")
     return run(script, small(env_id=ENV_ID, plan_update="none", update_epochs=1), folder).path
+
+
+@pytest.fixture(scope="module")
+def foreign(sibling, tmp_path_factory):
+    """As `done`, of another script."""
+    folder = tmp_path_factory.mktemp("foreign")
+    args = small_args(sibling, env_id=ENV_ID, co_players="self,nh", **OFFSET)
+    return run(sibling, args, folder, trust).path
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Notes the planner's scores and the options that it goes by, whenever it is asked: a list."""
+    calls = []
+
+    def note(script):
+        scores = script.scores
+
+        def noted(agent, *inputs):
+            result = scores(agent, *inputs)
+            calls.append((result, agent.args))
+            return result
+
+        monkeypatch.setattr(script, "scores", noted)
+        return calls
+
+    return note
 
 
 class Constant:
@@ -75,6 +106,7 @@ def test_fewer_episodes_than_a_match_has(script, done):
     assert result["focal_return"] == pytest.approx(sum(result["focal_returns"]) / 3)
 
 
+@pytest.mark.only("hop_onestep")
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 64])
 @pytest.mark.parametrize("episodes", [7, 12])
 def test_every_episode_counts_once_and_in_order(script, done, monkeypatch, num_envs, episodes):
@@ -200,6 +232,50 @@ def test_forms_of_co_players(script, done):
             script.evaluate(done, wrong, episodes=2)
 
 
+def test_run_of_another_script_is_played_by_that(script, sibling, done, foreign, planned, tmp_path):
+    """Its planner included; in an evaluation and in training."""
+    game = script.make_game(script.Args(env_id=ENV_ID), "cpu")
+    player = script.load_player(foreign, game, 2)
+    assert type(player) is sibling.Player is not script.Player
+    weights = script.load_checkpoint(foreign)["agent"]
+    for name, value in player.agent.state_dict().items():
+        assert torch.equal(value, weights[name])
+    calls = planned(sibling)
+    result = script.evaluate(done, foreign, episodes=4, match_episodes=2)
+    assert len(result["focal_returns"]) == 4
+    names = {field.name for field in dataclasses.fields(sibling.Args)}
+    assert calls and all(set(vars(args)) == names for _, args in calls)
+    calls.clear()
+    options = {"co_players": f"self,{foreign}", "num_steps": 40, "total_timesteps": 160}
+    finished = run(script, small_args(script, env_id=ENV_ID, **options), tmp_path)
+    assert calls and f"returns/{foreign}" in finished.metrics
+
+
+def test_run_of_another_script_in_a_process_of_its_own(script, done, foreign, tmp_path):
+    """The other one is found beside it, from any folder."""
+    words = ["--evaluate", done, "--co-players", foreign, "--eval-episodes", "2"]
+    finished = subprocess.run(
+        [sys.executable, script.__file__, *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "2 episodes" in finished.stdout
+
+
+def test_run_of_another_script_is_no_run_of_this_one(
+    script, foreign, tmp_path, monkeypatch, capsys
+):
+    """To evaluate, to go on with or to start from: refused."""
+    monkeypatch.chdir(tmp_path)
+    for option in ("--evaluate", "--resume", "--init"):
+        line = refused(script, monkeypatch, capsys, option, foreign)
+        assert "run of other options" in line
+
+
 def test_other_games_of_the_family(script, done):
     """No network depends on the size of the world or on the numbers of players and items."""
     games = {"msh-5x2-2p-3h2s": 2, "msh-4x4-5p-1h2s": 5, "msh-4x4-4h1s": 4}
@@ -211,6 +287,76 @@ def test_other_games_of_the_family(script, done):
             assert all(0.0 <= value <= best for value in result["focal_returns"])
 
 
+def test_planner_is_on_as_asked(script, done, plain, planned):
+    calls = planned(script)
+    options = {"episodes": 4, "match_episodes": 2}
+    script.evaluate(done, "nh", **options)
+    assert {args.plan_update for _, args in calls} == {"offset"}
+    calls.clear()
+    script.evaluate(done, "nh", **options, plan_update="none")
+    script.evaluate(plain, "nh", **options)
+    assert not calls
+    script.evaluate(done, "nh", **options, plan_update="hop", plan_beta=3.0)
+    assert {(args.plan_update, args.plan_beta) for _, args in calls} == {("hop", 3.0)}
+
+
+@pytest.mark.only("hop_mcts")
+def test_search_is_played_as_asked(script, done, monkeypatch):
+    """With the options in PLAYED of the run, or as they say."""
+    calls = []
+    search = script.search
+
+    def noted(model, value, args):
+        q, visits = search(model, value, args)
+        own = (args.num_simulations, args.num_goal_samples, args.puct_c, args.max_depth)
+        if len(visits):  # else no player decides
+            calls.append((int(visits.sum(1).unique()), *own))
+        return q, visits
+
+    monkeypatch.setattr(script, "search", noted)
+    options = {"episodes": 4, "match_episodes": 2}
+    script.evaluate(done, "nh", **options)
+    assert set(calls) == {(4, 4, 2, 1.25, 50)}
+    calls.clear()
+    own = {"num_simulations": 7, "num_goal_samples": 1, "puct_c": 2.0, "max_depth": 1}
+    script.evaluate(done, "nh", **options, **own)
+    assert set(calls) == {(7, *own.values())}
+
+
+EXACT = {"hop_onestep": {"transition": "simulator"}, "hop_mcts": {}}  # the planner steps the game
+
+
+@pytest.mark.parametrize("plan_update", ["offset", "hop"])
+def test_exact_planner_on_top_of_a_plain_run(script, plain, planned, plan_update):
+    """It needs no training: it is trusted in full, and what is played is another policy."""
+    calls = planned(script)
+    options = {"episodes": 20, "match_episodes": 2, "plan_beta": 100.0}
+    result = script.evaluate(
+        plain, "nh", **options, plan_update=plan_update, **EXACT[script.SCRIPT]
+    )
+    assert len(calls) > 10 and max(scores.std() for scores, _ in calls) > 0.0
+    assert result != script.evaluate(plain, "nh", **options)
+    game = script.make_game(script.Args(env_id=ENV_ID), "cpu")
+    play = {"plan_update": plan_update, **EXACT[script.SCRIPT]}
+    player = script.load_player(plain, game, 2, **play)
+    assert float(player.agent.plan_slope) == 1.0
+    assert float(script.load_checkpoint(plain)["agent"]["plan_slope"]) == 0.0
+
+
+def test_exact_planner_on_top_of_a_plain_run_on_the_command_line(
+    script, plain, planned, monkeypatch, capsys
+):
+    calls = planned(script)
+    words = ["--evaluate", plain, "--co-players", "nh", "--eval-episodes", 4]
+    for name, value in EXACT[script.SCRIPT].items():
+        words += [f"--{name}", value]
+    status, out, _ = main(script, monkeypatch, capsys, *words)
+    assert status == 0 and "4 episodes" in out and not calls
+    status, out, _ = main(script, monkeypatch, capsys, *words, "--plan-update", "offset")
+    assert status == 0 and "4 episodes" in out and calls
+
+
+@pytest.mark.only("hop_onestep")
 def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
     """As at the end of the run, or as the options in PLAYED say."""
     calls = []
@@ -237,6 +383,7 @@ def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
         script.evaluate(plain, "nh", **options, plan_update="offset")
 
 
+@pytest.mark.only("hop_onestep")
 def test_a_network_that_was_never_trained_is_not_planned_on(script, small, tmp_path):
     """A run whose planner stepped the game is played so, or without a planner's model."""
     options = {"transition": "simulator", "plan_until": 1.0, "co_players": "nh"}
@@ -247,10 +394,17 @@ def test_a_network_that_was_never_trained_is_not_planned_on(script, small, tmp_p
         script.evaluate(finished.path, "nh", **played, transition="network")
 
 
+LONG = {"hop_onestep": {}, "hop_mcts": {"num_simulations": 16}}  # after 4 puct_c decides little
+PLAY = {  # other values of the options that only one script has
+    "hop_onestep": {"plan_samples": 1, "transition": "simulator"},
+    "hop_mcts": {"num_simulations": 1, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1},
+}
+
+
 def test_every_option_of_play_changes_what_is_played(script, done):
-    options = {"episodes": 40, "match_episodes": 4, "plan_update": "hop"}
+    options = {"episodes": 40, "match_episodes": 4, "plan_update": "hop", **LONG[script.SCRIPT]}
     first = script.evaluate(done, "nh", **options)
-    others = {"plan_update": "none", "plan_beta": 0.0, "plan_samples": 1, "transition": "simulator"}
+    others = {"plan_update": "none", "plan_beta": 0.0, **PLAY[script.SCRIPT]}
     assert set(others) == set(script.PLAYED)
     for name, value in others.items():
         assert script.evaluate(done, "nh", **{**options, name: value}) != first, name
@@ -277,7 +431,8 @@ def test_planner_can_be_switched_off_before_it_has_learnt(script, small, tmp_pat
 
 
 def test_wrong_options_of_an_evaluation(script, done):
-    for name in ("episodes", "num_envs", "match_episodes", "plan_samples", "no_such_option"):
+    names = [*PLAY[script.SCRIPT], "episodes", "num_envs", "match_episodes", "no_such_option"]
+    for name in names:
         with pytest.raises(script.UsageError):
             script.evaluate(done, "nh", **{"episodes": 2, name: 0})
     for path in ("", "nowhere", str(done / "args.json"), str(done.parent)):

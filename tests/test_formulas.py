@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from conftest import SCRIPTS
+
+pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
+EVERY = pytest.mark.only(*SCRIPTS)
 ROOT = Path(__file__).resolve().parents[1]
 HUNT = "msh-3x3-3p-2h1s"
 DRIFTS = "msg-2x3-3p-3d"
@@ -215,6 +219,7 @@ def decisions(script, monkeypatch):
 HOP = {"plan_update": "hop", "plan_until": 0.8, "plan_beta": 3.0}
 
 
+@EVERY
 @pytest.mark.parametrize(
     "options",
     [
@@ -409,7 +414,8 @@ def test_ppo_loss_row_by_row(script, lively):
         expected["losses/approx_kl"] += (ratio - 1 - log_ratio) / count
         clip_fraction += (abs(ratio - 1) > 0.15) / count
     coefficient = torch.tensor(0.03)
-    loss, terms = script.ppo_loss(agent, rows, coefficient, False)
+    agent.plan_mode = "offset"
+    loss, terms = script.ppo_loss(agent, rows, coefficient)
     values = {name: float(term.detach()) for name, term in terms.items()}
     assert values == pytest.approx(expected, rel=1e-4)
     whole = expected["losses/policy"] + 0.7 * expected["losses/value"]
@@ -432,13 +438,15 @@ def test_imitation_is_the_cross_entropy_to_the_planner(script, lively):
         policy_loss -= sum(p * math.log(policy[a]) for a, p in planned.items()) / len(value)
         entropy -= sum(p * math.log(p) for p in policy.values()) / len(value)
         value_loss += 0.5 * float(value[r] - rows["return"][r]) ** 2 / len(value)
-    loss, terms = script.ppo_loss(agent, rows, torch.tensor(0.03), True)
+    agent.plan_mode = "hop"
+    loss, terms = script.ppo_loss(agent, rows, torch.tensor(0.03))
     assert float(terms["losses/policy"]) == pytest.approx(policy_loss, rel=1e-4)
     assert float(terms["losses/value"]) == pytest.approx(value_loss, rel=1e-4)
     assert float(terms["losses/entropy"]) == pytest.approx(entropy, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(policy_loss + 0.7 * value_loss, rel=1e-4)
 
 
+@EVERY
 @pytest.mark.parametrize("plan_update", ["offset", "none"])
 def test_the_first_ratio_is_one(script, small, monkeypatch, plan_update):
     """Before any step of the optimiser PPO's policy is the one that acted, planner included."""
@@ -499,9 +507,18 @@ def test_only_the_learners_rows_are_learnt_from(script, small, monkeypatch):
     assert not torch.equal(parts[0], parts[3])
 
 
-@pytest.mark.parametrize("transition", ["network", "simulator"])
+@pytest.mark.parametrize("plan_update", ["offset", "hop"])
+def test_exact_planning_where_the_learner_has_left(script, small, plan_update):
+    play_till_the_learner_has_left(script, small(plan_update=plan_update, transition="simulator"))
+
+
+@EVERY
 @pytest.mark.parametrize("plan_update", ["offset", "hop", "none"])
-def test_rollouts_in_which_the_learner_has_left(script, small, plan_update, transition):
+def test_rollouts_in_which_the_learner_has_left(script, small, plan_update):
+    play_till_the_learner_has_left(script, small(plan_update=plan_update))
+
+
+def play_till_the_learner_has_left(script, args):
     """The others go on for some steps after it has left: there is nothing to learn from."""
     runs = []
 
@@ -512,7 +529,7 @@ def test_rollouts_in_which_the_learner_has_left(script, small, plan_update, tran
 
     options = {"num_envs": 1, "num_steps": 2, "total_timesteps": 120, "moa_updates": 1}
     options |= {"env_id": "msh-2x2-3p-2h1s", "co_players": "nh"}
-    script.train(small(plan_update=plan_update, transition=transition, **options), watch)
+    script.train(dataclasses.replace(args, **options), watch)
     assert len(runs) == 60
     assert 0 in runs
     assert 2 in runs
@@ -1384,6 +1401,7 @@ def test_joint_actions_are_drawn_from_the_moa_at_drawn_goals(script, lively):
         assert ((agree - chance).abs() <= 5 * 0.5 / samples**0.5 + 5e-3).all()
 
 
+@EVERY
 def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
     """What a player samples from is the posterior of the memory: mean and standard deviation."""
     game, agent = lively(env_id=HUNT, plan_update="offset")
@@ -1393,11 +1411,11 @@ def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
     memory = torch.randn(shape, generator=generator_of(1)).abs()
     shown = []
 
-    def noting(agent, mask, seen, generator):
+    def noting(agent, state, seen, chosen, generator):
         shown.append(seen[2:])
-        return joint_actions(game, state, 4)
+        return torch.zeros(len(chosen[0]), game.num_actions)
 
-    monkeypatch.setattr(script, "sample_joint_actions", noting)
+    monkeypatch.setattr(script, "scores", noting)
     decision = decision_of(script, agent, state, memory=memory)
     with torch.no_grad():
         mean, log_std = agent.moa.encode(memory, own, others)
@@ -1416,6 +1434,7 @@ def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # From scores to a policy
 # ------------------------------------------------------------------------------------------------
+@EVERY
 @pytest.mark.parametrize("mode", ["offset", "hop", "none"])
 @pytest.mark.parametrize("slope, share", [(0.6, 0.6), (1.8, 1.0), (-0.5, 0.0)])
 def test_the_policy_that_acts(script, lively, mode, slope, share):
@@ -1452,6 +1471,7 @@ def test_the_policy_that_acts(script, lively, mode, slope, share):
         assert float(decision["log_prob"][b, i]) == pytest.approx(float(policy[action]), abs=1e-3)
 
 
+@EVERY
 def test_actions_are_drawn_from_that_policy(script, lively):
     game, agent = lively(env_id=HUNT, plan_update="offset", plan_beta=1.5)
     one = rows_of(situations(game, batch=8), torch.tensor([7]))
@@ -1497,6 +1517,7 @@ def test_calibration_in_closed_form(script, mode):
     assert float(script.calibration(rows, mode)[1]) == pytest.approx(1.7, rel=1e-4)
 
 
+@EVERY
 def test_hop_learns_the_mean_of_return_and_plan(script, small):
     """V's target: half the lambda-return, half E_pi Q under the planner's policy."""
     runs = []
@@ -1525,6 +1546,7 @@ def test_hop_learns_the_mean_of_return_and_plan(script, small):
 # ------------------------------------------------------------------------------------------------
 # No seat is special
 # ------------------------------------------------------------------------------------------------
+@EVERY
 def test_relabelled_seats_give_the_same_decisions(script, lively):
     """Features, goals, priors, values of the players, whatever their seats are called."""
     game, agent = lively(env_id="msh-4x4-4h1s", plan_update="none")
@@ -1560,9 +1582,10 @@ def gradients(networks):
     return torch.cat(parts)
 
 
+@EVERY
 def test_relabelled_seats_give_the_same_training(script, play, monkeypatch):
-    """Matches of random players with the seats in another order: the same losses of the MOA, the
-    transition network and PPO, and the same gradients."""
+    """Matches of random players with the seats in another order: the same losses of the MOA, of PPO
+    and of a transition network, and the same gradients."""
     one = play(env_id="msh-3x3-4p-3h1s", match_episodes=2)
     game = one.game
     agent = one.agent
@@ -1613,10 +1636,13 @@ def test_relabelled_seats_give_the_same_training(script, play, monkeypatch):
         }
         active = batch["active"].flatten(0, 1)
         part = {name: field[active] for name, field in rows.items()}
-        loss, terms = script.ppo_loss(agent, part, torch.tensor(0.02), False)
+        agent.plan_mode = "offset"
+        loss, terms = script.ppo_loss(agent, part, torch.tensor(0.02))
         loss.backward()
         results["ppo"].append(torch.stack([loss, *terms.values()]).detach())
         results["ppo gradients"].append(gradients([agent.actor, agent.critic]))
+        if script.SCRIPT != "hop_onestep":
+            continue
         part["other_actions"] = actions[:, game.others][active]
         reads = map(part.get, ["own", "others", "other_actions", "action"])
         reward, value = script.outcome(agent.transition, *reads)

@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.only("hop_onestep")
+
 UP, DOWN, LEFT, RIGHT, STAY, STAG, HARE = range(7)
 REMOVE = 5
 OFFSETS = {UP: (-1, 0), DOWN: (1, 0), LEFT: (0, -1), RIGHT: (0, 1), STAY: (0, 0)}

@@ -17,6 +17,8 @@ from benchmarks.biased_rps import Biased
 from benchmarks.foraging import parallel_env as foraging_env
 from benchmarks.grid_env import parallel_env
 
+pytestmark = pytest.mark.only("hop_onestep")
+
 UP, DOWN, LEFT, RIGHT, STAY, STAG, HARE = range(7)
 ENV_IDS = ["msh-4h1s", "msh-3x3-4h1s", "msh-2x4-2p-1h1s", "msg", "msg-2x3-3p-3d"]
 every_game = pytest.mark.parametrize("env_id", ENV_IDS)

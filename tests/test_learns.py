@@ -1,8 +1,11 @@
 """Learning from nothing to playing well, in a world small enough for a test."""
 
+import pytest
+
 from run_tools import run
 
 
+@pytest.mark.only("hop_onestep")  # test_tree_search.py has one of the search
 def test_self_play_catches_the_stag(script, tmp_path):
     """Four learners in the small stag hunt: 3.0 each is the most, 1.0 is for hares alone."""
     args = script.Args(

@@ -14,6 +14,10 @@ import torch
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
+from conftest import SCRIPTS
+
+pytestmark = pytest.mark.only("hop_onestep")
+
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).stem
 
@@ -360,8 +364,8 @@ def test_features_are_scaled_observations(make):
     assert own[0, 0, 10] == pytest.approx(-math.log(2.0))  # no last action: -1
 
 
-@pytest.mark.parametrize("length", [1, 6])
-def test_scale_of_rewards(script, small, length):
+@pytest.mark.parametrize("length, steps", [(1, 5), (6, 72)])
+def test_scale_of_rewards(script, small, length, steps):
     """1 over the spread of a player's rewards in the first rollout, or over the largest one; a run
     that goes on keeps it, and one that is given is taken."""
     seen = []
@@ -371,16 +375,16 @@ def test_scale_of_rewards(script, small, length):
         seen.append((args.reward_scale, reward.sum(0).std(correction=0), reward.abs().max()))
 
     kwargs = json.dumps({"length": length})
-    options = {"env_id": f"{HERE}:Small", "env_kwargs": kwargs, "num_steps": 5 * length}
-    args = small(**options, total_timesteps=40 * length)
+    options = {"env_id": f"{HERE}:Small", "env_kwargs": kwargs, "num_steps": steps}
+    args = small(**options, total_timesteps=8 * steps)
     path = script.train(args, watch)["run"]
     scale, spread, largest = seen[0]
     assert (spread > largest) == (length == 6)
     assert scale == pytest.approx(1.0 / float(spread.maximum(largest)))
     assert seen[1][0] == scale
-    words = ["--resume", path, "--total-timesteps", str(60 * length)]
+    words = ["--resume", path, "--total-timesteps", str(12 * steps)]
     script.train(script.parse_arguments(words), watch)
-    given = small(**options, total_timesteps=20 * length, reward_scale=0.3)
+    given = small(**options, total_timesteps=4 * steps, reward_scale=0.3)
     script.train(given, watch)
     assert [one[0] for one in seen] == [scale] * 3 + [0.3]
 
@@ -709,6 +713,29 @@ def test_simple_tag(script, small, plan_update):
     assert all(math.isfinite(value) for value in result["focal_returns"])
     with pytest.raises(script.UsageError, match="simulator"):  # which would step what is played
         script.evaluate(metrics["run"], "self", transition="simulator")
+
+
+@pytest.mark.only(*SCRIPTS)
+def test_any_script_trains_without_a_planner(script, small):
+    """What `--plan-update none` leaves: PPO, goals and the MOA."""
+    args = small(env_id=f"{HERE}:Leaving", plan_update="none", co_players="self,random")
+    metrics = learn(script, args, ["actor", "critic", "moa"])
+    assert metrics["charts/episodic_length"] == 6
+    run = metrics["run"]
+    options = {"episodes": 3, "num_envs": 2, "match_episodes": 2}
+    for company in ("self", "random", run):
+        assert len(script.evaluate(run, company, **options)["focal_returns"]) == 3
+    resumed = script.parse_arguments(["--resume", run, "--total-timesteps", "192"])
+    script.train(resumed)
+    assert script.load_checkpoint(run)["progress"][0] == 192
+
+
+@pytest.mark.only("hop_mcts")
+def test_a_search_on_top_of_a_plain_run_is_refused(script, small):
+    run = script.train(small(env_id=f"{HERE}:Leaving", plan_update="none"))["run"]
+    with pytest.raises(script.UsageError) as error:
+        script.evaluate(run, "self", episodes=2, plan_update="offset")
+    assert_one_line(error, "tree search", "hop_onestep.py")
 
 
 def test_rock_paper_scissors_with_a_class_of_co_player(script, small):

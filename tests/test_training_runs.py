@@ -31,6 +31,10 @@ LONGER = {  # four iterations with a planner that stays on, and episodes that en
     "moa_updates": 2,
 }
 STEPS = [160, 320, 480, 640]
+OWN_METRICS = {  # beside those that all scripts log
+    "hop_onestep": ["losses/transition_reward", "losses/transition_value"],
+    "hop_mcts": [],
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,8 @@ def test_every_parameter_is_trained(script, done):
     assert_equal(content["agent"], done.seen[-1].agent)
     optimizer = content["optimizer"]
     sizes = [len(group["params"]) for group in optimizer["param_groups"]]
-    assert len(sizes) == 3 and min(sizes) > 4
+    assert len(sizes) == len(networks(content["agent"])) - 1  # policy and value are in one
+    assert min(sizes) > 4
     assert sorted(optimizer["state"]) == list(range(sum(sizes)))
     assert all(int(state["step"]) >= 8 for state in optimizer["state"].values())
 
@@ -82,9 +87,10 @@ def test_documented_metrics_are_logged_once_a_step(script, done):
     logged = scalars(done.path)
     every = """charts/SPS charts/episodic_return charts/episodic_length charts/learning_rate
         returns/self losses/policy losses/value losses/entropy losses/approx_kl
-        losses/plan_slope losses/transition_reward losses/transition_value
+        losses/plan_slope
         moa/nll moa/kl moa/recon moa/buffer_fill""".split()
     others = "returns/nh returns/ns-noisy returns/seat_0 returns/seat_1 returns/seat_2".split()
+    every += OWN_METRICS[script.SCRIPT]
     assert {*every, *others} <= set(logged)
     for name in every:
         assert [step for step, _ in logged[name]] == STEPS, name
@@ -190,8 +196,10 @@ CHANGES = {  # another value of each option that learning depends on
     "plan_update": "hop",
     "plan_beta": 5.0,
     "plan_until": 0.0,
-    "plan_samples": 2,
-    "transition": "simulator",
+}
+OWN_CHANGES = {
+    "hop_onestep": {"plan_samples": 2, "transition": "simulator"},
+    "hop_mcts": {"num_simulations": 12, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1},
 }
 ELSEWHERE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity
     capture_video checkpoint_every resume init profile evaluate eval_episodes load_moa
@@ -220,15 +228,32 @@ def outcome(script, small, tmp_path_factory):
 
 def test_every_option_is_tested(script):
     fields = [field.name for field in dataclasses.fields(script.Args)]
-    assert sorted(fields) == sorted([*CHANGES, *ELSEWHERE])
+    assert sorted(fields) == sorted([*CHANGES, *OWN_CHANGES[script.SCRIPT], *ELSEWHERE])
+
+
+def assert_changes(before, after):
+    """The weights of the policy are others."""
+    same = before["actor"].shape == after["actor"].shape
+    assert not (same and torch.equal(before["actor"], after["actor"]))
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_option_changes_the_outcome(outcome, name):
-    before = outcome()
-    after = outcome(**{name: CHANGES[name]})
-    same = before["actor"].shape == after["actor"].shape
-    assert not (same and torch.equal(before["actor"], after["actor"]))
+    assert_changes(outcome(), outcome(**{name: CHANGES[name]}))
+
+
+@pytest.mark.only("hop_onestep")
+@pytest.mark.parametrize("name", OWN_CHANGES["hop_onestep"])
+def test_option_of_one_step_changes_the_outcome(outcome, name):
+    assert_changes(outcome(), outcome(**{name: OWN_CHANGES["hop_onestep"][name]}))
+
+
+@pytest.mark.only("hop_mcts")
+@pytest.mark.parametrize("name", OWN_CHANGES["hop_mcts"])
+def test_option_of_the_search_changes_the_outcome(outcome, name):
+    """In a search that comes back to an action, and deeper than one step."""
+    options = {"num_simulations": 16}
+    assert_changes(outcome(**options), outcome(**{**options, name: OWN_CHANGES["hop_mcts"][name]}))
 
 
 def test_the_same_options_give_the_same_outcome(outcome):
@@ -275,6 +300,7 @@ def test_gradients_are_clipped_and_counted(script, small, tmp_path):
     assert norms == pytest.approx([1e-3] * 15, rel=1e-3)
 
 
+@pytest.mark.only("hop_onestep")
 def test_transition_network_learns_until_the_planner_is_off(script, small, tmp_path):
     weights = []
 
@@ -291,7 +317,7 @@ def test_transition_network_learns_until_the_planner_is_off(script, small, tmp_p
 @pytest.mark.parametrize("env_id", [ENV_ID, "msg-2x3-3p-3d"])
 @pytest.mark.parametrize("plan_update", ["offset", "hop"])
 def test_planner_on_exact_steps(script, small, tmp_path, monkeypatch, env_id, plan_update):
-    """Scores at the learner's seats; the transition network is neither asked nor trained."""
+    """Scores at the learner's seats; a transition network is neither asked nor trained."""
     weights = []
     plans = []
 
@@ -308,19 +334,22 @@ def test_planner_on_exact_steps(script, small, tmp_path, monkeypatch, env_id, pl
         assert not [name for name in metrics if "transition" in name]
         assert "losses/plan_slope" in metrics
 
-    monkeypatch.setattr(script, "outcome", never)
+    monkeypatch.setattr(script, "outcome", never, raising=False)
     options = {**LONGER, "env_id": env_id, "co_players": "self,random", "plan_update": plan_update}
-    finished = run(script, small(**options, transition="simulator"), tmp_path, watch)
+    if script.SCRIPT == "hop_onestep":  # the search is exact anyway
+        options["transition"] = "simulator"
+    finished = run(script, small(**options), tmp_path, watch)
     assert all(math.isfinite(value) for value in finished.metrics.values())
     assert plans[0] == 0.0 and max(plans) > 0.01
     for name in ("actor", "critic", "moa"):
         assert not torch.equal(weights[0][name], weights[-1][name]), name
-    assert torch.equal(weights[0]["transition"], weights[-1]["transition"])
+    if "transition" in weights[0]:
+        assert torch.equal(weights[0]["transition"], weights[-1]["transition"])
 
 
 def test_planner_alone_is_learnt_from_with_an_entropy_bonus(script, small, tmp_path, monkeypatch):
     """Rewards of PPO: -log of the probability of each action over beta, falling to 0 at the end of
-    planning; the transition network learns the rewards themselves."""
+    planning; a transition network learns the rewards themselves."""
     given = {}
 
     def note(name, place):
@@ -338,12 +367,16 @@ def test_planner_alone_is_learnt_from_with_an_entropy_bonus(script, small, tmp_p
         bonus = -share / 2.0 * torch.stack(storage["log_prob"])
         torch.testing.assert_close(given["generalised_advantages"], reward + bonus)
         assert (bonus.max() > 0.1) == (iteration < 5)
-        assert set(given["transition_loss"]["reward"].tolist()) <= set(reward.flatten().tolist())
+        if "transition_loss" in given:
+            learnt = given["transition_loss"]["reward"]
+            assert set(learnt.tolist()) <= set(reward.flatten().tolist())
 
     note("generalised_advantages", 0)
-    note("transition_loss", 1)
+    if script.SCRIPT == "hop_onestep":
+        note("transition_loss", 1)
     options = {**LONGER, "plan_update": "hop", "plan_until": 0.8, "plan_beta": 2.0}
     run(script, small(**{**options, "total_timesteps": 800}), tmp_path, watch)
+    assert ("transition_loss" in given) == (script.SCRIPT == "hop_onestep")
 
 
 @pytest.mark.parametrize("beta", [0.0, 1e-12])
@@ -431,6 +464,7 @@ def test_pretraining_trains_the_vae_alone(script, small, tmp_path):
     assert parts == {"step_feature", "encoder", "subgoal"}
 
 
+@pytest.mark.only("hop_onestep")
 def test_a_long_match_takes_no_more_memory(script, small, tmp_path):
     """The ring has a fixed size, and what is read of a running match is HISTORY steps at most."""
     lengths = []
@@ -476,6 +510,7 @@ def test_iterations_without_a_learner(script, small, tmp_path):
         assert all(math.isfinite(value) for _, value in series), name
 
 
+@pytest.mark.only("hop_onestep")
 @pytest.mark.parametrize("steps", [2**31 - 20, 2**40])
 def test_match_buffer_counts_any_number_of_steps(script, small, steps):
     """What is read late in a run is what is read early, if the same was added."""
@@ -510,6 +545,7 @@ def test_match_buffer_counts_any_number_of_steps(script, small, steps):
 # ------------------------------------------------------------------------------------------------
 # What can go wrong, and switches
 # ------------------------------------------------------------------------------------------------
+@pytest.mark.only("hop_onestep")
 def test_torch_deterministic(script, small, tmp_path):
     try:
         run(script, small(torch_deterministic=False, total_timesteps=64), tmp_path)
@@ -520,6 +556,7 @@ def test_torch_deterministic(script, small, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.only("hop_onestep")
 def test_compiled_loss_gives_nearly_the_same_run(script, small, tmp_path, monkeypatch):
     """Traced by torch.compile and differentiated ahead of time, without generating code."""
     compile_function = torch.compile
@@ -572,13 +609,24 @@ PROFILED = {  # a tiny run: what the profiler records, it has to digest
 }
 
 
+SEARCH = ["policy", "MOA", "game", "value"]
+LABELS = {  # of the planner, and of the update, in their order
+    "hop_onestep": ([], ["MOA", "transition", "PPO"]),
+    "hop_mcts": (
+        ["select", "expand", *(f"search: {part}" for part in SEARCH), "backup"],
+        ["MOA", "PPO"],
+    ),
+}
+
+
 def test_profile(script, small, tmp_path):
     """A table by label of three iterations, in their order, whose shares are sensible; a trace."""
     finished = run(script, small(**PROFILED, profile=True), tmp_path)
     table = table_of(finished.printed)
     players = ["goal inference", "policy and value", "planner"]
-    update = ["MOA", "transition", "PPO"]
-    assert list(table) == ["ProfilerStep*", "rollout", "players", *players, "game", *update]
+    inside, update = LABELS[script.SCRIPT]
+    labels = ["ProfilerStep*", "rollout", "players", *players, *inside, "game", *update]
+    assert list(table) == labels
     shares = {label: share for label, (_, share) in table.items()}
     whole = table["ProfilerStep*"][0]
     for label, (seconds, share) in table.items():
@@ -590,8 +638,17 @@ def test_profile(script, small, tmp_path):
     calls = calls_of(finished.path)
     assert calls["rollout"] == calls["PPO"] == calls["MOA"] == calls["ProfilerStep"] == 3
     assert calls["players"] == calls["planner"] == calls["game"] == 12
+    if inside:
+        searched = sum(shares[label] for label in ("select", "expand", "backup"))
+        assert 0.3 * shares["planner"] < searched <= shares["planner"] + 0.5
+        within = sum(shares[label] for label in inside if label.startswith("search: "))
+        assert 0.3 * shares["expand"] < within <= shares["expand"] + 0.5
+        assert calls["select"] == calls["expand"] == calls["backup"] == 12 * 4  # simulations
+        assert calls["search: game"] == calls["search: value"] == 12 * 4
+        assert 12 <= calls["search: policy"] == calls["search: MOA"] <= 12 * 4
 
 
+@pytest.mark.only("hop_onestep")
 def test_profile_of_a_run_that_goes_on(script, small, tmp_path):
     first = run(script, small(**PROFILED), tmp_path)
     args = script.Args(**script.load_checkpoint(first.path)["args"])
@@ -602,6 +659,7 @@ def test_profile_of_a_run_that_goes_on(script, small, tmp_path):
     assert calls["PPO"] == calls["rollout"] == 3
 
 
+@pytest.mark.only("hop_onestep")
 def test_profiler_is_stopped_when_a_run_fails(script, small, tmp_path):
     """One that is left on slows everything down, and crashes Python at its end."""
     profilers = []
@@ -663,6 +721,7 @@ def test_video_shows_the_last_episode_of_a_match_to_its_end(script, small, tmp_p
     assert "last episode" in drawn[0][1] and "ns" in drawn[0][1]
 
 
+@pytest.mark.only("hop_onestep")
 def test_video_of_a_run_without_a_moa_has_no_beliefs(script, small, tmp_path, monkeypatch):
     drawn = []
     draw = script.GridGame.draw
@@ -679,6 +738,7 @@ def test_video_of_a_run_without_a_moa_has_no_beliefs(script, small, tmp_path, mo
     assert len(frames_of(finished.path / "episode.gif")) > 1
 
 
+@pytest.mark.only("hop_onestep")
 def test_picture_of_a_large_world_is_of_bounded_size(script):
     game = script.GridGame("msg-16x16-64p-80d")
     state = game.start(1, torch.Generator().manual_seed(0))
@@ -691,6 +751,7 @@ def test_picture_of_a_large_world_is_of_bounded_size(script):
     assert min(image.shape[:2]) > 300 and max(image.shape[:2]) < 1000
 
 
+@pytest.mark.only("hop_onestep")
 def test_video_of_a_pettingzoo_environment(script, small, tmp_path, monkeypatch, capsys):
     """What the environment itself renders, of every state."""
     drawn = []
@@ -797,6 +858,7 @@ def test_tracking_offline(script, small, tmp_path, monkeypatch):
     assert script.load_checkpoint(tracked.path)["progress"] == [192, 3, tracking_id]
 
 
+@pytest.mark.only("hop_onestep")
 def test_tracking_without_a_login_is_refused(script, tmp_path):
     """In one line, with status 2, and without a folder or a question."""
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "WANDB_MODE": "online"}

@@ -1,12 +1,10 @@
-"""The tree search of hop_mcts_new.py: against a recursive one, in closed form, and batched."""
-
-import math
+"""The tree search of hop_mcts.py: against a sequential one, in closed form, and batched."""
 
 import pytest
 import torch
 
-import copies
-from conftest import ROOT, load_script
+from benchmarks import planner_speed
+from conftest import load_script
 
 GAMES = {  # options of the game
     "msh-4x4-4h1s": {},
@@ -22,109 +20,7 @@ TREES = 12
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("hop_mcts_new")
-
-
-class Node:
-    """A node of the reference: a state of one game, and what is known of it."""
-
-    def __init__(self, state, number, depth, reward=0.0, value=0.0, goes_on=True):
-        self.state = state
-        self.number = number
-        self.depth = depth
-        self.reward = reward
-        self.value = value
-        self.goes_on = goes_on
-        self.prior = None
-        self.children = {}
-
-
-class Reference:
-    """One tree, one node and one plain network call at a time, for the player at seat 0."""
-
-    def __init__(self, script, agent, goals, drawn, draws):
-        self.script = script
-        self.agent = agent
-        self.game = agent.game
-        self.args = agent.args
-        self.goals = goals[None]  # [1, N, Z]
-        self.drawn = drawn[None]
-        self.draws = draws  # [S + 1, N]
-
-    def features(self, state):
-        own, views = self.game.features(state)
-        return own.double(), views.double()
-
-    def ask(self, network, state):
-        own, views = self.features(state)
-        others, goal = self.agent.inputs(views, self.goals)
-        return network(own, others, goal)[0, 0]
-
-    def expand(self, node):
-        mask = self.game.action_mask(node.state)
-        logits = self.ask(self.agent.actor, node.state)
-        prior = self.script.masked(logits, mask[0, 0]).softmax(0)
-        node.prior = [float(p) if legal else -1.0 for p, legal in zip(prior, mask[0, 0])]
-        logits = self.agent.moa.decoder(*self.features(node.state), self.drawn)
-        chance = self.script.masked(logits, mask).softmax(-1)[0]
-        node.joint = [0]
-        for seat in range(1, self.game.num_players):
-            upto = chance[seat].cumsum(0)
-            draw = self.draws[node.number, seat] * upto[-1]
-            node.joint.append(int((upto > draw).int().argmax()))
-        node.visits = [0] * len(node.prior)
-        node.total = [0.0] * len(node.prior)
-
-    def choose(self, node):
-        legal = [action for action, p in enumerate(node.prior) if p >= 0]
-        count = sum(node.visits)
-        if count == 0:
-            return max(legal, key=node.prior.__getitem__)
-        untried = [action for action in legal if node.visits[action] == 0]
-        mean = (node.value + sum(node.total)) / (1 + count)
-        q = [total / n if n else mean for total, n in zip(node.total, node.visits)]
-        span = max(max(q) - min(q), 1e-8)
-        score = {}
-        for action in legal:
-            bonus = self.args.puct_c * node.prior[action] * math.sqrt(count)
-            score[action] = (q[action] - min(q)) / span + bonus / (1 + node.visits[action])
-        return max(untried if node.number == 0 and untried else legal, key=score.__getitem__)
-
-    def step(self, node, action, number):
-        joint = torch.tensor([[action, *node.joint[1:]]])
-        after, reward, terminated, truncated = self.game.step(node.state, joint)
-        reward = reward[0].double()
-        reward = self.args.reward_scale * reward.lerp(reward.mean(), self.args.prosocial)[0]
-        lives = not terminated[0, 0]
-        value = float(self.ask(self.agent.critic, after)) if lives else 0.0
-        depth = node.depth + 1
-        goes_on = lives and not truncated[0, 0] and depth < self.args.max_depth
-        return Node(after, number, depth, float(reward), value, goes_on)
-
-    def run(self, state, simulations):
-        """Visits and summed returns of the root's actions."""
-        root = Node(state, 0, 0, value=float(self.ask(self.agent.critic, state)))
-        for number in range(1, simulations + 1):
-            node = root
-            path = []
-            while True:
-                if node.prior is None:
-                    self.expand(node)
-                action = self.choose(node)
-                path.append((node, action))
-                child = node.children.get(action)
-                if child is None:
-                    child = node.children[action] = self.step(node, action, number)
-                    break
-                if not child.goes_on:
-                    break
-                node = child
-            future = child.value
-            for node, action in reversed(path):
-                future = node.children[action].reward + self.args.gamma * future
-                node.visits[action] += 1
-                node.total[action] += future
-        return root.visits, root.total
+    return load_script("hop_mcts")
 
 
 class Scene:
@@ -156,7 +52,7 @@ class Scene:
         self.draws = torch.rand(sizes, generator=generator, dtype=torch.float64)
 
     @torch.no_grad()
-    def search(self, which=slice(None)):
+    def search(self, which=slice(None), sequential=False):
         """Q and visits of the trees `which`."""
         agent = self.agent
         state = type(self.state)(*(field[which] for field in self.state))
@@ -165,26 +61,22 @@ class Scene:
         own, views = agent.game.features(state)
         others, goal = agent.inputs(views.double(), goals)
         value = agent.critic(own.double(), others, goal)[:, 0, 0]
-        model = self.script.Model(agent, state, goals, self.drawn[which], draws)
-        return self.script.search(model, value, self.args)
+        given = (agent, state, goals, self.drawn[which], draws)
+        if sequential:
+            return planner_speed.sequential_search(given, value, self.args)
+        return self.script.search(self.script.Model(*given), value, self.args)
 
 
 @pytest.mark.parametrize("env_id", GAMES)
-@torch.no_grad()
-def test_search_equals_a_recursive_one(script, monkeypatch, env_id):
-    """Visit counts in every tree, and sums of returns but for rounding."""
+def test_search_equals_a_sequential_one(script, monkeypatch, env_id):
+    """Visit counts in every tree, and means of returns but for rounding."""
     scene = Scene(script, monkeypatch, env_id, **GAMES[env_id])
     q, visits = scene.search()
     assert len(visits) >= 4
     assert (visits.sum(1) == SIMULATIONS).all()
-    for tree, counts in enumerate(visits.long().tolist()):
-        given = (scene.goals[tree], scene.drawn[tree], scene.draws[:, tree])
-        state = type(scene.state)(*(field[tree : tree + 1] for field in scene.state))
-        expected, total = Reference(script, scene.agent, *given).run(state, SIMULATIONS)
-        assert counts == expected
-        for action, n in enumerate(counts):
-            if n:
-                assert q[tree, action] == pytest.approx(total[action] / n, abs=1e-6)
+    expected, counts = scene.search(sequential=True)
+    assert torch.equal(visits, counts)
+    torch.testing.assert_close(q, expected, atol=1e-6, rtol=0)
 
 
 def test_a_tree_does_not_depend_on_the_batch(script, monkeypatch):
@@ -206,14 +98,13 @@ def test_depth_limit_is_one_step_of_exact_planning(script, monkeypatch):
     mask = game.action_mask(scene.state)[:, 0]
     compared = 0
     for tree in range(len(q)):
-        given = (scene.goals[tree], scene.drawn[tree], scene.draws[:, tree])
-        reference = Reference(script, scene.agent, *given)
-        state = type(scene.state)(*(field[tree : tree + 1] for field in scene.state))
-        root = Node(state, 0, 0)
+        root = type(scene.state)(*(field[tree].tolist() for field in scene.state))
+        given = (root, 0.0, scene.goals[tree], scene.drawn[tree], scene.draws[:, tree])
         with torch.no_grad():
-            reference.expand(root)
+            plain = planner_speed.PlainTree(scene.agent, planner_speed.PlainGame(game), *given)
+            plain.expand(plain.root)
             for action in mask[tree].nonzero()[:, 0].tolist():
-                child = reference.step(root, action, 1)
+                child = plain.step(plain.root, action, 1)
                 expected = child.reward + scene.args.gamma * child.value
                 assert q[tree, action] == pytest.approx(expected, abs=1e-6)
                 compared += 1
@@ -307,9 +198,3 @@ def test_learns_the_small_stag_hunt(script, tmp_path, monkeypatch):
     args = script.Args(co_players="self", total_timesteps=32768, num_simulations=8)
     metrics = script.train(args)
     assert metrics["charts/episodic_return"] > 1.8
-
-
-def test_what_it_shares_with_the_first_script_is_the_same():
-    """But for what a comment marks as its own."""
-    sources = {name: (ROOT / f"{name}.py").read_text() for name in ("hop_onestep", "hop_mcts_new")}
-    assert copies.differences(sources) == []

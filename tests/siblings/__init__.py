@@ -1,1 +1,1 @@
-"""Tests of the scripts of the earlier shape: hop_mcts, hop_ppo_gumbel, latent_world_model."""
+"""Tests of the scripts of the earlier shape: latent_world_model, hop_ppo_gumbel."""

@@ -1,8 +1,8 @@
 """Fixtures of the tests of the scripts of the earlier shape.
 
-A test that asks for `script` runs on hop_mcts.py alone: what it tests is the same text in all of them, which
-test_copies.py holds. What is about others names them: `@pytest.mark.scripts("hop_ppo_gumbel", ..)`, on the test or, as
-`pytestmark`, on its module.
+A test that asks for `script` runs on latent_world_model.py alone: what it tests is the same text in all of them,
+which test_copies.py holds. What is about others names them: `@pytest.mark.scripts("hop_ppo_gumbel", ..)`, on the
+test or, as `pytestmark`, on its module.
 """
 
 import dataclasses
@@ -13,11 +13,13 @@ import torch
 from conftest import ROOT, load_script
 
 __all__ = ["ROOT", "SCRIPTS", "SMALL", "load_script"]
-SCRIPTS = ["hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
+SCRIPTS = ["latent_world_model", "hop_ppo_gumbel"]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "scripts(*names): the scripts that a test is about; without it, hop_mcts")
+    config.addinivalue_line(
+        "markers", "scripts(*names): the scripts that a test is about; without it, latent_world_model"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -44,9 +46,6 @@ SMALL = {
     "moa_capacity": 50,
     "match_episodes": 2,
     "plan_samples": 4,
-    "transition_minibatches": 2,
-    "num_simulations": 4,
-    "num_goal_samples": 2,
     "model_updates": 4,
     "model_batch": 64,
 }
@@ -59,7 +58,7 @@ def small(script):
     default = {name: value for name, value in SMALL.items() if name in names}
 
     def make(**options):
-        options = {k: v for k, v in options.items() if k in names or not k.startswith(("plan_", "transition"))}
+        options = {k: v for k, v in options.items() if k in names or not k.startswith("plan_")}
         return script.resolved(script.Args(**{**default, **options}))
 
     return make

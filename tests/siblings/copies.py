@@ -1,8 +1,8 @@
 """Code that the siblings share is copied on purpose: what has the same name has the same text in all of them.
 
-    python tests/siblings/copies.py                                          # what differs, and the lines kept
-    python tests/siblings/copies.py --repair hop_mcts                        # copy from it what differs elsewhere
-    python tests/siblings/copies.py --repair hop_mcts --into hop_ppo_gumbel  # ... into one of them
+    python tests/siblings/copies.py                                                    # what differs, lines kept
+    python tests/siblings/copies.py --repair latent_world_model                        # copy what differs elsewhere
+    python tests/siblings/copies.py --repair latent_world_model --into hop_ppo_gumbel  # ... into one of them
 
 A definition is a statement at the top level of a script, or in the body of a class, a method or a field. Where it is a
 script's own method, a comment line above it says so, `# method: <what differs>`; then it may differ. A class with such
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
+NAMES = ["latent_world_model", "hop_ppo_gumbel"]
 BASE = NAMES[0]  # its lines are what siblings keep
 MARK = "# method:"
 

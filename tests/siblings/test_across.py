@@ -96,23 +96,18 @@ def test_a_run_with_another_scripts_checkpoint_is_resumed(script, runs, small, o
     assert first.co_players.memory and all(torch.equal(a, b) for a, b in weights)
 
 
-@pytest.mark.scripts("hop_mcts", "latent_world_model")
+@pytest.mark.scripts("latent_world_model")
 def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, runs):
     """It would plan by what its networks were initialised with."""
     content = torch.load(runs[script.__name__] / "checkpoint.pt", weights_only=True)
-
-    untold = {"goal": "none", "plan_update": "none"}  # nothing trains the MOA
-    refused_ones = [(untold, {})]
-    fine = [({"plan_update": "none"}, {}), ({"plan_until": 0.0}, {}), (untold, {"co_player_model": "uniform"})]
-    if script.__name__ != "hop_mcts":  # what happens is learnt by planning
-        refused_ones, fine = refused_ones + fine[:2], []
-    for options, play in refused_ones + fine:
+    untold = {"goal": "none", "plan_update": "none"}  # nothing trains the MOA, nor what is learnt by planning
+    for options in (untold, {"plan_update": "none"}, {"plan_until": 0.0}):
         torch.save({**content, "args": {**content["args"], **options}}, tmp_path / "checkpoint.pt")
-        with contextlib.nullcontext() if (options, play) in fine else pytest.raises(script.UsageError, match="trained"):
-            assert script.load_agent(tmp_path, options={"plan_update": "hop", **play}).plan_mode == "hop"
+        with pytest.raises(script.UsageError, match="trained"):
+            script.load_agent(tmp_path, options={"plan_update": "hop"})
 
 
-@pytest.mark.scripts("hop_mcts", "latent_world_model")
+@pytest.mark.scripts("latent_world_model")
 def test_the_planner_can_be_switched_off_and_on(script, runs):
     path = runs[script.__name__]
     trained = script.load_agent(path)
@@ -128,7 +123,7 @@ def test_the_planner_can_be_switched_off_and_on(script, runs):
     assert results[0] == results[1] != results[2]
 
 
-@pytest.mark.scripts("hop_mcts", "latent_world_model")
+@pytest.mark.scripts("latent_world_model")
 def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs):
     """Scores are divided by the root mean square that they have where the policy plays alone and has a choice."""
     agent = script.load_agent(runs[script.__name__], options={"plan_update": "offset"})
@@ -148,7 +143,7 @@ def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs)
     assert measured == pytest.approx((squares / count) ** 0.5, rel=0.25)
 
 
-@pytest.mark.scripts("hop_mcts", "latent_world_model")
+@pytest.mark.scripts("latent_world_model")
 def test_the_scale_is_measured_on_the_game_that_is_played(script, runs, monkeypatch):
     path, env_id, play, seen = runs[script.__name__], "msh-6x6-2p-4h3s", script.play_matches, []
     monkeypatch.setattr(script, "play_matches", lambda agent, *rest: seen.append(agent) or play(agent, *rest))
@@ -178,47 +173,6 @@ def test_played_options_on_the_command_line(script, runs, monkeypatch, capsys):
         script.evaluate(path, "nh", learning_rate=1.0)
     with pytest.raises(script.UsageError, match="must be one of"):
         script.evaluate(path, "nh", **{name: "perhaps"})
-
-
-@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
-def test_search_on_top_of_any_script(runs, other):
-    """hop_mcts searches with the networks and goals of another script's agent; without a `plan_update` that plays."""
-    script = load_script("hop_mcts")
-    base = load_script(other).load_agent(runs[other])
-    agent = script.load_agent(runs[other], options={"plan_update": "offset", "num_simulations": 6})
-    assert type(agent) is script.Agent and agent.plan_mode == "offset" and agent.args.num_simulations == 6
-    assert agent.args.gamma == base.args.gamma and agent.args.reward_scale == base.args.reward_scale
-    for name, value in base.actor.state_dict().items():
-        assert torch.equal(value, agent.actor.state_dict()[name])
-    results = [
-        script.evaluate(runs[other], "nh", **SIZES, **play) for play in ({}, {"plan_update": "hop", "plan_beta": 50.0})
-    ]
-    assert results[0] == load_script(other).evaluate(runs[other], "nh", **SIZES)
-    assert results[0] != results[1]
-    sized = script.evaluate(runs[other], "nh", env_id="msh-2x3-3p-1h1s", **SIZES, plan_update="hop")
-    assert len(sized["focal_returns"]) == 6
-
-
-@pytest.mark.parametrize("other", [name for name in SCRIPTS if name != "hop_mcts"])
-def test_search_that_is_asked_for_on_the_command_line(runs, other, monkeypatch, capsys, tmp_path):
-    """Whatever planner the other script had on, `--plan-update` searches; without it no option of the search goes."""
-    script, simulations = load_script("hop_mcts"), []
-    content = torch.load(runs[other] / "checkpoint.pt", weights_only=True)
-    run, words = script.TreeSearch.run, ["--eval-episodes", "2", "--match-episodes", "2", "--co-players", "nh"]
-    monkeypatch.setattr(script.TreeSearch, "run", lambda tree: (simulations.append(tree.simulations), run(tree))[1])
-    for mode in ("offset", "hop", "none"):
-        torch.save({**content, "plan_mode": "offset"}, tmp_path / "checkpoint.pt")
-        sized = ["--plan-update", mode, "--num-simulations", "5"]
-        monkeypatch.setattr(sys, "argv", ["hop_mcts.py", "--evaluate", str(tmp_path), *words, *sized])
-        with contextlib.nullcontext() if mode != "none" else pytest.raises(SystemExit):
-            script.main()
-        assert set(simulations) == ({5} if mode != "none" else set())
-        simulations.clear()
-    assert "--evaluate has no use for --num-simulations" in capsys.readouterr().err
-    for play in ({"num_simulations": 5}, {"plan_update": "none", "goal_refresh": 1}):
-        with pytest.raises(script.UsageError, match="need --plan-update offset or hop"):
-            script.evaluate(tmp_path, "nh", **SIZES, **play)
-    assert len(script.evaluate(tmp_path, "nh", **SIZES, plan_update="none")["focal_returns"]) == 6 and not simulations
 
 
 @pytest.mark.parametrize("other", SCRIPTS)

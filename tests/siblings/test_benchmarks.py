@@ -203,7 +203,7 @@ def test_going_on_with_more_games(runs, monkeypatch):
 
     scaling = importlib.import_module("scaling")
     monkeypatch.setattr(scaling, "BEFORE", 2)
-    for method in ("discrete goals", "tree search"):
+    for method in ("discrete goals", "latent model"):
         before = scaling.run_before(method, "msh-2x2-2p-1h1s", "self", 1, False)
         for games in (3, 40) if method == "discrete goals" else (3,):
             trainer = scaling.continued(before, method, games, 4)

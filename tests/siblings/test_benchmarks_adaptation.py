@@ -58,7 +58,8 @@ def path(adaptation, tmp_path):
     for module in agent.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.normal_(module.weight, std=0.3)
-    content = {"script": "hop_onestep", "args": vars(args), "agent": agent.state_dict(), "plan_mode": "none"}
+    content = {"script": "hop_onestep", "args": vars(args), "agent": agent.state_dict()}
+    content["played"] = {"plan_update": "none"}
     adaptation.runs.save(content, tmp_path / "player.pt")
     return tmp_path / "player.pt"
 

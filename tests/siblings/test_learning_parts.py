@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from siblings.conftest import shake
+from siblings.conftest import SCRIPTS, shake
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
 
@@ -95,7 +95,7 @@ def watched(trainer):
     return shown
 
 
-@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
+@pytest.mark.scripts(*SCRIPTS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -201,7 +201,7 @@ def test_only_the_learners_rows_are_learnt_from(script, small):
     assert [part["value"].tolist() for part in parts[:3]] != [part["value"].tolist() for part in parts[3:6]]
 
 
-@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
+@pytest.mark.scripts(*SCRIPTS)
 def test_relabelled_seats_give_the_same_training_data(script, small):
     """The same games with the seats in another order and the same actions: the same rows in that order."""
     options = {"env_id": "msh-4x4-4h1s", "co_players": "self,nh,ns", "plan_update": "none", "reward_scale": 0.3}
@@ -267,7 +267,7 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
 # ---------------------------------------------------------------------------------------------------------------------
 # PPO's loss
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
+@pytest.mark.scripts(*SCRIPTS)
 @pytest.mark.parametrize("norm_adv", [True, False])
 def test_ppo_loss_row_by_row(script, lively, norm_adv):
     """Clipped surrogate, value loss, entropy, approximate KL and share of clipped ratios, in plain Python."""
@@ -421,7 +421,7 @@ def test_value_at_the_time_limit_is_one_that_is_trained(lively, env_id):
     assert (at_limit != relative.clock_and_walls(cells, torch.tensor([[horizon, 2]]))).any()
 
 
-@pytest.mark.scripts("hop_mcts", "hop_ppo_gumbel")
+@pytest.mark.scripts(*SCRIPTS)
 def test_memory_of_many_games(script, small):
     """Rebuilt from the buffer, whose games are read in several parts, the memory is that of `remember` step by step."""
     options = {"env_id": SMALL_HUNT, "co_players": "ns,nh", "num_envs": 150, "num_steps": 60, "match_episodes": 3}

@@ -1,4 +1,4 @@
-"""The ways from a planner's scores to a policy, in the scripts that have one."""
+"""The ways from a planner's scores to a policy, in the script that has one."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-pytestmark = pytest.mark.scripts("hop_mcts", "latent_world_model")
+pytestmark = pytest.mark.scripts("latent_world_model")
 
 
 def situations(script, env_id, batch=40, steps=6, seed=0):

@@ -29,8 +29,7 @@ RUN = {"env_id": ENV_ID, "co_players": "self,nh,ns-noisy", "num_envs": 4, "num_s
 RUN |= {"checkpoint_every": 1, "match_episodes": 2, "plan_update": "offset", "plan_until": 1.0, "anneal": False}
 RUN |= {"hidden_size": 16, "moa_hidden_size": 8, "goal_size": 3, "moa_matches": 4, "moa_capacity": 50}
 RUN |= {"moa_every": 1, "temperature": 2.0}
-RUN |= {"plan_samples": 4, "transition_minibatches": 2, "update_epochs": 2, "num_minibatches": 2, "moa_updates": 3}
-RUN |= {"num_simulations": 4, "num_goal_samples": 2}
+RUN |= {"plan_samples": 4, "update_epochs": 2, "num_minibatches": 2, "moa_updates": 3}
 RUN |= {"latent_size": 8, "model_updates": 3, "model_batch": 32, "replay_size": 200, "replay_surprising": 50}
 
 
@@ -209,11 +208,8 @@ CHANGES = {  # another value of each option that learning depends on
     "goal": "none", "goal_size": 2, "moa_hidden_size": 16, "moa_learning_rate": 1e-2, "moa_alpha": 1.0,
     "subgoal_coef": 1.0, "moa_updates": 1, "moa_matches": 2, "moa_capacity": 2, "moa_buffer": "positive",
     "freeze_moa": True, "pretrain_moa_steps": 100, "plan_update": "hop", "plan_beta": 5.0, "plan_until": 0.0,
-    "plan_samples": 2, "transition": "simulator", "transition_learning_rate": 1e-2, "transition_epochs": 1,
-    "transition_minibatches": 1, "transition_reservoir": 4, "num_simulations": 3, "num_goal_samples": 1, "puct_c": 20.0,
-    "max_depth": 1, "goal_refresh": 1, "dirichlet_alpha": 3.0, "dirichlet_fraction": 0.0, "policy_target": "visits",
-    "co_player_model": "uniform", "plan_horizon": "end", "plan_depth": 2, "plan_company": "random",
-    "plan_greedy": True, "latent_size": 4, "model_learning_rate": 1e-2, "model_updates": 1, "model_batch": 16,
+    "plan_samples": 2, "plan_depth": 2, "plan_company": "random", "plan_greedy": True,
+    "latent_size": 4, "model_learning_rate": 1e-2, "model_updates": 1, "model_batch": 16,
     "observation_coef": 0.1, "reward_coef": 0.1, "value_coef": 0.1, "consistency_coef": 50.0, "td_target": "model",
     "replay_size": 10, "replay_surprising": 4, "goals": 3, "goal_training": "amortised", "temperature": 0.3,
     "belief": "none", "inter_om": "count", "inter_om_alpha": 0.5, "assignment": "hard", "own_goal": True,
@@ -223,9 +219,6 @@ OUTSIDE = """exp_name torch_deterministic cuda compile track wandb_project_name 
     checkpoint_every resume profile evaluate eval_episodes load_moa
     dataset collect offline""".split()  # tested by name elsewhere in this file, or in test_latent_model.py
 NEEDS = {"ent_floor": {"anneal": True}, "total_timesteps": {"anneal": True}}  # options that matter only with another
-NEEDS |= {"policy_target": {"plan_update": "hop"}, "max_depth": {"num_simulations": 12}}
-NEEDS |= {"plan_horizon": {"env_id": "msh-5x5-2p-0h1s"}}  # where games last that long
-NEEDS |= dict.fromkeys(["puct_c", "goal_refresh", "dirichlet_alpha", "dirichlet_fraction"], NEEDS["max_depth"])
 NEEDS |= {"goal_period": {"own_goal": True}, "temperature": {"goal_training": "gumbel"}}
 
 
@@ -254,16 +247,6 @@ def test_every_option_is_tested(script):
     assert fields_of(script) <= {*CHANGES, *OUTSIDE}
 
 
-SEARCH = """num_simulations num_goal_samples puct_c max_depth goal_refresh dirichlet_alpha dirichlet_fraction
-    policy_target co_player_model""".split()
-
-
-def without_planner(name, script):
-    """The options that switch the planner off, which takes most of the time, where `name` is none of its options."""
-    planner = name.startswith("plan_") or name in SEARCH or script.__name__ != "hop_mcts"
-    return {} if planner else {"plan_update": "none"}
-
-
 def own_options():
     """(script, option), each option in one script that has it."""
     found = {}
@@ -275,7 +258,7 @@ def own_options():
 
 @pytest.mark.parametrize("script, name", own_options(), indirect=["script"])
 def test_option_changes_the_outcome(script, outcomes, name):
-    base = {**NEEDS.get(name, {}), **without_planner(name, script)}
+    base = NEEDS.get(name, {})
     before, after = outcomes(**base), outcomes(**{**base, name: CHANGES[name]})
     same = [n for n in before if before[n].shape == after[n].shape and torch.equal(before[n], after[n])]
     assert "actor" not in same and len(same) < len(before)
@@ -325,7 +308,7 @@ def test_schedules(script, anneal):
 def test_numbers_of_updates(script, monkeypatch):
     """Passes, minibatches, the MOA's updates and matches, and the samples of the planner."""
     options = {"update_epochs": 3, "num_minibatches": 5, "moa_updates": 7, "moa_matches": 6, "plan_samples": 9}
-    options |= {"transition_epochs": 2, "transition_minibatches": 4, "transition": "network", "hidden_size": 12}
+    options |= {"hidden_size": 12}
     options |= {"moa_hidden_size": 10, "goal_size": 5, "model_updates": 8}
     trainer = trainer_of(script, **{name: v for name, v in options.items() if name in fields_of(script)})
     agent, count = trainer.agent, Counter()
@@ -337,8 +320,6 @@ def test_numbers_of_updates(script, monkeypatch):
     trainer.buffer.sample = lambda matches, *rest: seen.append(matches) or sample(matches, *rest)
     trainer.iterate()
     assert count["policy"] == 15 and seen == [6] * 7 and count["moa"] == 7
-    if "transition_epochs" in fields_of(script):
-        assert count["transition"] == 8
     if "model_updates" in fields_of(script):
         assert count["model"] == 8
     if hasattr(agent, "sample_joint_actions"):
@@ -353,7 +334,7 @@ def test_numbers_of_updates(script, monkeypatch):
 
 @pytest.mark.scripts(*SCRIPTS)
 def test_learning_rates_of_the_other_networks(script):
-    options = {"moa_learning_rate": 0.0123, "transition_learning_rate": 0.0456, "model_learning_rate": 0.0789}
+    options = {"moa_learning_rate": 0.0123, "model_learning_rate": 0.0789}
     trainer = trainer_of(script, **{name: v for name, v in options.items() if name in fields_of(script)})
     for name, rate in options.items():
         if name in fields_of(script):
@@ -557,7 +538,7 @@ def test_compiled_parts_give_the_same_run(script, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 VARIANTS = {
     "inferred": {},
-    "oracle": {"goal": "oracle", "moa_buffer": "balanced", "plan_update": "hop", "transition": "simulator"},
+    "oracle": {"goal": "oracle", "moa_buffer": "balanced", "plan_update": "hop"},
     "none": {"plan_update": "none", "goal": "none", "prosocial": 0.4},
     "pretrained": {"pretrain_moa_steps": 200, "moa_buffer": "positive", "anneal": True, "plan_until": 0.4},
 }
@@ -859,8 +840,8 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
 SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
-SHARES += ["dirichlet_fraction", "inter_om_alpha", "moa_share"]
-NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrain_moa_steps goal_refresh""".split()
+SHARES += ["inter_om_alpha", "moa_share"]
+NOT_NEGATIVE = """seed ent_coef vf_coef moa_alpha subgoal_coef plan_beta pretrain_moa_steps""".split()
 NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
 
 
