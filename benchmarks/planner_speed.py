@@ -67,10 +67,8 @@ class PlainGame:
         self.game = game
         self.next_cell = game.next_cell.tolist()
         self.legal_moves = game.legal_moves.tolist()
-        self.walls = game.legal_moves.type_as(game.relative)  # [cells + 1, 5]
         self.kind = game.item_kind.tolist()
         self.rules = [*zip(game.item_action.tolist(), game.quota.tolist(), game.share.tolist())]
-        self.clocks = {}  # features [N, 8], by steps done and step of the first hunt
 
     def step(self, state, actions):
         """Next state, the N rewards; for the player at seat 0, terminated and truncated."""
@@ -106,17 +104,9 @@ class PlainGame:
 
     def features(self, state):
         """Own features [N, X] and co-players' [N, N-1, Y]."""
-        game = self.game
-        now = state[2:]
-        if now not in self.clocks:
-            batch = hop_mcts.GridState(*(tensor([field]) for field in state))
-            self.clocks[now] = game.features(batch)[0][0, :, :8]
-        players = tensor(state.players)
-        kinds = game.relative[players[:, None], tensor(state.items)].split(game.item_counts, 1)
-        seen = cat([kind.sum(1) for kind in kinds], 1)
-        near = game.relative[players[:, None], players[game.others]]
-        own = cat([self.clocks[now], self.walls[players], seen], 1)
-        return own, cat([near, seen[game.others]], 2)
+        batch = hop_mcts.GridState(*(tensor([field]) for field in state))
+        own, views = self.game.features(batch)
+        return own[0], views[0]
 
 
 class Node(types.SimpleNamespace):
@@ -127,8 +117,8 @@ class Node(types.SimpleNamespace):
 
 class PlainTree:
     """The search of the player at seat 0 of one game, one node, one call of a network and one step
-    of the game at a time, in plain Python, as HOP's own code has it; but nothing known is computed
-    again. Of one tree, what Model is given of many: `draws` [S + 1, N], goals [N, Z]."""
+    of the game at a time, in plain Python, as HOP's own code has it. What Model is given of many
+    trees it is given of one: `draws` [S + 1, N], goals [N, Z]."""
 
     def __init__(self, agent, game, state, value, goals, drawn, draws):
         self.agent = agent
