@@ -74,7 +74,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# ours: options of the search
 @dataclasses.dataclass
 class Args:
     # run
@@ -122,8 +121,8 @@ class Args:
     goal_size: int = 8  # dimensions of a goal
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
-    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_updates: int = 4  # minibatches for the MOA an iteration
+    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
@@ -133,7 +132,7 @@ class Args:
     plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
     plan_beta: float | None = None  # weight of the scores, in scaled returns
     plan_until: float | None = None  # share of the run after which plain PPO goes on alone
-    num_simulations: int = 16  # simulations in each tree
+    num_simulations: int = 16  # simulations in each tree  # ours: the search
     num_goal_samples: int = 4  # K, trees a decision, each with its own draw of the goals
     puct_c: float = 1.25  # weight of the prior against Q, which is scaled to 0..1
     max_depth: int = 50  # steps that the search looks ahead

@@ -119,8 +119,8 @@ class Args:
     goal_size: int = 8  # dimensions of a goal
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
-    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_updates: int = 4  # minibatches for the MOA an iteration
+    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken

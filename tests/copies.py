@@ -6,9 +6,10 @@
 
 A definition is a statement at the top level of a script, or a member of a class, with its
 decorators and the comment lines directly above it. Where it is what is new in a script, a comment
-line above it or in it says so, `# ours: <what differs>`, and it may differ. Above a class, or above
-its docstring, the line speaks of its head and docstring, and of which members it has; they are
-compared one by one. The docstring of a script and its imports are not compared."""
+above it or in it says so, `# ours: <what differs>`, and it may differ. Above a class, or above its
+docstring, that speaks of its head and docstring; its members are compared one by one. A class that
+is marked, or has a member that is, may have other members. The docstring of a script and its
+imports are not compared."""
 
 import argparse
 import ast
@@ -64,7 +65,7 @@ def definitions(source: str) -> dict[str, Definition]:
 
     def add(name: str, start: int, end: int, members: tuple[str, ...] = ()) -> None:
         text = lines[start:end]
-        ours = any(line.strip().startswith(MARK) for line in text)
+        ours = any(MARK in line for line in text)
         if name in found:
             raise ValueError(f"{name} is defined twice")
         found[name] = Definition("\n".join(text), start, end, ours, members)
@@ -102,7 +103,12 @@ def differences(sources: dict[str, str]) -> list[str]:
         shared = {script: part for script, part in having.items() if not part.ours}
         if len({part.text for part in shared.values()}) > 1:
             problems.append(f"{name} differs: {', '.join(shared)}")
-        if len({part.members for part in shared.values()}) > 1:
+        members = {
+            part.members
+            for script, part in shared.items()
+            if not any(found[script][f"{name}.{member}"].ours for member in part.members)
+        }
+        if len(members) > 1:
             problems.append(f"{name} has other members: {', '.join(shared)}")
         for script, part in having.items():
             alike = [(other.text, other.members) for other in shared.values()]
@@ -113,7 +119,8 @@ def differences(sources: dict[str, str]) -> list[str]:
 
 def without_mark(definition: Definition) -> str:
     lines = definition.text.splitlines()
-    return "\n".join(line for line in lines if not line.strip().startswith(MARK))
+    lines = [line.split(MARK)[0].rstrip() for line in lines if not line.strip().startswith(MARK)]
+    return "\n".join(lines)
 
 
 def repaired(source: str, target: str) -> str:

@@ -130,7 +130,9 @@ def test_a_mark_inside_a_definition_marks_it():
     inside = changed(("    return 2 * x", f"    {MARK} triples\n    return 3 * x"))
     assert differences({"a": PLAIN, "b": inside}) == []
     behind = changed(("    return 2 * x", f"    return 3 * x  {MARK} triples"))
-    assert differences({"a": PLAIN, "b": behind}) == ["double differs: a, b"]
+    assert differences({"a": PLAIN, "b": behind}) == []
+    idle = changed(("    return 2 * x", f"    return 2 * x  {MARK} nothing"))
+    assert differences({"a": PLAIN, "b": idle}) == ["double of b is marked as its own, and is not"]
 
 
 def test_marks_of_a_class_and_of_its_members_are_apart():
@@ -143,6 +145,8 @@ def test_a_class_with_other_members_is_marked():
     assert differences({"a": PLAIN, "b": more}) == ["Player has other members: a, b"]
     marked = more.replace("class Player", f"{MARK} rests\nclass Player")
     assert differences({"a": PLAIN, "b": marked}) == []
+    member = more.replace("return 0", f"return 0  {MARK} rests")
+    assert differences({"a": PLAIN, "b": member}) == []
 
 
 @pytest.mark.parametrize("line", ["COUNT = 1", "@cache", "class Player", '    name: str = "a"'])
