@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
-SCRIPTS = ["hop_onestep", "hop_mcts"]  # of the present shape; who is rebuilt is added here
+NAMES = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel_new", "hop_ppo_gumbel", "latent_world_model"]
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel_new"]  # of the present shape; who is rebuilt is added here
 
 SMALL = {  # options of a small and short run
     "num_envs": 4,
@@ -24,9 +24,10 @@ SMALL = {  # options of a small and short run
     "moa_capacity": 2000,
     "match_episodes": 2,
 }
-OWN = {  # of the planner that only one script has
+OWN = {  # that only one script has
     "hop_onestep": {"plan_samples": 4},
     "hop_mcts": {"num_simulations": 4, "num_goal_samples": 2},
+    "hop_ppo_gumbel_new": {"goals": 3},
 }
 
 
