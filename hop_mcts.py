@@ -132,7 +132,8 @@ class Args:
     plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
     plan_beta: float | None = None  # weight of the scores, in scaled returns
     plan_until: float | None = None  # share of the run after which plain PPO goes on alone
-    num_simulations: int = 16  # simulations in each tree  # ours: the search
+    # ours: the search
+    num_simulations: int = 16  # simulations in each tree
     num_goal_samples: int = 4  # K, trees a decision, each with its own draw of the goals
     puct_c: float = 1.25  # weight of the prior against Q, which is scaled to 0..1
     max_depth: int = 50  # steps that the search looks ahead
@@ -164,7 +165,7 @@ def checked(args, game):
     args = dataclasses.replace(args, **missing)
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = 1 if type(value) is int and name not in FROM_0 else 0
+            low = int(type(value) is int and name not in FROM_0)
             high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
             if not low <= value <= high:
                 option = name.replace("_", "-")
@@ -307,8 +308,7 @@ class GridGame:
         change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
         start = F.pad(cell, (0, 1), value=-1)[:, None]
         self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
-        # functions of the way from one cell to another
-        down = (row - row[:, None]).float()  # [own, other]
+        down = (row - row[:, None]).float()  # [own, other], as all functions of the way there
         right = (col - col[:, None]).float()
         distance = down.abs() + right.abs()
         near = (-distance / 1.5).exp()
@@ -994,7 +994,7 @@ class Agent(nn.Module):
         self.actor = PlayerNetwork(game.own_size, other, goal, actions, args.hidden_size)
         self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
         # ours: no transition network
-        self.exact = True  # the planner needs no training
+        self.exact = True  # it learns nothing but the MOA
         if args.plan_update != "none" and not game.simulates:
             others = "hop_onestep.py, hop_ppo_gumbel.py and latent_world_model.py need no simulator"
             raise UsageError(f"tree search (not --plan-update none) is for msh and msg; {others}")
@@ -1101,8 +1101,8 @@ class Tree(NamedTuple):
 
     visits: Tensor  # [V, A] how often each action was tried
     total: Tensor  # [V, A] sum of the returns that followed
-    prior: Tensor  # [V, A] pi_theta; -1: illegal; all 0 until asked for, at most nodes never
-    value: Tensor  # [V] V; 0 once the player has left or the game has ended
+    prior: Tensor  # [V, A] pi_theta; -1: illegal; all 0 where no path has ended yet
+    value: Tensor  # [V] V; 0 once the player has left or the game has terminated
     reward: Tensor  # [V] on the way into the node
     left: Tensor  # int64 [V] steps that may follow
     choice: Tensor  # int64 [V] the action to try next
@@ -1183,7 +1183,7 @@ def search(model, value, args):
     tree = Tree(
         *value.new_zeros(3, size, model.num_actions),
         *value.new_zeros(2, size),
-        *stack([numbers + args.max_depth, numbers, numbers - 1]),
+        *stack([numbers + args.max_depth, numbers, numbers - 1]),  # left, choice, follow
         numbers.new_full((size, model.num_actions), -1),
     )
     tree.value[:count] = value
@@ -1426,7 +1426,8 @@ def load_player(path, game, batch, **play):
                 raise
             return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
     never_on = agent.plan_mode != "none" and agent.plan_slope == 0.0
-    if not agent.exact and (never_on or content["args"].get("transition") == "simulator"):
+    simulated = content["args"].get("transition") == "simulator"
+    if never_on and agent.args.goal != "inferred" or not agent.exact and (never_on or simulated):
         raise UsageError(f"{path} has not learnt what this planner needs: it was never on")
     agent.plan_slope += never_on
     return Player(agent, batch)
@@ -1459,7 +1460,7 @@ def evaluate(
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = entries if isinstance(entries, list | tuple) else [entries]
     if len(entries) == 1:
-        entries = [*entries] * (game.num_players - 1)
+        entries = entries * (game.num_players - 1)
     generator = Generator(device).manual_seed(seed)
     batch = min(num_envs, ceil(episodes / match_episodes))
     players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
@@ -1567,7 +1568,7 @@ def train(args, watch=None):
     source = args.resume if resumes else args.init
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device is available")
-    content = {} if source is None else load_checkpoint(source, device)
+    content = source and load_checkpoint(source, device)
     game = make_game(args, device)
     args = checked(args, game)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
@@ -1696,7 +1697,7 @@ def train(args, watch=None):
             done = global_step / args.total_timesteps
             left = 1.0 - done if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
-            ent_coef = tensor(args.ent_coef * max(left, 0.1), device=device)
+            ent_coef = tensor(args.ent_coef * max(left, 0.1))
             if done >= args.plan_until:
                 agent.plan_mode = "none"  # and stays off if the run is made longer
 

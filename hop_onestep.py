@@ -160,7 +160,7 @@ def checked(args, game):
     args = dataclasses.replace(args, **missing)
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = 1 if type(value) is int and name not in FROM_0 else 0
+            low = int(type(value) is int and name not in FROM_0)
             high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
             if not low <= value <= high:
                 option = name.replace("_", "-")
@@ -302,8 +302,7 @@ class GridGame:
         change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
         start = F.pad(cell, (0, 1), value=-1)[:, None]
         self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
-        # functions of the way from one cell to another
-        down = (row - row[:, None]).float()  # [own, other]
+        down = (row - row[:, None]).float()  # [own, other], as all functions of the way there
         right = (col - col[:, None]).float()
         distance = down.abs() + right.abs()
         near = (-distance / 1.5).exp()
@@ -990,7 +989,7 @@ class Agent(nn.Module):
         self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
         sizes = (other + actions, actions, 2, args.hidden_size)  # knows all players' actions
         self.transition = PlayerNetwork(game.own_size, *sizes, 0.1)
-        self.exact = args.transition == "simulator"  # the planner needs no training
+        self.exact = args.transition == "simulator"  # it learns nothing but the MOA
         if self.exact and not game.simulates:
             raise UsageError("--transition simulator is for msh and msg")
         self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
@@ -1280,7 +1279,8 @@ def load_player(path, game, batch, **play):
                 raise
             return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
     never_on = agent.plan_mode != "none" and agent.plan_slope == 0.0
-    if not agent.exact and (never_on or content["args"].get("transition") == "simulator"):
+    simulated = content["args"].get("transition") == "simulator"
+    if never_on and agent.args.goal != "inferred" or not agent.exact and (never_on or simulated):
         raise UsageError(f"{path} has not learnt what this planner needs: it was never on")
     agent.plan_slope += never_on
     return Player(agent, batch)
@@ -1313,7 +1313,7 @@ def evaluate(
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = entries if isinstance(entries, list | tuple) else [entries]
     if len(entries) == 1:
-        entries = [*entries] * (game.num_players - 1)
+        entries = entries * (game.num_players - 1)
     generator = Generator(device).manual_seed(seed)
     batch = min(num_envs, ceil(episodes / match_episodes))
     players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
@@ -1421,7 +1421,7 @@ def train(args, watch=None):
     source = args.resume if resumes else args.init
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device is available")
-    content = {} if source is None else load_checkpoint(source, device)
+    content = source and load_checkpoint(source, device)
     game = make_game(args, device)
     args = checked(args, game)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
@@ -1553,7 +1553,7 @@ def train(args, watch=None):
             done = global_step / args.total_timesteps
             left = 1.0 - done if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
-            ent_coef = tensor(args.ent_coef * max(left, 0.1), device=device)
+            ent_coef = tensor(args.ent_coef * max(left, 0.1))
             if done >= args.plan_until:
                 agent.plan_mode = "none"  # and stays off if the run is made longer
 

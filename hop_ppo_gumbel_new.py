@@ -97,8 +97,9 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    learning_rate: float = 2e-3  # of all but the MOA (Adam)  # ours: no planner
-    pg: bool = False  # plain policy gradient in place of the clipped loss
+    # ours: no planner
+    learning_rate: float = 2e-3  # of all but the MOA (Adam)
+    pg: bool = False  # plain policy gradient, no clipped loss (on policy: --update-epochs 1)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
@@ -119,8 +120,10 @@ class Args:
     inter_om: Literal["posterior", "count"] = "posterior"  # what an episode adds to the next prior
     inter_om_alpha: float = 0.0  # weight of the old prior in it
     assignment: Literal["soft", "hard", "exclusive"] = "soft"  # mean, likeliest, one-to-one
-    moa_learning_rate: float = 5e-3  # of the MOA (Adam)  # ours: fewer updates
-    moa_updates: int = 1  # ours: minibatches for the MOA an iteration
+    # ours: fewer updates
+    moa_learning_rate: float = 5e-3  # of the MOA (Adam)
+    # ours: for speed
+    moa_updates: int = 1  # minibatches for the MOA an iteration
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
@@ -155,7 +158,7 @@ def checked(args, game):
     args = dataclasses.replace(args, **missing)
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            low = 1 if type(value) is int and name not in FROM_0 else 0
+            low = int(type(value) is int and name not in FROM_0)
             high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
             if not low <= value <= high:
                 option = name.replace("_", "-")
@@ -297,8 +300,7 @@ class GridGame:
         change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
         start = F.pad(cell, (0, 1), value=-1)[:, None]
         self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
-        # functions of the way from one cell to another
-        down = (row - row[:, None]).float()  # [own, other]
+        down = (row - row[:, None]).float()  # [own, other], as all functions of the way there
         right = (col - col[:, None]).float()
         distance = down.abs() + right.abs()
         near = (-distance / 1.5).exp()
@@ -879,10 +881,11 @@ class MOA(nn.Module):
             choices = arange(goals, device=share.device).expand(players, -1)
             orders = torch.cartesian_prod(*choices).view(-1, players)
             orders = orders[(F.one_hot(orders, goals).sum(1) < 2).all(1)]  # [P, N]
-            scores = share.clamp(min=1e-30).log()[:, arange(players), orders].sum(2)  # [B, P]
+            logs = memory.sum(-2).double().log_softmax(-1)
+            scores = logs[:, arange(players), orders].sum(2)  # [B, P]
             best = (scores >= scores.amax(1, True) - 1e-5).float()
-            best = best / best.sum(1, True)
-            share = torch.einsum("bp,png->bng", best, F.one_hot(orders, goals).float())
+            orders = F.one_hot(orders, goals).float()
+            share = torch.einsum("bp,png->bng", best / best.sum(1, True), orders)
         return share @ self.table, share  # ours: by belief
 
 
@@ -1231,7 +1234,7 @@ def evaluate(
     entries = co_players.split(",") if isinstance(co_players, str) else co_players
     entries = entries if isinstance(entries, list | tuple) else [entries]
     if len(entries) == 1:
-        entries = [*entries] * (game.num_players - 1)
+        entries = entries * (game.num_players - 1)
     generator = Generator(device).manual_seed(seed)
     batch = min(num_envs, ceil(episodes / match_episodes))
     players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
@@ -1339,7 +1342,7 @@ def train(args, watch=None):
     source = args.resume if resumes else args.init
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device is available")
-    content = {} if source is None else load_checkpoint(source, device)
+    content = source and load_checkpoint(source, device)
     game = make_game(args, device)
     args = checked(args, game)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
@@ -1466,7 +1469,7 @@ def train(args, watch=None):
             done = global_step / args.total_timesteps
             left = 1.0 - done if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
-            ent_coef = tensor(args.ent_coef * max(left, 0.1), device=device)
+            ent_coef = tensor(args.ent_coef * max(left, 0.1))
             agent.temperature = args.temperature * max(left, 0.1)
 
             # ---- ROLLOUT
