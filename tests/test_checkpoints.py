@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import small_args
+from conftest import plans, small_args
 from run_tools import (
     arguments,
     assert_equal,
@@ -27,6 +27,7 @@ from run_tools import (
     parsed,
     run,
     scalars,
+    trust,
     weights_of,
 )
 
@@ -70,12 +71,8 @@ def done(script, small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def foreign(sibling, tmp_path_factory):
     """The folder of a finished run of another script, whose planner is on, and trusted."""
-
-    def watch(agent, **others):
-        agent.plan_slope.fill_(1.0)
-
     folder = tmp_path_factory.mktemp("foreign")
-    return run(sibling, small_args(sibling, **{**BASE, "total_timesteps": 64}), folder, watch).path
+    return run(sibling, small_args(sibling, **{**BASE, "total_timesteps": 64}), folder, trust).path
 
 
 def step_of(script, path):
@@ -107,6 +104,7 @@ def steps_of_checkpoints(script, small, folder, seconds=0.0, **options):
     return [*steps, step_of(script, finished.path)]
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_checkpoints_by_iterations(script, small, tmp_path):
     """One from step 0, then every so many iterations, and one at the end."""
     steps = steps_of_checkpoints(script, small, tmp_path, checkpoint_every=2, total_timesteps=320)
@@ -159,7 +157,7 @@ VARIANTS = {  # options, and after which iteration the run dies
         3,
     ),
     "sibling": ({"checkpoint_every": 1, "match_episodes": 50}, 3),
-    "exact": ({"prosocial": 0.4, "checkpoint_every": 2}, 3),
+    "own": ({"prosocial": 0.4, "checkpoint_every": 2}, 3),
     "plain": (
         {
             "plan_update": "none",
@@ -170,6 +168,17 @@ VARIANTS = {  # options, and after which iteration the run dies
         },
         4,
     ),
+}
+OWN_OPTIONS = {  # of the variant "own"
+    "hop_onestep": {"transition": "simulator"},
+    "hop_mcts": {},  # the search is exact anyway
+    "hop_ppo_gumbel_new": {
+        "goal_training": "em",
+        "inter_om": "count",
+        "inter_om_alpha": 0.5,
+        "assignment": "exclusive",
+        "pg": True,
+    },
 }
 
 
@@ -183,8 +192,8 @@ def test_resumed_run_equals_an_unbroken_one(
         options = {**options, "co_players": f"self,{players}"}
     if variant == "checkpoint":
         options = {**options, "co_players": f"self,{done},random"}
-    if variant == "exact" and script.SCRIPT == "hop_onestep":  # the search is exact anyway
-        options = {**options, "transition": "simulator"}
+    if variant == "own":
+        options = {**options, **OWN_OPTIONS[script.SCRIPT]}
     if variant == "sibling":
         options = {**options, "co_players": f"self,{foreign}"}
     if variant == "init":
@@ -211,7 +220,7 @@ def test_resumed_run_equals_an_unbroken_one(
 def test_killed_run_goes_on(script, small, tmp_path):
     """To the bit, as if it had not been; while the process lives, its run is its own."""
     base = {**BASE, "anneal": False, "checkpoint_every": 1}
-    options = {**dataclasses.asdict(small()), **base, "total_timesteps": 10**7}
+    options = dataclasses.asdict(small(**{**base, "total_timesteps": 10**7}))
     options = {name: value for name, value in options.items() if value is not None}
     process = subprocess.Popen(
         [sys.executable, script.__file__, *arguments(**options)],
@@ -267,6 +276,7 @@ def test_second_process_on_a_run_is_refused(script, small, tmp_path):
     assert steps == [64, 128, 192, 256]
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_finished_run_can_be_made_longer(script, small, tmp_path):
     """From its folder, its checkpoint or a copy of an earlier one in its folder."""
     options = {**BASE, "anneal": False}
@@ -338,6 +348,7 @@ def test_run_that_took_a_moa_is_resumed_without_it(script, small, done, tmp_path
     assert torch.equal(weights_of(script, path)["moa"], moa) == freeze
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_planner_that_is_off_stays_off(script, small, tmp_path):
     """Also where a longer run makes `--plan-until` lie ahead again; one that is on goes on."""
     modes = []
@@ -359,10 +370,10 @@ def test_planner_that_is_off_stays_off(script, small, tmp_path):
 # Starting from another run
 # ------------------------------------------------------------------------------------------------
 def test_init_takes_weights_and_options_and_fresh_optimisers(script, done, tmp_path):
-    words = ["--init", done, "--seed", 7, "--plan-until", "1", "--checkpoint-every", 100]
-    args = parsed(script, tmp_path, *words)
+    planner = {"plan_until": 1.0} if plans(script) else {}
+    changed = {"init": str(done), "seed": 7, **planner, "checkpoint_every": 100}
+    args = parsed(script, tmp_path, *arguments(**changed))
     stored = script.load_checkpoint(done)["args"]
-    changed = {"init": str(done), "seed": 7, "plan_until": 1.0, "checkpoint_every": 100}
     assert dataclasses.asdict(args) == {**stored, **changed}
     path = broken_run(script, args, tmp_path, 1)
     content = script.load_checkpoint(path)
@@ -370,20 +381,23 @@ def test_init_takes_weights_and_options_and_fresh_optimisers(script, done, tmp_p
     assert content["progress"][0] == content["progress"][1] == 0
     assert script.load_checkpoint(done)["optimizer"]["state"]
     assert content["optimizer"]["state"] == {}
-    assert content["played"] == {"plan_update": "offset"}  # it was off at the end of the run
+    assert content["played"] == ({"plan_update": "offset"} if planner else {})  # it was off
 
 
 def test_init_learns_within_the_running_match(script, done, tmp_path):
-    """The MOA changes before any match or episode has ended, and the planner is on."""
+    """The MOA changes before any match or episode has ended, and a planner is on."""
     seen = []
+    planner = {"plan_until": 1.0} if plans(script) else {}
 
     def watch(**names):
         weights = networks(names["agent"])
         ended = int(names["buffer"].episode_start)
-        seen.append((weights, ended, names["metrics"], names["agent"].plan_mode))
+        mode = names["agent"].plan_mode if planner else "offset"
+        seen.append((weights, ended, names["metrics"], mode))
 
     words = ["--init", done, "--co-players", "nh", "--num-envs", 1, "--num-steps", 2]
-    words += ["--total-timesteps", 4, "--match-episodes", 1000, "--plan-until", "1", "--no-anneal"]
+    words += ["--total-timesteps", 4, "--match-episodes", 1000, "--no-anneal"]
+    words += arguments(**planner)
     run(script, parsed(script, tmp_path, *words), tmp_path, watch)
     before = weights_of(script, done)
     weights, ended, metrics, mode = seen[0]
@@ -414,7 +428,7 @@ def test_signals_end_a_run_with_a_checkpoint(
     monkeypatch.setattr(script, "train", lambda args: train(args, watch))
     monkeypatch.chdir(tmp_path)
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
-    options = {**dataclasses.asdict(small()), **BASE}
+    options = dataclasses.asdict(small(**BASE))
     options = {name: value for name, value in options.items() if value is not None}
     got, out, error = main(script, monkeypatch, capsys, *arguments(**options))
     assert got == status
@@ -480,7 +494,7 @@ def test_loss_that_is_not_finite_stops_the_run(
         script, "train", lambda args: train(args, lambda **names: iterations.append(1))
     )
     monkeypatch.chdir(tmp_path)
-    options = {**dataclasses.asdict(small()), **BASE, "checkpoint_every": 1, "num_minibatches": 1}
+    options = dataclasses.asdict(small(**{**BASE, "checkpoint_every": 1, "num_minibatches": 1}))
     options = {name: value for name, value in options.items() if value is not None}
     status, _, error = main(script, monkeypatch, capsys, *arguments(**options))
     assert status == 1

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from conftest import NAMES, OWN
+from conftest import NAMES, plans
 from run_tools import arguments, main, refused, run, weights_of
 
 ENV_ID = "msh-3x3-3p-2h1s"
@@ -149,6 +149,15 @@ WRONG_OWN = {  # of one script
         ("--num-simulations 4", "num-simulations"),
     ],
     "hop_mcts": [("--transition network", "transition"), ("--plan-samples 4", "plan-samples")],
+    "hop_ppo_gumbel_new": [
+        ("--assignment none", "assignment"),
+        ("--goal-training vae", "goal-training"),
+        ("--inter-om mean", "inter-om"),
+        ("--goals some", "goals"),
+        ("--pg 2", "2"),
+        ("--plan-update none", "plan-update"),
+        ("--transition network", "transition"),
+    ],
 }
 
 
@@ -161,6 +170,7 @@ def test_words_that_are_no_options(script, nowhere, monkeypatch, capsys):
     assert not list(nowhere.iterdir())
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 @pytest.mark.parametrize(
     "option", ["evaluate", "resume", "load-moa", "init", "env-id", "co-players", "exp-name"]
 )
@@ -186,7 +196,7 @@ def test_text_longer_than_any_path(script, nowhere, monkeypatch, capsys, option)
 
 
 PLAIN = ["--plan-update", "none"]
-SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until"]
+SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until", "inter_om_alpha"]
 FROM_0 = ["seed", "env_workers", "pretrain_moa_steps"]
 
 
@@ -259,7 +269,19 @@ def test_wrong_numbers(script, nowhere, monkeypatch, capsys):
     ],
 )
 def test_wrong_command_lines(script, nowhere, monkeypatch, capsys, words, fragment):
+    if "--plan-update" in words and not plans(script):
+        place = words.index("--plan-update")
+        words = [*words[:place], *words[place + 2 :]]
     assert fragment in refused(script, monkeypatch, capsys, *words)
+
+
+@pytest.mark.only("hop_ppo_gumbel_new")
+@pytest.mark.parametrize("goals", [3, 7])
+def test_one_goal_for_each_needs_as_many_and_not_too_many(
+    script, nowhere, monkeypatch, capsys, goals
+):
+    words = ["--assignment", "exclusive", "--goals", goals]  # four players
+    assert "--assignment exclusive" in refused(script, monkeypatch, capsys, *words)
 
 
 @pytest.mark.only("hop_onestep")
@@ -374,6 +396,13 @@ def test_wrong_checkpoints(script, files, nowhere, monkeypatch, capsys, recwarn,
     assert len(warned) <= 1 and all(warned)  # of the garbage
 
 
+WRONG_PLAY = {  # options of --evaluate
+    "hop_onestep": ["--plan-samples 0"],
+    "hop_mcts": ["--num-simulations 0", "--num-goal-samples 0"],
+    "hop_ppo_gumbel_new": ["--assignment exclusive --env-id msh-3x3-4p-2h1s"],  # of three goals
+}
+
+
 def test_checkpoints_of_other_runs(script, done, nowhere, monkeypatch, capsys):
     base = ["--env-id", ENV_ID]
     sizes = ["--hidden-size", 16, "--goal-size", 3]
@@ -392,7 +421,7 @@ def test_checkpoints_of_other_runs(script, done, nowhere, monkeypatch, capsys):
         ["--evaluate", done, "--eval-episodes", 0],
         ["--evaluate", done, "--num-envs", 0],
         ["--evaluate", done, "--match-episodes", 0],
-        *(["--evaluate", done, f"--{name.replace('_', '-')}", 0] for name in OWN[script.SCRIPT]),
+        *(["--evaluate", done, *words.split()] for words in WRONG_PLAY[script.SCRIPT]),
     ):
         line = refused(script, monkeypatch, capsys, *words)
         assert "error: " in line
@@ -439,6 +468,7 @@ def experiment(script, done, tmp_path_factory):
     return {"copy": copied, "status": process.returncode, "out": out, "error": error, "path": path}
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_sigterm_ends_a_process_with_a_checkpoint(script, experiment):
     assert experiment["status"] == 143, experiment["error"]
     assert "ends after this iteration" in experiment["error"]
@@ -448,6 +478,7 @@ def test_sigterm_ends_a_process_with_a_checkpoint(script, experiment):
     assert f"stopped at step {global_step}:" in experiment["out"]
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_run_of_a_copy_under_another_name(script, done, experiment):
     assert experiment["path"].name.startswith(f"{ENV_ID}__")
     content = script.load_checkpoint(experiment["path"])
@@ -457,6 +488,7 @@ def test_run_of_a_copy_under_another_name(script, done, experiment):
     )
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_original_plays_and_goes_on_from_a_copys_run(script, experiment, tmp_path, monkeypatch):
     path = str(experiment["path"])
     result = script.evaluate(path, path, episodes=4, match_episodes=2)
@@ -472,6 +504,7 @@ def test_original_plays_and_goes_on_from_a_copys_run(script, experiment, tmp_pat
     assert script.load_checkpoint(path)["progress"][0] == steps + 64
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_refusal_as_a_process(experiment):
     """What the shell sees: status 2, one line, nothing on standard output, nothing written."""
     folder = experiment["copy"].parent

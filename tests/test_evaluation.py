@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import small_args
-from run_tools import broken_run, main, refused, run
+from conftest import OWN, plans, small_args
+from run_tools import broken_run, main, refused, run, trust
 
 ENV_ID = "msh-3x3-3p-2h1s"
 OTHER = "msh-2x7-3p-1h1s"
@@ -22,13 +22,9 @@ OFFSET = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
 CELL = "msh-1x1-2p-0h1s"  # one cell and one stag: whoever hunts can, and two hunters catch it
 
 
-def trust(agent, **others):
-    agent.plan_slope.fill_(1.0)
-
-
 @pytest.fixture(scope="module")
 def done(script, small, tmp_path_factory):
-    """The folder of a run with a planner that is on, and trusted, at its end."""
+    """The folder of a run with a planner, if there is one, that is on, and trusted, at its end."""
     folder = tmp_path_factory.mktemp("done")
     return run(script, small(env_id=ENV_ID, co_players="self,nh", **OFFSET), folder, trust).path
 
@@ -50,18 +46,20 @@ def foreign(sibling, tmp_path_factory):
 
 @pytest.fixture
 def planned(monkeypatch):
-    """Notes the planner's scores and the options that it goes by, whenever it is asked: a list."""
+    """Notes the planner's scores and the options that it goes by, whenever it is asked: a list.
+    Where there is no planner, the goals that are assigned."""
     calls = []
 
     def note(script):
-        scores = script.scores
+        owner, name = (script, "scores") if plans(script) else (script.MOA, "encode")
+        function = getattr(owner, name)
 
         def noted(agent, *inputs):
-            result = scores(agent, *inputs)
+            result = function(agent, *inputs)
             calls.append((result, agent.args))
             return result
 
-        monkeypatch.setattr(script, "scores", noted)
+        monkeypatch.setattr(owner, name, noted)
         return calls
 
     return note
@@ -233,7 +231,7 @@ def test_forms_of_co_players(script, done):
 
 
 def test_run_of_another_script_is_played_by_that(script, sibling, done, foreign, planned, tmp_path):
-    """Its planner included; in an evaluation and in training."""
+    """Its planner, or its assignment of goals, included; in an evaluation and in training."""
     game = script.make_game(script.Args(env_id=ENV_ID), "cpu")
     player = script.load_player(foreign, game, 2)
     assert type(player) is sibling.Player is not script.Player
@@ -287,6 +285,7 @@ def test_other_games_of_the_family(script, done):
             assert all(0.0 <= value <= best for value in result["focal_returns"])
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_planner_is_on_as_asked(script, done, plain, planned):
     calls = planned(script)
     options = {"episodes": 4, "match_episodes": 2}
@@ -326,6 +325,7 @@ def test_search_is_played_as_asked(script, done, monkeypatch):
 EXACT = {"hop_onestep": {"transition": "simulator"}, "hop_mcts": {}}  # the planner steps the game
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 @pytest.mark.parametrize("plan_update", ["offset", "hop"])
 def test_exact_planner_on_top_of_a_plain_run(script, plain, planned, plan_update):
     """It needs no training: it is trusted in full, and what is played is another policy."""
@@ -343,6 +343,7 @@ def test_exact_planner_on_top_of_a_plain_run(script, plain, planned, plan_update
     assert float(script.load_checkpoint(plain)["agent"]["plan_slope"]) == 0.0
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_exact_planner_on_top_of_a_plain_run_on_the_command_line(
     script, plain, planned, monkeypatch, capsys
 ):
@@ -394,22 +395,41 @@ def test_a_network_that_was_never_trained_is_not_planned_on(script, small, tmp_p
         script.evaluate(finished.path, "nh", **played, transition="network")
 
 
-LONG = {"hop_onestep": {}, "hop_mcts": {"num_simulations": 16}}  # after 4 puct_c decides little
-PLAY = {  # other values of the options that only one script has
-    "hop_onestep": {"plan_samples": 1, "transition": "simulator"},
-    "hop_mcts": {"num_simulations": 1, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1},
+HOP = {"plan_update": "hop"}
+LONG = {
+    "hop_onestep": HOP,
+    "hop_mcts": {**HOP, "num_simulations": 16},  # after 4 puct_c decides little
+    "hop_ppo_gumbel_new": {},
+}
+PLANNER = {"plan_update": "none", "plan_beta": 0.0}
+PLAY = {  # other values of the options in PLAYED
+    "hop_onestep": {**PLANNER, "plan_samples": 1, "transition": "simulator"},
+    "hop_mcts": {
+        **PLANNER,
+        "num_simulations": 1,
+        "num_goal_samples": 1,
+        "puct_c": 20.0,
+        "max_depth": 1,
+    },
+    "hop_ppo_gumbel_new": {"assignment": "hard"},
 }
 
 
-def test_every_option_of_play_changes_what_is_played(script, done):
-    options = {"episodes": 40, "match_episodes": 4, "plan_update": "hop", **LONG[script.SCRIPT]}
-    first = script.evaluate(done, "nh", **options)
-    others = {"plan_update": "none", "plan_beta": 0.0, **PLAY[script.SCRIPT]}
-    assert set(others) == set(script.PLAYED)
-    for name, value in others.items():
-        assert script.evaluate(done, "nh", **{**options, name: value}) != first, name
+def test_every_option_of_play_changes_what_is_played(script, done, tmp_path):
+    options = {"episodes": 40, "match_episodes": 4, **LONG[script.SCRIPT]}
+    path = done
+    if not plans(script):  # the first policies hardly depend on goals: one that does
+        path = tmp_path / "checkpoint.pt"
+        content = script.load_checkpoint(done)
+        content["agent"]["actor.out.weight"] *= 100.0
+        torch.save(content, path)
+    first = script.evaluate(path, "nh", **options)
+    assert set(PLAY[script.SCRIPT]) == set(script.PLAYED)
+    for name, value in PLAY[script.SCRIPT].items():
+        assert script.evaluate(path, "nh", **{**options, name: value}) != first, name
 
 
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_players_remember_before_the_next_state_is_seen(script, done):
     """All steps of the episode, the last one included."""
     times = []
@@ -423,6 +443,45 @@ def test_players_remember_before_the_next_state_is_seen(script, done):
     assert times == [*range(36)] * 2
 
 
+@pytest.mark.only("hop_ppo_gumbel_new")
+def test_likelihoods_of_all_steps_are_remembered(script, done):
+    """As above, by how unlikely under every goal all that was done is; begun anew by an episode."""
+    times = []
+    before = []
+
+    def watch(player, state, **others):
+        likelihood = player.memory[:, :, 1]
+        time = int(state.time[0])
+        assert not likelihood.any() if time == 0 else (likelihood < before[-1]).all()
+        times.append(time)
+        before.append(likelihood)
+
+    script.evaluate(done, "nh", env_id=CELL, episodes=2, match_episodes=2, watch=watch)
+    assert times == [*range(36)] * 2
+
+
+@pytest.mark.only("hop_ppo_gumbel_new")
+def test_assignment_is_played_as_asked(script, done, planned):
+    """As in the run, or as asked: shares of goals, one for each, and one-to-one."""
+    calls = planned(script)
+    options = {"episodes": 4, "match_episodes": 2}
+    largest = {}
+    for play in ({}, {"assignment": "hard"}, {"assignment": "exclusive"}):
+        calls.clear()
+        script.evaluate(done, "nh", **options, **play)
+        name = play.get("assignment", "soft")
+        assert calls and {args.assignment for _, args in calls} == {name}
+        shares = torch.stack([share for (_, share), _ in calls])
+        assert torch.allclose(shares.sum(3), torch.ones(()))
+        largest[name] = shares.amax(3).min()
+        if name == "exclusive":  # three goals of three players
+            assert torch.allclose(shares.sum(2), torch.ones(()))
+    assert largest["hard"] == 1.0 > largest["soft"]
+    with pytest.raises(script.UsageError, match="exclusive"):
+        script.evaluate(done, "nh", env_id="msh-3x3-4p-2h1s", assignment="exclusive")
+
+
+@pytest.mark.only("hop_onestep", "hop_mcts")
 def test_planner_can_be_switched_off_before_it_has_learnt(script, small, tmp_path):
     """A checkpoint of the first steps is played without it."""
     path = broken_run(script, small(env_id=ENV_ID, plan_update="offset"), tmp_path, 1)
@@ -508,7 +567,10 @@ def test_checkpoint_is_played_with_its_own_options(script, done):
     player = script.load_player(done, game, 2)
     assert isinstance(player, script.Player)
     assert dataclasses.asdict(player.agent.args)["hidden_size"] == 16
-    assert player.agent.plan_mode == "offset"
+    played = dataclasses.asdict(player.agent.args)
+    assert {name: played[name] for name in OWN[script.SCRIPT]} == OWN[script.SCRIPT]
+    if plans(script):
+        assert player.agent.plan_mode == "offset"
 
 
 def test_evaluation_through_a_relative_path(script, done, monkeypatch):

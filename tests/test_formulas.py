@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from conftest import SCRIPTS
+from conftest import SCRIPTS, plans
 
 pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
 EVERY = pytest.mark.only(*SCRIPTS)
+PLANNERS = pytest.mark.only("hop_onestep", "hop_mcts")
+DISCRETE = pytest.mark.only("hop_ppo_gumbel_new")
 ROOT = Path(__file__).resolve().parents[1]
 HUNT = "msh-3x3-3p-2h1s"
 DRIFTS = "msg-2x3-3p-3d"
@@ -55,7 +57,8 @@ def lively(script, small):
         game = script.make_game(args, "cpu")
         args = script.checked(args, game)
         agent = shake(script.Agent(game, args), seed)
-        agent.plan_slope.fill_(0.7)
+        if plans(script):
+            agent.plan_slope.fill_(0.7)
         return game, agent
 
     return make
@@ -244,6 +247,7 @@ def test_rollout_step_by_step(script, small, decisions, options):
     script.train(args, watch)
     first, second = runs
     args = second["args"]
+    bonus = plans(script) and args.plan_update == "hop"
     game = second["game"]
     agent = script.Agent(game, args)
     agent.load_state_dict(first["weights"])  # with which the second rollout was played
@@ -266,7 +270,7 @@ def test_rollout_step_by_step(script, small, decisions, options):
         assert torch.equal(step["reward"], reward)
         learnt = (1 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
         learnt = learnt * args.reward_scale
-        if args.plan_update == "hop":  # at half of the run, with an entropy bonus till 0.8 of it
+        if bonus:  # at half of the run, with an entropy bonus till 0.8 of it
             learnt = learnt - (1 - 0.5 / 0.8) / 3.0 * step["log_prob"]
         goes_on = ~(terminated | truncated)
         assert torch.equal(step["goes_on"], goes_on)
@@ -304,7 +308,7 @@ def test_rollout_step_by_step(script, small, decisions, options):
     learner = torch.stack([step["learner"] for step in steps])
     rows = second["rows"]
     torch.testing.assert_close(rows["advantage"], advantages[learner], rtol=1e-4, atol=1e-4)
-    if args.plan_update != "hop":
+    if not bonus:
         torch.testing.assert_close(rows["return"], rows["advantage"] + values[learner])
     assert count["truncated"] > 2
     if game.family == "msh":
@@ -369,7 +373,7 @@ def random_rows(script, game, agent, count=40):
         "others": torch.randn(count, 2, game.other_size + goal, generator=generator),
         "goal": torch.randn(count, goal, generator=generator),
         "mask": mask,
-        "offset": torch.randn(count, 7, generator=generator) * mask,
+        "offset": torch.randn(count, 7, generator=generator) * mask * plans(script),
         "advantage": 2 * torch.randn(count, generator=generator) + 1,
         "return": 2 * torch.randn(count, generator=generator) + 1,
     }
@@ -387,6 +391,7 @@ def probabilities(logits, mask):
     return {a: exponent / total for a, exponent in exponents.items()}
 
 
+@EVERY
 def test_ppo_loss_row_by_row(script, lively):
     """Clipped surrogate, value loss, entropy, approximate KL, share of clipped ratios."""
     game, agent = lively(env_id=HUNT, clip_coef=0.15, vf_coef=0.7, plan_update="offset")
@@ -424,6 +429,31 @@ def test_ppo_loss_row_by_row(script, lively):
     assert 0.1 < clip_fraction < 0.9
 
 
+@DISCRETE
+def test_plain_policy_gradient_row_by_row(script, lively):
+    """-log pi times the advantage; what was played before is not read, and nothing is clipped."""
+    game, agent = lively(env_id=HUNT, vf_coef=0.7, pg=True)
+    rows, logits, value = random_rows(script, game, agent)
+    rows["log_prob"] = torch.full_like(rows["advantage"], math.nan)
+    mean = float(rows["advantage"].mean())
+    deviation = float(rows["advantage"].std(correction=0))
+    expected = defaultdict(float)
+    for r in range(len(value)):
+        policy = probabilities(logits[r], rows["mask"][r])
+        advantage = (float(rows["advantage"][r]) - mean) / deviation
+        log_prob = math.log(policy[int(rows["action"][r])])
+        expected["losses/policy"] -= log_prob * advantage / len(value)
+        expected["losses/value"] += 0.5 * float(value[r] - rows["return"][r]) ** 2 / len(value)
+        entropy = -sum(p * math.log(p) for p in policy.values())
+        expected["losses/entropy"] += entropy / len(value)
+    loss, terms = script.ppo_loss(agent, rows, torch.tensor(0.03))
+    values = {name: float(term.detach()) for name, term in terms.items()}
+    assert values == pytest.approx(expected, rel=1e-4)
+    whole = expected["losses/policy"] + 0.7 * expected["losses/value"]
+    whole -= 0.03 * expected["losses/entropy"]
+    assert float(loss.detach()) == pytest.approx(whole, rel=1e-4)
+
+
 def test_imitation_is_the_cross_entropy_to_the_planner(script, lively):
     """-sum over a of softmax(beta Q)(a) log pi_theta(a): the policy without the offset."""
     game, agent = lively(env_id=HUNT, vf_coef=0.7, plan_update="hop")
@@ -446,16 +476,26 @@ def test_imitation_is_the_cross_entropy_to_the_planner(script, lively):
     assert float(loss.detach()) == pytest.approx(policy_loss + 0.7 * value_loss, rel=1e-4)
 
 
-@EVERY
+@PLANNERS
 @pytest.mark.parametrize("plan_update", ["offset", "none"])
 def test_the_first_ratio_is_one(script, small, monkeypatch, plan_update):
+    check_first_ratios(script, small, monkeypatch, plan_update)
+
+
+@DISCRETE
+def test_the_first_ratio_is_one_without_a_planner(script, small, monkeypatch):
+    check_first_ratios(script, small, monkeypatch, "none")
+
+
+def check_first_ratios(script, small, monkeypatch, plan_update):
     """Before any step of the optimiser PPO's policy is the one that acted, planner included."""
     parts = []
     plain = script.ppo_loss
 
     def noting(agent, rows, *rest):
         prior = agent.actor(rows["own"], rows["others"], rows["goal"]).detach()
-        log_policy = (prior + rows["offset"]).masked_fill(~rows["mask"], -1e9).log_softmax(1)
+        log_policy = (prior + offset_of(rows, prior)).masked_fill(~rows["mask"], -1e9)
+        log_policy = log_policy.log_softmax(1)
         log_prob = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1)
         loss, terms = plain(agent, rows, *rest)
         parts.append((rows, log_prob, terms))
@@ -471,12 +511,18 @@ def test_the_first_ratio_is_one(script, small, monkeypatch, plan_update):
     for rows, log_prob, terms in parts[::each]:  # the first minibatch of each iteration
         torch.testing.assert_close(log_prob, rows["log_prob"], rtol=0.0, atol=2e-5)
         assert float(terms["losses/approx_kl"]) == pytest.approx(0.0, abs=1e-6)
-        largest = max(largest, float(rows["offset"].abs().max()))
+        largest = max(largest, float(offset_of(rows, rows["mask"]).abs().max()))
     assert largest > 0.2 if plan_update == "offset" else largest == 0.0
     later = [float((log_prob - rows["log_prob"]).abs().max()) for rows, log_prob, _ in parts]
     assert max(later) > 0.01
 
 
+def offset_of(rows, like):
+    """A planner's offset, or zeros in the shape of `like`."""
+    return rows.get("offset", torch.zeros(like.shape))
+
+
+@EVERY
 def test_only_the_learners_rows_are_learnt_from(script, small, monkeypatch):
     """Each row once in each pass; co-players' and leavers' rows in none."""
     parts = []
@@ -512,10 +558,16 @@ def test_exact_planning_where_the_learner_has_left(script, small, plan_update):
     play_till_the_learner_has_left(script, small(plan_update=plan_update, transition="simulator"))
 
 
-@EVERY
+@PLANNERS
 @pytest.mark.parametrize("plan_update", ["offset", "hop", "none"])
 def test_rollouts_in_which_the_learner_has_left(script, small, plan_update):
     play_till_the_learner_has_left(script, small(plan_update=plan_update))
+
+
+@DISCRETE
+@pytest.mark.parametrize("goal_training", ["gumbel", "em"])
+def test_rollouts_in_which_the_learner_has_left_its_goals(script, small, goal_training):
+    play_till_the_learner_has_left(script, small(goal_training=goal_training, seed=4))
 
 
 def play_till_the_learner_has_left(script, args):
@@ -605,7 +657,8 @@ class Play:
                     self.match[b] += 1
                     match_ended[b] = True
         own, views = game.features(state)
-        self.player.decision = {"own": own, "views": views, "alive": alive}
+        mask = game.action_mask(state)
+        self.player.decision = {"own": own, "views": views, "mask": mask, "alive": alive}
         with torch.no_grad():
             self.player.remember(actions)
         self.player.forget(ended, match_ended)
@@ -1003,6 +1056,40 @@ def test_no_goal_and_many_rows(play, monkeypatch, script):
     everything = torch.cat([whole.memory.flatten(1), whole.own], 1)
     for row in torch.cat([part.memory.flatten(1), part.own], 1):
         assert (everything - row).abs().max(1).values.min() < 1e-5
+
+
+@DISCRETE
+@pytest.mark.parametrize("goal_training", ["gumbel", "em"])
+def test_who_has_left_tells_nothing_of_its_goal(script, play, goal_training):
+    """What it is said to see and do then is in no loss of the MOA, and in no belief."""
+    one = play(steps=40)
+    agent = one.agent
+    agent.args = dataclasses.replace(agent.args, goal_training=goal_training)
+    batch = one.read(one.spans())
+    left = ~batch["active"]
+    assert 0.05 < left.float().mean() < 0.95
+    losses = []
+    for others in (torch.zeros_like(left), left, ~left):
+        torch.manual_seed(0)  # of the draws of goals
+        own = batch["own"] + others.unsqueeze(3)
+        action = torch.where(others, STAY - 1, batch["action"])
+        changed = {**batch, "own": own, "action": action}
+        loss, terms = script.moa_loss(agent, changed, False, generator_of(0))
+        losses.append(torch.stack([loss, *terms.values()]).detach())
+    assert torch.equal(losses[0], losses[1])
+    assert (losses[0] != losses[2]).all()
+    state = situations(one.game)
+    own, views = one.game.features(state)
+    alive = one.game.alive(state)
+    player = player_of(script, agent, len(own))
+    mask = torch.ones(*alive.shape, 7, dtype=torch.bool)
+    player.decision = {"own": own, "views": views, "mask": mask, "alive": alive}
+    with torch.no_grad():
+        player.remember(torch.full(alive.shape, STAY))
+        belief = agent.moa.belief(player.memory)
+    assert torch.allclose(belief[~alive], torch.ones(()) / agent.args.goals)
+    assert (belief[alive].amax(1) > 1.01 / agent.args.goals).float().mean() > 0.9
+    assert 10 < alive.sum() < alive.numel() - 10
 
 
 def test_oracle_goals_in_the_buffer_are_those_acted_on(script, small, decisions):
@@ -1403,7 +1490,8 @@ def test_joint_actions_are_drawn_from_the_moa_at_drawn_goals(script, lively):
 
 @EVERY
 def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
-    """What a player samples from is the posterior of the memory: mean and standard deviation."""
+    """What a player reads, and a planner samples from, is the posterior of the memory: mean and
+    standard deviation, or shares of goals."""
     game, agent = lively(env_id=HUNT, plan_update="offset")
     state = situations(game, batch=3, steps=3)
     own, others = game.features(state)
@@ -1415,12 +1503,14 @@ def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
         shown.append(seen[2:])
         return torch.zeros(len(chosen[0]), game.num_actions)
 
-    monkeypatch.setattr(script, "scores", noting)
+    monkeypatch.setattr(script, "scores", noting, raising=plans(script))
     decision = decision_of(script, agent, state, memory=memory)
     with torch.no_grad():
         mean, log_std = agent.moa.encode(memory, own, others)
-    torch.testing.assert_close(shown[0][0], mean)
-    torch.testing.assert_close(shown[0][1], log_std)
+    assert bool(shown) == plans(script)
+    if shown:
+        torch.testing.assert_close(shown[0][0], mean)
+        torch.testing.assert_close(shown[0][1], log_std)
     assert log_std.std() > 0.05
     assert mean.std() > 0.05
     for i in range(3):
@@ -1434,7 +1524,7 @@ def test_goals_are_those_of_the_memory(script, lively, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # From scores to a policy
 # ------------------------------------------------------------------------------------------------
-@EVERY
+@PLANNERS
 @pytest.mark.parametrize("mode", ["offset", "hop", "none"])
 @pytest.mark.parametrize("slope, share", [(0.6, 0.6), (1.8, 1.0), (-0.5, 0.0)])
 def test_the_policy_that_acts(script, lively, mode, slope, share):
@@ -1471,6 +1561,28 @@ def test_the_policy_that_acts(script, lively, mode, slope, share):
         assert float(decision["log_prob"][b, i]) == pytest.approx(float(policy[action]), abs=1e-3)
 
 
+@DISCRETE
+@pytest.mark.parametrize("assignment", ["soft", "hard", "exclusive"])
+def test_the_policy_that_acts_on_assigned_goals(script, lively, assignment):
+    """pi_theta of own features, and co-players' with the goals that are assigned to them."""
+    game, agent = lively(env_id=HUNT, assignment=assignment)
+    state = situations(game, batch=20)
+    memory = torch.randn(script.Player(agent, 120).memory.shape, generator=generator_of(1))
+    decision = decision_of(script, agent, state, memory=memory)
+    mask = game.action_mask(state)
+    own, others = game.features(state)
+    with torch.no_grad():
+        goals = agent.moa.encode(memory, own, others)[0]
+        theirs = goals[:, game.others]
+        seen = (own, torch.cat([others, theirs], 3), theirs.sum(2))
+        policy = agent.actor(*seen).masked_fill(~mask, -1e9).log_softmax(2)
+        value = agent.critic(*seen).squeeze(2)
+    torch.testing.assert_close(decision["value"], value)
+    action = decision["action"].unsqueeze(2)
+    assert mask.gather(2, action).all()
+    torch.testing.assert_close(decision["log_prob"], policy.gather(2, action).squeeze(2))
+
+
 @EVERY
 def test_actions_are_drawn_from_that_policy(script, lively):
     game, agent = lively(env_id=HUNT, plan_update="offset", plan_beta=1.5)
@@ -1478,7 +1590,9 @@ def test_actions_are_drawn_from_that_policy(script, lively):
     state = rows_of(one, torch.zeros(6000, dtype=torch.int64))
     decision = decision_of(script, agent, state)
     mask = game.action_mask(state)
-    logits = (decision["prior"] + decision["offset"]).masked_fill(~mask, -1e9)
+    with torch.no_grad():
+        prior = agent.actor(*map(decision.get, ["own", "others", "goal"]))
+    logits = (prior + offset_of(decision, prior)).masked_fill(~mask, -1e9)
     policy = logits.softmax(2).mean(0)
     share = functional.one_hot(decision["action"], 7).float().mean(0)
     assert ((share - policy).abs() <= 5 * (policy * (1 - policy) / 6000).sqrt() + 1e-6).all()
@@ -1517,7 +1631,7 @@ def test_calibration_in_closed_form(script, mode):
     assert float(script.calibration(rows, mode)[1]) == pytest.approx(1.7, rel=1e-4)
 
 
-@EVERY
+@PLANNERS
 def test_hop_learns_the_mean_of_return_and_plan(script, small):
     """V's target: half the lambda-return, half E_pi Q under the planner's policy."""
     runs = []
@@ -1546,10 +1660,20 @@ def test_hop_learns_the_mean_of_return_and_plan(script, small):
 # ------------------------------------------------------------------------------------------------
 # No seat is special
 # ------------------------------------------------------------------------------------------------
-@EVERY
+@PLANNERS
 def test_relabelled_seats_give_the_same_decisions(script, lively):
+    check_relabelled_decisions(script, lively, plan_update="none")
+
+
+@DISCRETE
+@pytest.mark.parametrize("assignment", ["soft", "hard", "exclusive"])
+def test_relabelled_seats_give_the_same_assignments(script, lively, assignment):
+    check_relabelled_decisions(script, lively, assignment=assignment, goals=5)
+
+
+def check_relabelled_decisions(script, lively, **options):
     """Features, goals, priors, values of the players, whatever their seats are called."""
-    game, agent = lively(env_id="msh-4x4-4h1s", plan_update="none")
+    game, agent = lively(env_id="msh-4x4-4h1s", **options)
     state = situations(game, batch=20)
     order = torch.tensor([2, 0, 3, 1])  # no rotation
     other = state._replace(players=state.players[:, order])
@@ -1560,7 +1684,11 @@ def test_relabelled_seats_give_the_same_decisions(script, lively):
         decision = decision_of(script, agent, one, memory=remembered)
         value = player_of(script, agent, 120, remembered).value(one, None)
         torch.testing.assert_close(value, decision["value"])
-        results.append(decision)
+        with torch.no_grad():
+            prior = agent.actor(*map(decision.get, ["own", "others", "goal"]))
+        prior = prior.masked_fill(~decision["mask"], -1e9).log_softmax(2)
+        torch.testing.assert_close(decision.get("prior", prior), prior)
+        results.append({**decision, "prior": prior})
     plain, moved = results
     for name in ("own", "goal", "mask", "prior", "value"):
         field = plain[name][:, order]
@@ -1582,13 +1710,24 @@ def gradients(networks):
     return torch.cat(parts)
 
 
-@EVERY
+@PLANNERS
 def test_relabelled_seats_give_the_same_training(script, play, monkeypatch):
+    check_relabelled_training(script, play, monkeypatch)
+
+
+@DISCRETE
+@pytest.mark.parametrize("options", [{}, {"goal_training": "em", "pg": True}], ids=["ppo", "pg"])
+def test_relabelled_seats_give_the_same_training_of_goals(script, play, monkeypatch, options):
+    check_relabelled_training(script, play, monkeypatch, **options)
+
+
+def check_relabelled_training(script, play, monkeypatch, **options):
     """Matches of random players with the seats in another order: the same losses of the MOA, of PPO
     and of a transition network, and the same gradients."""
     one = play(env_id="msh-3x3-4p-3h1s", match_episodes=2)
     game = one.game
     agent = one.agent
+    agent.args = dataclasses.replace(agent.args, **options)
     ring = one.buffer.ring
     plain_ring = dict(ring)
     order = torch.tensor([2, 0, 3, 1])  # no rotation
@@ -1602,6 +1741,10 @@ def test_relabelled_seats_give_the_same_training(script, play, monkeypatch):
     def constant(size, **options):  # noise of the goals, the same for every row
         return torch.full(size, 0.3)
 
+    def likeliest(logits, tau, hard):  # the same, of discrete goals
+        share = (logits / tau).softmax(1)
+        return functional.one_hot(share.argmax(1), share.shape[1]) + share - share.detach()
+
     for place in (torch.arange(4), order):
         for name in ("players", "action", "alive", "reward", "reached"):
             ring[name] = plain_ring[name][:, :, place]
@@ -1611,6 +1754,7 @@ def test_relabelled_seats_give_the_same_training(script, play, monkeypatch):
         mask = batch["mask"].flatten(0, 1)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randn", constant)
+            patch.setattr(functional, "gumbel_softmax", likeliest)
             loss, terms = script.moa_loss(agent, batch, False, generator_of(0))
         loss.backward()
         results["moa"].append(torch.stack([loss, *terms.values()]).detach())
