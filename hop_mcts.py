@@ -117,7 +117,7 @@ class Args:
     hidden_size: int = 64  # width of all networks
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # zero, or scripted ones' truth
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # from play, zero, scripts' truth
     goal_size: int = 8  # dimensions of a goal
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
@@ -223,7 +223,7 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
 DEFAULTS = {  # of the options that are None, by measurements (README.md)
     "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
     "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
-    # ours: no planner has to be asked for
+    # ours: plain PPO only if --plan-update none asks for it
     "other": dict(gamma=0.95, plan_update="offset", plan_beta=5.0, plan_until=1.0),
 }
 NUMBER = "[1-9][0-9]?"

@@ -115,7 +115,7 @@ class Args:
     hidden_size: int = 64  # width of all networks
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # zero, or scripted ones' truth
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # from play, zero, scripts' truth
     goal_size: int = 8  # dimensions of a goal
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)

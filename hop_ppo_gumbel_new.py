@@ -5,10 +5,10 @@ in this *match* (several episodes with the same co-players in the same seats). A
 agents (MOA) predicts their actions from the goal, one of G; by Bayes' rule that gives a belief over
 it; PPO reads the embeddings of the goals that beliefs assign to co-players. There is no planner.
 
-    python hop_ppo_gumbel_new.py --num-envs 16                       # small stag hunt
-    python hop_ppo_gumbel_new.py --env-id msg --co-players self      # snowdrift, self-play
-    python hop_ppo_gumbel_new.py --env-id mpe2.simple_tag_v3         # PettingZoo environment
-    python hop_ppo_gumbel_new.py --evaluate runs/NAME --co-players ns# three stag hunters
+    python hop_ppo_gumbel_new.py --num-envs 16                         # small stag hunt
+    python hop_ppo_gumbel_new.py --env-id msg --co-players self        # snowdrift, self-play
+    python hop_ppo_gumbel_new.py --env-id mpe2.simple_tag_v3           # PettingZoo environment
+    python hop_ppo_gumbel_new.py --evaluate runs/NAME --co-players ns  # three stag hunters
     python hop_ppo_gumbel_new.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
         --total-timesteps 2400 --match-episodes 2400 --learning-rate 3e-3 --no-anneal
 
@@ -112,7 +112,7 @@ class Args:
     hidden_size: int = 64  # width of all networks
     reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # zero, or scripted ones' truth
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # from play, zero, scripts' truth
     goal_size: int = 8  # dimensions of a goal
     goals: int = 4  # G, goals that a player can have
     goal_training: Literal["gumbel", "em"] = "gumbel"  # one is drawn for a match, or all by share

@@ -48,6 +48,17 @@ def trust(agent, **others):
         agent.plan_slope.fill_(1.0)
 
 
+def shake(module, seed=0):
+    """Gives all parameters normal values of a fan-in's scale, so that no output is nearly zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            wide = parameter.dim() > 1
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if wide else 0.1 * noise)
+    return module
+
+
 class BreakError(Exception):
     """What ends a run at once, as a kill would: nothing is written after it."""
 

@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from conftest import SMALL, load_script
+from run_tools import shake
 
 HUNT = "msh-3x3-3p-2h1s"
 DRIFTS = "msg-2x3-3p-3d"
@@ -37,13 +38,7 @@ def lively(script):
         args = script.Args(**{**SMALL, "env_id": HUNT, "horizon": 9, "goals": 3, **options})
         game = script.make_game(args, "cpu")
         agent = script.Agent(game, script.checked(args, game))
-        generator = generator_of(seed)
-        with torch.no_grad():
-            for parameter in agent.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                wide = parameter.dim() > 1
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5 if wide else 0.1 * noise)
-        return game, agent
+        return game, shake(agent, seed)
 
     return make
 

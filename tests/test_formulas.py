@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from conftest import SCRIPTS, plans
+from run_tools import shake
 
 pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
 EVERY = pytest.mark.only(*SCRIPTS)
@@ -35,17 +36,6 @@ def workplace(tmp_path, monkeypatch):
     """Runs are written elsewhere; environments of the other test module can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "tests")
-
-
-def shake(module, seed=0):
-    """Gives all parameters normal values of a fan-in's scale, so that no output is nearly zero."""
-    generator = generator_of(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            wide = parameter.dim() > 1
-            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if wide else 0.1 * noise)
-    return module
 
 
 @pytest.fixture
