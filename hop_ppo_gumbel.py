@@ -1,39 +1,55 @@
-"""HOP+ with discrete goals and no planner: opponent modelling in mixed-motive grid games, in one file.
+"""HOP+ with discrete goals: opponent modelling with inferred goals in mixed-motive games.
 
-A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: one of G discrete goals for
-every seat and match, each an embedding. A model of other agents (MOA) predicts actions under every goal; from the
-likelihoods of what a player did, Bayes' rule gives a belief N x G, which goes on from episode to episode; PPO reads the
-embeddings of the goals that are assigned to the co-players. Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002),
-Gumbel-Softmax (Jang et al., ICLR 2017, 1611.01144), PPO (1707.06347), GAE (1506.02438).
+A learner plays among co-players whose goals it infers, one for every seat, from what that seat did
+in this *match* (several episodes with the same co-players in the same seats). A model of other
+agents (MOA) predicts their actions from the goal, one of G; by Bayes' rule that gives a belief over
+it; PPO reads the embeddings of the goals that beliefs assign to co-players. There is no planner.
 
-    python hop_ppo_gumbel.py --num-envs 16                          # train on the small stag hunt
-    python hop_ppo_gumbel.py --env-id msg --co-players self         # self-play on the snowdrift game
-    python hop_ppo_gumbel.py --evaluate runs/NAME --co-players ns   # play a checkpoint with three stag hunters
-    diff hop_onestep.py hop_ppo_gumbel.py                           # the method: what differs from the sibling
+    python hop_ppo_gumbel.py --num-envs 16                         # small stag hunt
+    python hop_ppo_gumbel.py --env-id msg --co-players self        # snowdrift, self-play
+    python hop_ppo_gumbel.py --env-id mpe2.simple_tag_v3           # PettingZoo environment
+    python hop_ppo_gumbel.py --evaluate runs/NAME --co-players ns  # three stag hunters
+    python hop_ppo_gumbel.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
+        --total-timesteps 2400 --match-episodes 2400 --learning-rate 3e-3 --no-anneal
 
-A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
-a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
-[B, A], clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each).
-If it has a method `start_match(which [B] bool)`, that is called when matches start. Before training, another object (or
-copy) of each plays one step of a game that nothing is learnt from.
-Shapes in comments: B games, N seats (players), A actions, C planes, G goals, M items, T steps, Z goal, R rows, .."""
+One iteration; `train` has it line by line:
 
-import collections
+    repeat num_steps times, in B games at once:                          # ROLLOUT
+        z_j = sum over g of b_j(g) e_g, for every seat j                 # goals, by belief
+        a_i ~ pi_theta(. | o_i, z_-i);  o, r <- step(a)
+        b_j(g) <- b_j(g) pi_hat(a_j | o_j, t, e_g), normalised           # Bayes, within the match
+    MOA: q_j(g) ~ product over the match of pi_hat(a_j | o_j, t, e_g), g_j ~ q_j (Gumbel-Softmax);
+         -log pi_hat(a_j | o_j, t, e_g_j) + KL(q_j || uniform) / steps + subgoal
+    PPO: clipped loss, V towards lambda-returns
+
+A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
+also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
+callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], generator) -> actions
+[R]`, R = B * N rows, one for each seat of each game, those that it does not play included. If it
+has `start_match(which [R] bool)`, that is called when matches start.
+
+Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
+(1707.06347), GAE (1506.02438), Gumbel-Softmax (1611.01144). Shapes in comments: B games, N players,
+A actions, X own and Y co-players' features, G goals, Z embedding of one, M items, T steps of a
+rollout, C steps in the buffer, L steps of a match, R rows; tables: S + 1 cells, the
+last is none, F features of a pair of cells."""
+
 import contextlib
-import copy
 import dataclasses
+import fcntl
 import importlib
-import io
-import itertools
 import json
-import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from math import ceil, inf, isfinite, nan
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -42,1817 +58,1571 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
-from pettingzoo import ParallelEnv
-from PIL import Image, ImageDraw
-from torch import Generator, Tensor, nn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Generator, Tensor, arange, cat, nn, no_grad, stack, tensor, where, zeros_like
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# method: options of goals and beliefs, none of a planner
 @dataclasses.dataclass
 class Args:
-    # common
+    # run
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of everything random
     torch_deterministic: bool = True  # use torch's deterministic algorithms
     cuda: bool = False  # run on the GPU
-    # method: there is no planner
-    compile: bool = False  # compile the game and the PPO loss with torch.compile
+    compile: bool = False  # compile the PPO loss with torch.compile
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "hop-plus"  # W&B project
     wandb_entity: str | None = None  # W&B team
-    capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
-    save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
-    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
-    resume: str | None = None  # folder or checkpoint of a run to go on with; only length and logging may change
-    profile: bool = False  # log where the time goes, and print it at the end as a tree
-    evaluate: str | None = None  # folder or checkpoint to play instead of training
+    capture_video: bool = False  # at the end, write episode.gif: a match's last episode, beliefs
+    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, and every minute
+    resume: str | None = None  # run to go on with, bit for bit; schedules follow the new length
+    init: str | None = None  # run whose weights and options to start from, with fresh optimisers
+    profile: bool = False  # profile three iterations: a table by label, and trace.json
+    evaluate: str | None = None  # run to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
     # game and co-players
-    env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
-    co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
+    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd], module[:function]
+    env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
+    env_workers: int = 0  # processes that step PettingZoo environments; 0: this one
+    horizon: int | None = None  # most steps of an episode (default: by game)
+    co_players: str | None = None  # co-player, or a comma list to draw from (default: by game)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
-    prosocial: float = 0.0  # share of all players' mean reward, until it leaves, in the learner's; the rest is its own
+    prosocial: float = 0.0  # share of all players' mean reward in the learner's, beside its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
-    num_steps: int = 64  # steps in each game an iteration
-    learning_rate: float = 1e-3  # of policy and value (Adam)
-    anneal: bool = True  # let learning rate and entropy bonus fall linearly over the run
+    num_steps: int = 32  # steps in each game an iteration
+    # ours: no planner
+    learning_rate: float = 2e-3  # of all but the MOA (Adam)
+    pg: bool = False  # plain policy gradient, no clipped loss (on policy: --update-epochs 1)
+    anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
-    num_minibatches: int = 8  # minibatches a pass
-    norm_adv: bool = True  # normalise advantages by minibatch
+    num_minibatches: int = 4  # minibatches a pass
     clip_coef: float = 0.2  # PPO's clipping
-    ent_coef: float = 0.02  # entropy bonus at the start
-    ent_floor: float = 0.1  # share of the entropy bonus that is left at the end, if annealed
+    ent_coef: float = 0.02  # entropy bonus at the start; annealed to a tenth
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    # method: there is no transition network
-    hidden_size: int = 64  # width of the policy's and value's networks
-    reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
-    pg: bool = False  # plain policy gradient, same advantages, no ratio (on-policy only with --update-epochs 1)
+    hidden_size: int = 64  # width of all networks
+    reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    # method: discrete goals
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # discrete, zero (Direct-OM), or the scripted ones' truth
-    goals: int = 4  # discrete goals a player (G)
-    # method: of a discrete goal's embedding
-    goal_size: int = 8  # dimensions of a goal's embedding
-    goal_training: Literal["gumbel", "em", "amortised"] = "gumbel"  # responsibilities drawn, soft; or guessed
-    temperature: float = 1.0  # of the Gumbel-Softmax at the start; falls to a tenth of it, if annealed
-    belief: Literal["bayes", "encoder", "none"] = "bayes"  # from the likelihoods; an encoder's guess; always uniform
-    inter_om: Literal["posterior", "count"] = "posterior"  # what an ended episode adds to the prior: that, or its goal
-    inter_om_alpha: float = 0.0  # weight of the old prior in the next episode's; 0: the last posterior, 1: nothing kept
-    assignment: Literal["soft", "hard", "exclusive"] = "soft"  # of goals to players: mean, likeliest, one-to-one
-    own_goal: bool = False  # the policy chooses a goal of its own, too
-    goal_period: int = 10  # game steps for which it keeps that goal, at most to the episode's end
-    moa_hidden_size: int = 64  # width of the MOA's networks
-    # method: larger, since its minibatches are fewer
-    moa_learning_rate: float = 5e-3  # of the MOA (Adam), annealed as well
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # from play, zero, scripts' truth
+    goal_size: int = 8  # dimensions of a goal
+    goals: int = 4  # G, goals that a player can have
+    goal_training: Literal["gumbel", "em"] = "gumbel"  # one is drawn for a match, or all by share
+    temperature: float = 1.0  # of the Gumbel-Softmax at the start; annealed to a tenth
+    inter_om: Literal["posterior", "count"] = "posterior"  # what an episode adds to the next prior
+    inter_om_alpha: float = 0.0  # weight of the old prior in it
+    assignment: Literal["soft", "hard", "exclusive"] = "soft"  # mean, likeliest, one-to-one
+    # ours: fewer updates
+    moa_learning_rate: float = 5e-3  # of the MOA (Adam)
+    # ours: for speed
+    moa_updates: int = 1  # minibatches for the MOA an iteration
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_every: int = 4  # iterations from one training of the MOA to the next; then all beliefs are computed anew
-    # method: more at a time, since not every iteration trains
-    moa_updates: int = 20  # minibatches for the MOA each time
-    moa_matches: int = 8  # matches in each
-    moa_share: float = 0.25  # share of their steps that are read, drawn anew each time; the likelihood is that of those
-    moa_capacity: int = 1000  # matches that the MOA's buffer holds
-    moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
-    load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
+    moa_capacity: int = 200_000  # game steps that the match buffer holds
+    moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
+    load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    # method: there is no VAE
-    pretrain_moa_steps: int = 0  # game steps played first, besides the run's, to train the MOA
+    pretrain_moa_steps: int = 0  # first game steps of the run, which train goals alone
 
 
-# method: there is no planner
-FAMILY_DEFAULTS = {"msh": {"gamma": 0.99}, "msg": {"gamma": 0.85}}  # of the options that are None
-# method: there is no planner, and alpha is the count's
-NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "subgoal_coef", "pretrain_moa_steps"]
-# method: as well
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "inter_om_alpha", "moa_share"]
-
-
-def resolved(args: Args) -> Args:
-    """`args` with the game's defaults in place of None, checked. Raises UsageError."""
-    game = GridGame(args.env_id)
-    scripted = SCRIPTED_OF[game.family]
-    if game.best_return <= 0:
-        raise UsageError(f"nothing can be earned in {game.id}")
-    defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
-    defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    for name, value in dataclasses.asdict(args).items():
-        choices, wanted = re.findall(r"'(\w+)'", str(Args.__annotations__[name]).partition("Literal")[2]), ""
-        if choices and value not in choices:
-            wanted = f"one of {', '.join(choices)}"
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = 0 if name in (*SHARES, *NOT_NEGATIVE) else 1e-12, 1 if name in SHARES else 2**62
-            wanted = "" if low <= value <= high else "in 0..1" if high == 1 else "positive" if low else "at least 0"
-        if wanted:
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        raise UsageError("--total-timesteps is less than one iteration (--num-envs times --num-steps)")
-    if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: no CUDA device is available")
-    if not re.fullmatch(r"[\w.+-]+", args.exp_name):
-        raise UsageError(f"--exp-name must be letters, digits and . _ + -, not {args.exp_name!r}")
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Games
-# ---------------------------------------------------------------------------------------------------------------------
-UP, DOWN, LEFT, RIGHT, STAY = range(5)  # the moves; interactions (STAG, HARE or REMOVE) follow
-COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
-COUNT = r"(0|[1-9][0-9]{0,3})"
-ITEM_COUNTS = {"msh": rf"{COUNT}h{COUNT}s", "msg": rf"{COUNT}d"}
-GAME_IDS = {f: re.compile(rf"{f}(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{items})?") for f, items in ITEM_COUNTS.items()}
+FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until inter_om_alpha".split()  # in any script
+FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done; `main` prints the message as one line and exits with status 2."""
+    """What the user asked for cannot be done; `main` prints it as one line, with status 2."""
 
 
-class GameState(NamedTuple):
-    """B parallel games; all int64. Everything that changes while a game is played, and nothing else."""
+@contextlib.contextmanager
+def refused(what):
+    """Turns whatever the user's files and code raise inside into a UsageError of one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"{what}: {text[-400:]}") from error  # a worker's cause comes last
+
+
+def checked(args, game):
+    """`args` with the game's defaults in place of None. Raises UsageError for what cannot be."""
+    missing = {name: v for name, v in game.defaults.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **missing)
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low = int(type(value) is int and name not in FROM_0)
+            high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
+            if not low <= value <= high:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
+    loaded = args.load_moa or args.init
+    short = args.total_timesteps < args.num_envs * args.num_steps
+    problems = {
+        "--total-timesteps is less than --num-envs * --num-steps": short,
+        "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
+        "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
+        "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise UsageError(message)
+    return args
+
+
+# ---- Games ---------------------------------------------------------------------------------------
+def clock_features(game, state):
+    """float32 [B, N, 8]: functions of the steps done and left of an episode. No step begins with
+    0 left, so V is never trained there: at the time limit it is read as with 1 left."""
+    done, left = game.clock(state).T
+    left = left.clamp(min=1)
+    functions = [done / game.horizon, left / game.horizon, (-left / 8).exp(), left <= 5]
+    functions += [left == 1, left == 2, left == 3, done + left < game.horizon]
+    clock = stack([function.float() for function in functions], 1)
+    return clock[:, None].expand(-1, game.num_players, -1)
+
+
+def replaced(state, fresh, ended):
+    """`state` with the games of bool [B] `ended` as in `fresh`."""
+    pairs = zip(state, fresh)
+    return type(state)(*(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs))
+
+
+def co_player_seats(num_players):
+    """int64 [N, N-1]: the co-players of each seat, in cyclic order."""
+    seats = arange(num_players)
+    return (seats[:, None] + seats[1:]) % num_players
+
+
+STAY = 4  # the moves are UP, DOWN, LEFT, RIGHT, STAY; interactions follow: STAG, HARE or REMOVE
+COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
+NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+NEVER = 9999  # rank of items that nobody seeks, distance of what is gone
+SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -1: walks about
+    "msh": {"ns": (1, 2), "nh": (0, 1), "random": (0, 0)},
+    "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
+}
+RULES = {  # items and how many; for each, players that it takes, and what they split; bonus to all
+    "msh": ({"stag": 1, "hare": 4}, [2, 1], [10.0, 1.0], 0.0),
+    "msg": ({"drift": 6}, [1], [-4.0], 6.0),
+}
+DEFAULTS = {  # of the options that are None, by measurements (README.md)
+    "msh": dict(horizon=35, gamma=0.99),  # ours: no planner
+    "msg": dict(horizon=50, gamma=0.85),
+    "other": dict(gamma=0.95),
+}
+NUMBER = "[1-9][0-9]?"
+GRID_ID = re.compile(
+    f"ms[hg](-(?P<height>{NUMBER})x(?P<width>{NUMBER}))?(-(?P<players>{NUMBER})p)?"
+    f"(-(?P<hare>0|{NUMBER})h(?P<stag>{NUMBER})s|-(?P<drift>{NUMBER})d)?"
+)
+
+
+class GridState(NamedTuple):
+    """B parallel games; int64. Everything that changes while a game is played, nothing else."""
 
     players: Tensor  # [B, N] cell row * W + col; -1 once the player has left
     items: Tensor  # [B, M] cell, stags before hares; -1 once gone
     time: Tensor  # [B] steps done
-    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before it and in `msg`
-
-    def rows(self, index: Tensor) -> "GameState":
-        """The games at `index` (int64 [B'] or bool [B]), as a state of B' games."""
-        return GameState(*(field[index] for field in self))
-
-    def replaced(self, which: Tensor, other: "GameState") -> "GameState":
-        """This state with the games of bool [B] `which` taken from `other`."""
-        pairs = zip(self, other, strict=True)
-        return GameState(*(torch.where(which.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in pairs))
+    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before, in `msg`
 
 
 class GridGame:
-    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): fixed facts of one game, and pure functions of its state.
-    Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts;
-    `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002). Players act at once; an
-    action is read against the state before the step. Raises UsageError for an id that names no game."""
+    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`) of HOP (Huang et al. 2024), as pure
+    batched functions. Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is
+    `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts; `msg` is `msg-8x8-4p-6d`). Players act
+    at once; an action is read against the state before the step. Raises UsageError for an id that
+    names no game."""
 
-    def __init__(self, env_id: str, device: str | torch.device = "cpu"):
-        self.family, match = next(((f, m) for f, r in GAME_IDS.items() if (m := r.fullmatch(env_id))), ("", None))
-        if match is None:
-            raise UsageError(f"unknown game {env_id!r}: ids are msh[-HxW][-Np][-KhMs] and msg[-HxW][-Np][-Dd]")
-        height, width, players, *counts = (None if group is None else int(group) for group in match.groups())
-        self.height, self.width, self.num_players = height or 8, width or 8, players or 4
-        counts = counts if counts[0] is not None else {"msh": [4, 1], "msg": [6]}[self.family]
-        self.item_counts = counts[::-1]  # stags before hares
-        self.num_items, self.num_cells = sum(counts), self.height * self.width
-        if 0 in (height, width, players) or self.item_counts[0] == 0:
-            raise UsageError(f"bad game id {env_id!r}: sides, players, stags and drifts must be at least 1")
-        if self.num_items > self.num_cells:
-            raise UsageError(f"bad game id {env_id!r}: {self.num_items} items on {self.num_cells} cells")
-        if self.num_cells > 4096 or self.num_players > 64:
-            raise UsageError(f"bad game id {env_id!r}: at most 4096 cells and 64 players")
-        msh = self.family == "msh"
-        self.id = f"{self.family}-{self.height}x{self.width}-{self.num_players}p-"  # one spelling a game
-        self.id += f"{counts[0]}h{counts[1]}s" if msh else f"{counts[0]}d"
-        self.item_names = ["stag", "hare"] if msh else ["drift"]
-        self.action_names = ["up", "down", "left", "right", "stay", *(["stag", "hare"] if msh else ["remove"])]
-        self.num_actions, self.horizon = len(self.action_names), 35 if msh else 50
-        self.obs_shape = (self.num_players + len(self.item_names), self.height, self.width)
+    simulates = True  # `step` works from any state
+    state_type = GridState
+
+    def __init__(self, env_id, device="cpu", horizon=None):
+        match = GRID_ID.fullmatch(env_id)
+        self.family = env_id[:3]
+        if match is None or match["drift" if self.family == "msh" else "hare"]:
+            ids = "msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd]"
+            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or a module's name")
+        self.height = int(match["height"] or 8)
+        self.width = int(match["width"] or 8)
+        self.num_players = int(match["players"] or 4)
+        self.horizon = horizon or DEFAULTS[self.family]["horizon"]
+        items, quota, share, self.bonus = RULES[self.family]
+        self.item_names = [*items]
+        self.item_counts = [int(match[name] or count) for name, count in items.items()]
+        if self.family == "msh":
+            stags = min(self.item_counts[0], self.num_players // 2)
+            best = 10 * stags + min(self.item_counts[1], self.num_players - 2 * stags)
+        else:
+            best = self.item_counts[0] * (6 * self.num_players - 4)
+        self.best_return = best / self.num_players  # highest mean return a player, undiscounted
+        self.num_items = sum(self.item_counts)
+        self.num_cells = self.height * self.width
+        if not self.num_items <= self.num_cells <= 1024:
+            raise UsageError(f"bad game {env_id!r}: at most 1024 cells, and an item in each")
         self.device = torch.device(device)
-        kind = torch.repeat_interleave(torch.arange(len(self.item_counts)), torch.tensor(self.item_counts))
-        self.item_kind = kind.to(device)  # int64 [M]
-        self.item_action = self.item_kind + 5  # int64 [M] the action that takes it
-        self.quota = (2 - self.item_kind if msh else self.item_kind + 1).to(device)  # int64 [M] players needed
-        self.share = torch.tensor([10.0, 1.0] if msh else [-4.0], device=device)[self.item_kind]  # split by the takers
-        self.bonus = 0.0 if msh else 6.0  # to every player for every item taken
-        cell = torch.arange(self.num_cells, device=device)
-        row, col = cell // self.width, cell % self.width
-        legal = torch.stack([row > 0, row < self.height - 1, col > 0, col < self.width - 1, row >= 0], 1)
-        by = legal * torch.tensor([-self.width, self.width, -1, 1, 0], device=device)  # an illegal move is STAY
-        moved = cell[:, None] + F.pad(by, (0, len(self.item_names)))
-        # row S of every table is reached by index -1: left or gone
-        self.legal_moves = torch.cat([legal, torch.arange(5, device=device)[None] == STAY])  # bool [S + 1, 5]
-        self.next_cell = F.pad(moved, (0, 0, 0, 1), value=-1)  # int64 [S + 1, A]
-        distance = (row[:, None] - row).abs() + (col[:, None] - col).abs()
-        self.distance = F.pad(distance, (0, 1, 0, 1), value=4 * (self.height + self.width))  # int64 [S + 1, S + 1]
+        with self.device:
+            self.make_tables(tensor(quota), tensor(share))
 
-    @property
-    def best_return(self) -> float:
-        """Highest possible mean return per player, over all ways to play together (undiscounted)."""
-        if self.family == "msg":
-            return self.item_counts[0] * (6.0 - 4.0 / self.num_players)
-        stags = range(min(self.item_counts[0], self.num_players // 2) + 1)
-        return max(10.0 * s + min(self.item_counts[1], self.num_players - 2 * s) for s in stags) / self.num_players
+    def make_tables(self, quota, share):
+        """What rules and features look up, and the rest of the interface. Tables by cell have a
+        last row, reached by index -1, for who has left and what is gone."""
+        width = self.width
+        kinds = len(quota)
+        self.num_actions = 5 + kinds
+        self.others = co_player_seats(self.num_players)  # [N, N-1]
+        self.item_kind = arange(kinds).repeat_interleave(tensor(self.item_counts))  # [M]
+        self.item_action = 5 + self.item_kind  # [M] the action that takes it
+        self.quota = quota[self.item_kind]  # [M]
+        self.share = share[self.item_kind]  # [M]
+        self.kinds = SCRIPTED[self.family]
+        self.rank = tensor([*self.kinds.values(), [0] * kinds])  # last: who is not scripted
+        noisy = [f"{kind}-noisy" for kind in self.kinds if kind != "random"]
+        self.defaults = {
+            **DEFAULTS[self.family],
+            "co_players": ",".join(["self", *self.kinds, *noisy]),
+            "reward_scale": 3.0 / (self.best_return or 1.0),
+            "horizon": self.horizon,
+        }
+        cell = arange(self.num_cells)
+        row = cell // width
+        col = cell % width
+        inside = [row > 0, row < self.height - 1, col > 0, col < width - 1, row >= 0]
+        self.legal_moves = F.pad(stack(inside, 1), (0, 0, 0, 1))  # bool [S + 1, 5]
+        self.legal_moves[-1, STAY] = True
+        change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
+        start = F.pad(cell, (0, 1), value=-1)[:, None]
+        self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
+        down = (row - row[:, None]).float()  # [own, other], as all functions of the way there
+        right = (col - col[:, None]).float()
+        distance = down.abs() + right.abs()
+        near = (-distance / 1.5).exp()
+        far = (-distance / 4.0).exp()
+        functions = [distance >= 0, distance == 0, distance == 1, distance == 2]
+        functions += [down == 0, right == 0, near, far]
+        for part in (down, right, down.abs(), right.abs(), distance):
+            functions.append(part / max(self.height, width))
+        for way in (down < 0, down > 0, right < 0, right > 0):
+            functions += [way * near, way * far]
+        relative = stack([function.float() for function in functions], 2)
+        self.relative = F.pad(relative, (0, 0, 0, 1, 0, 1))  # [S + 1, S + 1, F]; gone: zero
+        self.distance = F.pad(distance, (0, 1, 0, 1), value=NEVER)  # [S + 1, S + 1]
+        self.subgoal_size = len(functions)  # F
+        self.own_size = 13 + kinds * self.subgoal_size  # X
+        self.other_size = (1 + kinds) * self.subgoal_size  # Y
+        self.oracle_size = len(self.rank) + 2 + self.subgoal_size
 
-    def initial_state(self, batch: int, generator: Generator | None = None) -> GameState:
-        """A fresh GameState of `batch` games: players on any cells, items on distinct cells, all uniform."""
-        players = torch.randint(self.num_cells, (batch, self.num_players), generator=generator, device=self.device)
-        order = torch.rand(batch, self.num_cells, generator=generator, device=self.device).argsort(1)
-        zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        return GameState(players, order[:, : self.num_items], zeros, zeros)
+    def start(self, batch, generator):
+        """`batch` new games: players on any cells, items on distinct cells, all uniform."""
+        players = uniform((batch, self.num_players), generator) * self.num_cells
+        order = uniform((batch, self.num_cells), generator).argsort(1)
+        time = zeros_like(order[:, 0])
+        return GridState(players.long(), order[:, : self.num_items], time, time)
 
-    def hits(self, state: GameState, actions: Tensor) -> Tensor:
-        """bool [B, N, M]: player n plays the interaction of item m on its cell, in `actions` int64 [B, N]."""
-        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
-        return on_cell & (actions.unsqueeze(2) == self.item_action)
+    def restart(self, state, ended, generator):
+        """`state` with the games of bool [B] `ended` begun anew."""
+        return replaced(state, self.start(len(ended), generator), ended)
 
-    def step(self, state: GameState, actions: Tensor) -> tuple[GameState, Tensor, Tensor, Tensor]:
-        """Next state, reward float32 [B, N], terminated bool [B], truncated bool [B] for `actions` int64 [B, N].
-        Draws nothing, resets nothing, changes no argument; illegal actions count as STAY. Raises ValueError if an
-        action lies outside 0..A-1 (not checked inside torch.compile)."""
-        if not torch.compiler.is_compiling() and bool(((actions < 0) | (actions >= self.num_actions)).any()):
-            raise ValueError(f"actions must lie in 0..{self.num_actions - 1}")
-        hits = self.hits(state, actions)
-        takers = hits.sum(1)  # [B, M]
+    def on_item(self, state):
+        """bool [B, N, M]: the player stands on the item."""
+        items = state.items.masked_fill(state.items < 0, NEVER)
+        return state.players[:, :, None] == items[:, None]
+
+    def step(self, state, actions):
+        """Next state, reward float32 [B, N], terminated and truncated bool [B, N] for `actions`
+        int64 [B, N]. Draws and resets nothing; illegal actions count as STAY."""
+        hits = self.on_item(state) & (actions[:, :, None] == self.item_action)  # [B, N, M]
+        takers = hits.sum(1, True)  # [B, 1, M]
         taken = takers >= self.quota
-        wins = hits & taken.unsqueeze(1)
-        reward = (wins * (self.share / takers.clamp(min=1)).unsqueeze(1)).sum(2) + self.bonus * taken.sum(
-            1, keepdim=True
-        )
-        items = state.items.masked_fill(taken, -1)
-        players, time = self.next_cell[state.players, actions], state.time + 1
-        first_hunt, terminated = state.first_hunt, (items < 0).all(1)
+        wins = hits & taken
+        reward = (wins * self.share / takers.clamp(min=1) + taken * self.bonus).sum(2)
+        items = state.items.masked_fill(taken[:, 0], -1)
+        players = self.next_cell[state.players, actions]
+        time = state.time + 1
+        first_hunt = state.first_hunt
+        over = (items < 0).all(1)  # [B]
         if self.family == "msh":
             players = players.masked_fill(wins.any(2), -1)
-            first_hunt = torch.where((first_hunt == 0) & taken.any(1), time, first_hunt)
-            terminated = terminated | (players < 0).all(1) | ((first_hunt > 0) & (time >= first_hunt + COUNTDOWN))
-        return GameState(players, items, time, first_hunt), reward, terminated, (time >= self.horizon) & ~terminated
+            first_hunt = where((first_hunt == 0) & taken[:, 0].any(1), time, first_hunt)
+            over |= (players < 0).all(1) | (first_hunt > 0) & (time >= first_hunt + COUNTDOWN)
+        terminated = over[:, None] | (players < 0)
+        truncated = (time >= self.horizon)[:, None] & ~terminated
+        return GridState(players, items, time, first_hunt), reward, terminated, truncated
 
-    def clock(self, state: GameState) -> Tensor:
-        """int64 [B, 2]: steps done, steps left until the game must end (the countdown after a first hunt included)."""
-        end = torch.where(state.first_hunt > 0, (state.first_hunt + COUNTDOWN).clamp(max=self.horizon), self.horizon)
-        return torch.stack([state.time, end - state.time], 1)
+    def alive(self, state):
+        """bool [B, N]: the player has not left."""
+        return state.players >= 0
 
-    def action_mask(self, state: GameState) -> Tensor:
+    def clock(self, state):
+        """int64 [B, 2]: steps done, steps left until the game must end (countdown included)."""
+        end = where(state.first_hunt > 0, state.first_hunt + COUNTDOWN, self.horizon)
+        return stack([state.time, end.clamp(max=self.horizon) - state.time], 1)
+
+    def action_mask(self, state):
         """bool [B, N, A]: legal actions; STAY alone for a player that has left."""
-        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
-        interact = [here.any(2, keepdim=True) for here in on_cell.split(self.item_counts, 2)]
-        return torch.cat([self.legal_moves[state.players], *interact], 2)
+        kinds = self.on_item(state).split(self.item_counts, 2)
+        return cat([self.legal_moves[state.players], *(kind.any(2, True) for kind in kinds)], 2)
 
-    def observe(self, state: GameState) -> Tensor:
-        """float32 [B, N, C, H, W]: seat i's view; own plane, then players i+1, i+2, ... mod N, then a plane a kind."""
-        cells = torch.cat([state.players, state.items], 1) % (self.num_cells + 1)  # -1 becomes S, off the end
-        planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()  # [B, N + M, S]
-        players, *items = planes.split([self.num_players, *self.item_counts], 1)
-        seats = torch.arange(self.num_players, device=self.device)
-        players = players[:, (seats[:, None] + seats) % self.num_players]  # [B, N, N, S]
-        items = torch.stack([part.sum(1) for part in items], 1).unsqueeze(1).expand(-1, self.num_players, -1, -1)
-        return torch.cat([players, items], 2).unflatten(-1, (self.height, self.width))
+    def idle(self, mask):
+        """int64 [..]: what an illegal action counts as, for bool `mask` [.., A]."""
+        return mask[..., STAY] * STAY
 
+    def observe(self, state):
+        """float32 [B, N, planes, H, W]: own plane, players i+1, i+2, .. mod N, kinds of items."""
+        cells = cat([state.players, state.items], 1) + 1  # 0: gone
+        planes = F.one_hot(cells, self.num_cells + 1)[:, :, 1:].float()
+        planes = planes.unflatten(2, (self.height, self.width))  # [B, N + M, H, W]
+        players, *kinds = planes.split([self.num_players, *self.item_counts], 1)
+        kinds = [kind.sum(1, True) for kind in kinds]
+        return stack([cat([players.roll(-i, 1), *kinds], 1) for i in range(self.num_players)], 1)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering and the PettingZoo environment
-# ---------------------------------------------------------------------------------------------------------------------
-PLAYER_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#117799", "#997700", "#882255", "#444444"]
-ITEM_LOOKS = {"stag": (3, 180, "#C8A27A"), "hare": (4, 45, "#F2D76B"), "drift": (6, 0, "#BFE3F5")}  # sides, turn, fill
-METADATA = {"name": "hop_grid_v0", "render_modes": ["rgb_array", "ansi"], "render_fps": 4, "is_parallelizable": True}
+    def features(self, state):
+        """Own features [B, N, X] (clock, legal moves, items) and co-players' [B, N, N-1, Y] (where
+        they are, and items from there). Who has left, what is gone, adds zero."""
+        cells = state.players[:, :, None]
+        kinds = self.relative[cells, state.items[:, None]].split(self.item_counts, 2)
+        seen = cat([kind.sum(2) for kind in kinds], 2)
+        own = cat([clock_features(self, state), self.legal_moves[state.players], seen], 2)
+        near = self.relative[cells, state.players[:, self.others]]
+        return own, cat([near, seen[:, self.others]], 3)
 
+    def reached(self, state, actions, after, reward):
+        """int64 [B, N]: the subgoal, an item, that each player reached in this step; else -1."""
+        hits = self.on_item(state) & (actions[:, :, None] == self.item_action)
+        wins = hits & (after.items < 0)[:, None]
+        return where(wins.any(2), wins.int().argmax(2), -1)
 
-def render_frame(game: GridGame, state: GameState, beliefs: dict | None = None, title: str = "") -> np.ndarray:
-    """Picture of the one game in `state`: uint8 [H', W', 3], of one size for one game with, and without, beliefs.
-    `beliefs` is {"focal": seat, "probs": float [N, M + 1]}: what the focal player takes each player's next item to be,
-    last column none. Every co-player gets a bar chart, and a line to the item that it most likely heads for."""
-    cells, item_cells, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
-    names = [f"{game.item_names[k]} {m - sum(game.item_counts[:k])}" for m, k in enumerate(game.item_kind.tolist())]
-    colours, focal = PLAYER_COLOURS * game.num_players, None if beliefs is None else int(beliefs["focal"])
-    charts = [seat for seat in range(game.num_players) if focal not in (None, seat)]
-    # everything is drawn at twice its size and halved at the end, which smooths the edges
-    half, top, chart_h = min(96, max(16, 448 // max(game.height, game.width))), 104, 44 + 28 * (game.num_items + 1)
-    cell, side_x, body_h = 2 * half, 48 + 2 * half * game.width, max(260, 2 * half * game.height, chart_h * len(charts))
-    image = Image.new("RGB", (max(640, side_x + 64 + 440 * bool(charts)), top + body_h + 24), "white")
-    draw, centres, disks = ImageDraw.Draw(image), [], []
-    draw.text((24, 12), title, "black", font_size=30)
-    draw.text((24, 58), f"time {time}, {steps_left} steps left", "#555555", font_size=30)
-    for c in range(game.num_cells):
-        x, y = 24 + c % game.width * cell, top + c // game.width * cell
-        draw.rectangle((x, y, x + cell, y + cell), "#FAFAF7", "#C8C8C8", 2)
-        centres.append((x + half, y + half))
-    columns, slot = math.ceil(game.num_players**0.5), (body_h - 36) / game.num_players
-    for seat, c in enumerate(cells):  # each seat has a place of its own in every cell, and beside the grid for the end
-        (x, y), w, (row, column) = centres[c], cell / columns, divmod(seat, columns)
-        place = (x - half + (column + 0.5) * w, y - half + (row + 0.5) * w, max(2.0, 0.36 * w))  # with the radius
-        disks.append(place if c >= 0 else (side_x + 28, top + 36 + (seat + 0.5) * slot, min(23.0, 0.45 * slot)))
-    draw.text((side_x, top), "left" if min(cells) < 0 else "", "#555555", font_size=24)
-    for k, seat in enumerate(charts):
-        probs, text = beliefs["probs"][seat], f"player {seat}{' (left)' if cells[seat] < 0 else ''}: next item?"
-        draw.text((side_x + 80, top + k * chart_h), text, colours[seat], font_size=24)
-        for m, (name, c) in enumerate(zip([*names, "none"], [*item_cells, -1], strict=True)):
-            x, y, p = side_x + 80, top + k * chart_h + 34 + 28 * m, float(probs[m]) * (cells[seat] >= 0)
-            place = f" ({c // game.width},{c % game.width})" if c >= 0 else " (gone)" if m < game.num_items else ""
-            draw.text((x, y), name + place, "black", font_size=22)
-            draw.rectangle((x + 180, y + 3, x + 400, y + 23), "#EDEDED")
-            draw.rectangle((x + 180, y + 3, x + 180 + 220 * p, y + 23), colours[seat] if p > 0 else "#EDEDED")
-            if p > 0 and c >= 0 and m == np.argmax(probs):
-                draw.line((*disks[seat][:2], *centres[c]), colours[seat], round(2 + 8 * p))
-    for name, c in zip(names, item_cells, strict=True):
-        if c >= 0:
-            draw.regular_polygon((*centres[c], 0.48 * cell), *ITEM_LOOKS[name.split()[0]], "#6B5B45", 2)
-            draw.text(centres[c], name[0].upper(), "black", anchor="mm", font_size=cell // 4)
-    for seat, (x, y, r) in enumerate(disks):
-        draw.ellipse((x - r, y - r, x + r, y + r), colours[seat], *(("black", 6) if seat == focal else ("white", 2)))
-        draw.text((x, y), str(seat), "white", anchor="mm", font_size=max(6, int(1.2 * r)))
-    return np.array(image.reduce(2))
+    def subgoals(self, state):
+        """What players can go for, the items: features [B, N, M, F], and bool [B, N, M] there."""
+        relative = self.relative[state.players[:, :, None], state.items[:, None]]
+        return relative, (state.items >= 0)[:, None].expand(relative.shape[:3])
 
+    def scripted_actions(self, state, mask, kind, noisy, target, generator):
+        """Actions [B, N] and targets [B, N] (item, -1 none) of scripted players at every seat.
+        `kind` int64 [B, N] indexes `kinds` (past its end: acts at random), `noisy` bool [B, N];
+        `target` is that of the step before. Nearest is by Manhattan distance, ties uniform; a
+        target is kept while it is there."""
+        rank = self.rank[kind]  # [B, N, kinds of items]
+        walks = (rank < 0).any(2)
+        acts_at_random = (rank == 0).all(2) | (state.players < 0)
+        rank = rank[:, :, self.item_kind]  # [B, N, M]
+        distance = self.distance[state.players[:, :, None], state.items[:, None]]
+        cost = NEVER * rank + distance + 0.5 * uniform(distance.shape, generator)
+        cost = cost.masked_fill((rank <= 0) | (state.items < 0)[:, None], inf)
+        least, nearest = cost.min(2)
+        kept = (target >= 0) & (state.items.gather(1, target.clamp(min=0)) >= 0)
+        target = where(kept, target, where(least.isfinite(), nearest, -1))
+        item = target.clamp(min=0)
+        goal = state.items.gather(1, item)[:, :, None]  # [B, N, 1] cell
+        actions = arange(self.num_actions, device=self.device)
+        reach = self.distance[self.next_cell[state.players], goal]  # [B, N, A]
+        closer = reach < reach[..., STAY, None]
+        take = (state.players[:, :, None] == goal) & (self.item_action[item][:, :, None] == actions)
+        allowed = (closer | take) & (target >= 0)[:, :, None]
+        allowed[..., STAY] |= ~allowed.any(2)
+        allowed = where(walks[:, :, None], mask & (actions <= STAY), allowed)
+        noise = noisy & (uniform(kind.shape, generator) < NOISE)
+        allowed = where((noise | acts_at_random)[:, :, None], mask, allowed)
+        return random_actions(allowed, generator), target
 
-def render_text(game: GridGame, state: GameState) -> str:
-    """The one game in `state`, a row a line: S, H or D an item, the seats of the players on the cell, `.` nothing."""
-    cells, items, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
-    seats = {c: ",".join(str(seat) for seat, at in enumerate(cells) if at == c) for c in range(-1, game.num_cells)}
-    letters = {c: game.item_names[k][0].upper() for c, k in zip(items, game.item_kind.tolist(), strict=True)}
-    texts = [letters.get(c, "") + seats[c] or "." for c in range(game.num_cells)]
-    wide = max(4, max(map(len, texts)) + 1)
-    rows = ["".join(text.ljust(wide) for text in texts[c : c + game.width]) for c in range(0, len(texts), game.width)]
-    left = f", players that left: {seats[-1]}" if seats[-1] else ""
-    return "\n".join([*(row.rstrip() for row in rows), f"time {time}, {steps_left} steps left{left}"])
+    def oracle(self, state, kind, noisy, target):
+        """float32 [B, N, ..]: the truth about scripted players: kind, noise, place of target."""
+        item = state.items.gather(1, target.clamp(min=0)).masked_fill(target < 0, -1)
+        flags = stack([noisy, item >= 0], 2)
+        return cat([F.one_hot(kind, len(self.rank)), flags, self.relative[state.players, item]], 2)
 
-
-class GridParallelEnv(ParallelEnv):
-    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` ... `player_{N-1}` in seat order. Observations
-    are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold "action_mask" again and "clock", int64
-    [2]. A player that leaves the game is terminated in that step. An illegal action counts as STAY. Raises UsageError
-    for an unknown game or render mode, ValueError for an action outside the action space."""
-
-    metadata = METADATA
-
-    def __init__(self, env_id: str = "msh-4h1s", render_mode: str | None = None):
-        if render_mode not in (None, *METADATA["render_modes"]):
-            raise UsageError(f"unknown render mode {render_mode!r}: it is rgb_array, ansi or None")
-        self.game, self.render_mode, self.game_state, self.generator = GridGame(env_id), render_mode, None, Generator()
-        self.generator.seed()  # fresh entropy, until reset is given a seed
-        self.possible_agents, self.agents = [f"player_{seat}" for seat in range(self.game.num_players)], []
-        planes, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
-        self.state_space, self.observation_spaces, self.action_spaces = spaces.Box(*planes), {}, {}
-        for agent in self.possible_agents:
-            view = {"observation": spaces.Box(*planes), "action_mask": spaces.MultiBinary(num_actions)}
-            self.observation_spaces[agent], self.action_spaces[agent] = spaces.Dict(view), spaces.Discrete(num_actions)
-
-    def observation_space(self, agent: str) -> spaces.Space:
-        return self.observation_spaces[agent]
-
-    def action_space(self, agent: str) -> spaces.Space:
-        return self.action_spaces[agent]
-
-    def views(self) -> tuple[dict, dict]:
-        """Observations and infos of the agents that are in the game."""
-        game, state, seats = self.game, self.game_state, [self.possible_agents.index(agent) for agent in self.agents]
-        planes, mask = game.observe(state)[0].numpy(), game.action_mask(state)[0].to(torch.int8).numpy()
-        infos = {f"player_{i}": {"action_mask": mask[i].copy(), "clock": game.clock(state)[0].numpy()} for i in seats}
-        return {f"player_{i}": {"observation": planes[i], "action_mask": mask[i]} for i in seats}, infos
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        self.game_state, self.agents = self.game.initial_state(1, self.generator), self.possible_agents[:]
-        return self.views()
-
-    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
-        if not self.agents:
-            raise RuntimeError("no game is being played: call reset first")
-        for agent in self.agents:
-            if not self.action_space(agent).contains(actions.get(agent)):
-                raise ValueError(f"{agent}: action {actions.get(agent)!r} is not in {self.action_space(agent)}")
-        played = [int(actions[agent]) if agent in self.agents else STAY for agent in self.possible_agents]
-        self.game_state, reward, over, cut = self.game.step(self.game_state, torch.tensor([played]))
-        over = over | (self.game_state.players[0] < 0)  # bool [N]: a player that leaves is terminated
-        by_seat = [dict(zip(self.possible_agents, x.tolist(), strict=True)) for x in (reward[0], over, cut & ~over)]
-        results, (observations, infos) = [{agent: x[agent] for agent in self.agents} for x in by_seat], self.views()
-        self.agents = [agent for agent in self.agents if not (results[1][agent] or results[2][agent])]
-        return observations, *results, infos
-
-    def state(self) -> np.ndarray:
-        """float32 [C, H, W]: a plane for each player in seat order, then one for each kind of item."""
-        return self.game.observe(self.game_state)[0, 0].numpy()  # seat 0's view is in seat order
-
-    def render(self) -> np.ndarray | str | None:
-        draw = {"rgb_array": render_frame, "ansi": render_text}.get(self.render_mode, lambda game, state: None)
-        return draw(self.game, self.game_state)
+    def draw(self, state, title, beliefs):
+        """Picture uint8 [.., .., 3] of the first game, with a line from each player to each item,
+        as wide as it is likely to be its next: `beliefs`, a list of lists [N, M], or empty."""
+        canvas = FigureCanvasAgg(Figure())
+        axes = canvas.figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
+        cells = cat([state.players[0], state.items[0]])
+        y = cells // self.width
+        x = cells % self.width + arange(len(cells)) % 4 * 0.2  # who shares a cell: side by side
+        names = [*range(self.num_players), *(self.item_names[kind] for kind in self.item_kind)]
+        for k in (cells >= 0).nonzero()[:, 0].flip(0).tolist():  # items below players
+            colour = f"C{k}" if k < self.num_players else "grey"
+            axes.text(x[k], y[k], names[k], color="white", backgroundcolor=colour, ha="center")
+            for m, belief in enumerate(beliefs[k] if k < len(beliefs) else ()):
+                ends = [k, self.num_players + m]
+                axes.plot(x[ends], y[ends], colour, linewidth=5 * belief)
+        canvas.draw()
+        return np.array(canvas.buffer_rgba())[..., :3]
 
 
-parallel_env = GridParallelEnv  # parallel_env(env_id, render_mode), the name that PettingZoo's own environments have
+class ParallelState(NamedTuple):
+    """What is known of B copies of a PettingZoo environment, which lie in the game."""
+
+    observation: Tensor  # float32 [B, N, O] flattened and padded; NaN where a player has none
+    mask: Tensor  # bool [B, N, A] legal actions; the first alone for a player that is not there
+    playing: Tensor  # bool [B, N] the player is there
+    time: Tensor  # int64 [B] steps done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Co-players
-# ---------------------------------------------------------------------------------------------------------------------
-SCRIPTED = ("random", "ns", "nh", "cleaner", "exploiter")
-SCRIPTED_OF = {"msh": ("ns", "nh", "random"), "msg": ("cleaner", "exploiter", "random")}
-NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+class Copies:
+    """Copies of a PettingZoo environment in one process, stepped one after another. What they
+    return lies in `seen` [copies, N, O + A + 4]: observation (flattened, padded; NaN for who has
+    none), legal actions, who plays, reward, termination, truncation."""
+
+    def __init__(self, make, kwargs, count):
+        self.envs = [imported(make)(**kwargs) for _ in range(count)]
+        env = self.envs[0]
+        self.agents = list(env.possible_agents)
+        self.views = [env.observation_space(agent) for agent in self.agents]
+        self.actions = [env.action_space(agent) for agent in self.agents]
+        size = max(map(spaces.flatdim, self.views), default=9999)
+        if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
+            raise UsageError(f"{make}: needs agents, Discrete actions, at most 4096 numbers seen")
+        self.sizes = [size, max(int(space.n) for space in self.actions), 4]
+        self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
+
+    def read(self, k, observations, infos, *outcome):
+        """Takes in what copy `k` returned."""
+        size = self.sizes[0]
+        self.seen[k] = 0.0
+        for n, agent in enumerate(self.agents):
+            row = self.seen[k, n]
+            playing = agent in self.envs[k].agents
+            row[:size] = nan
+            row[-4:] = [playing, *(part.get(agent, 0) for part in outcome)]
+            if agent in observations:
+                view = observations[agent]
+                told = {**infos.get(agent, {}), **(view if isinstance(view, dict) else {})}
+                legal = told.get("action_mask", True)
+                flat = spaces.flatten(self.views[n], view)
+                row[:size] = np.pad(flat, (0, size - len(flat)))
+                row[size : size + self.actions[n].n] = np.multiply(legal, playing)
+            row[size] += not row[size:-4].any()  # nobody has no legal action
+
+    def reset(self, which, seeds):
+        """Begins copies of bool `which` anew; returns `seen`."""
+        for k in which.nonzero()[0]:
+            self.read(k, *self.envs[k].reset(seed=int(seeds[k])), {}, {}, {})
+        return self.seen
+
+    def step(self, actions):
+        """Plays int64 [copies, N]; returns `seen`."""
+        for k, env in enumerate(self.envs):
+            seats = {agent: self.agents.index(agent) for agent in env.agents}
+            chosen = {agent: self.actions[n].start + actions[k, n] for agent, n in seats.items()}
+            observations, *outcome, infos = env.step(chosen)
+            self.read(k, observations, infos, *outcome)
+        return self.seen
+
+    def render(self):
+        """Picture uint8 [.., .., 3] of the first copy."""
+        return np.array(self.envs[0].render())
 
 
-def scripted_actions(
-    game: GridGame, state: GameState, mask: Tensor, kind: Tensor, noisy: Tensor, target: Tensor, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat. `kind`
-    int64 [B, N] indexes SCRIPTED (others act as `random`), `noisy` bool [B, N], `mask` bool [B, N, A]; `target` that of
-    the step before. Nearest is by Manhattan distance, ties uniform; a target is kept while it is there."""
-    ns, nh, cleaner, exploiter = (kind == k for k in range(1, 5))
-    present, left = state.items >= 0, state.players < 0  # [B, M], [B, N]
-    stags = (present & (game.item_kind == 0)).any(1, keepdim=True)
-    wanted = torch.where(cleaner | (ns & stags), 0, torch.where(ns | nh, 1, -1)).masked_fill(left, -1)  # kind of item
-    eligible = present.unsqueeze(1) & (game.item_kind == wanted.unsqueeze(2))  # [B, N, M]
-    away = game.distance[state.players.unsqueeze(2), state.items.unsqueeze(1)].masked_fill(~eligible, 1 << 20)
-    nearest = (away + 0.5 * torch.rand(away.shape, generator=generator, device=away.device)).argmin(2)
-    keep = (target >= 0) & eligible.gather(2, target.clamp(min=0).unsqueeze(2)).squeeze(2)
-    target = torch.where(keep, target, torch.where(eligible.any(2), nearest, -1))
-    item, action = target.clamp(min=0), torch.arange(game.num_actions, device=mask.device)
-    goal = state.items.gather(1, item).unsqueeze(2)  # [B, N, 1] cell
-    reach = game.distance[game.next_cell[state.players], goal]  # [B, N, A] how far it is after each action
-    take = game.item_action[item].unsqueeze(2) == action
-    allowed = torch.where(state.players.unsqueeze(2) == goal, take, reach < reach[..., STAY : STAY + 1])
-    allowed = torch.where(target.unsqueeze(2) < 0, action == STAY, allowed)
-    allowed = torch.where(exploiter.unsqueeze(2), mask & (action <= STAY), allowed)
-    noise = noisy & (torch.rand(kind.shape, generator=generator, device=kind.device) < NOISE)
-    allowed = torch.where((noise | left | ~(ns | nh | cleaner | exploiter)).unsqueeze(2), mask, allowed)
-    draw = 1.0 - torch.rand(mask.shape, generator=generator, device=mask.device)  # in (0, 1]
-    return (allowed * draw).argmax(2), target
+def imported(name):
+    """What `package.module:attribute` names, modules of the working directory included."""
+    sys.path.append(os.getcwd())
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
+BaseManager.register("Copies", Copies)  # for other processes
+
+
+class PettingZooGame:
+    """Any PettingZoo ParallelEnv with Discrete actions: B copies, here or in worker processes.
+
+    Observations are flattened, padded to one size and scaled by sign(x) log(1 + |x|); kinds of
+    agents (by their spaces) are told apart by a one-hot. Co-players' observations count as seen.
+    Raises UsageError, also for what the environment raises."""
+
+    simulates = False
+    state_type = ParallelState
+    num_items = oracle_size = 0
+    item_kind = []
+    item_counts = [0]
+    subgoal_size = 1
+    kinds = ["random"]
+
+    def __init__(self, args, device="cpu"):
+        self.name = args.env_id
+        self.make = self.name if ":" in self.name else f"{self.name}:parallel_env"
+        self.device = torch.device(device)
+        self.workers = args.env_workers
+        self.parts = []  # Copies, or proxies of those in other processes
+        with refused(f"cannot make {self.name} with {args.env_kwargs}"):
+            self.kwargs = json.loads(args.env_kwargs)
+            copies = Copies(self.make, self.kwargs, 1)
+            found = getattr(copies.envs[0].unwrapped, "max_cycles", None)
+            self.horizon = args.horizon or found
+        if not self.horizon:
+            raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
+        self.num_players = len(copies.agents)
+        self.sizes = copies.sizes
+        size, self.num_actions, _ = copies.sizes
+        self.others = co_player_seats(self.num_players).to(device)  # [N, N-1]
+        looks = [str(look) for look in zip(copies.views, copies.actions)]
+        kind = tensor([looks.index(look) for look in looks], device=device)
+        self.kind = F.one_hot(kind, self.num_players).float()  # [N, N] first agent alike
+        self.other_size = size + self.num_players
+        self.own_size = 8 + self.other_size
+        self.defaults = {**DEFAULTS["other"], "horizon": self.horizon, "co_players": "self"}
+
+    def start(self, batch, generator):
+        """Makes `batch` copies and begins an episode in each."""
+        self.parts = []
+        for part in np.array_split(range(batch), min(self.workers, batch) or 1):
+            copies = Copies
+            if self.workers:
+                manager = BaseManager(ctx=multiprocessing.get_context("spawn"))
+                manager.start()
+                copies = manager.Copies
+            with refused(f"cannot make {self.name}"):
+                self.parts.append(copies(self.make, self.kwargs, len(part)))
+        self.pool = ThreadPoolExecutor(len(self.parts))
+        return self.reset(torch.ones(batch, device=self.device).bool(), generator)
+
+    def everywhere(self, method, *arguments):
+        """Calls a method of all Copies, side by side; parts [B, N, O], [B, N, A], [B, N, 4]."""
+        arrays = [np.array_split(argument.cpu().numpy(), len(self.parts)) for argument in arguments]
+        with refused(f"{self.name} failed"):
+            seen = self.pool.map(lambda part, *a: getattr(part, method)(*a), self.parts, *arrays)
+            return tensor(np.concatenate([*seen]), device=self.device).split(self.sizes, 2)
+
+    def reset(self, which, generator):
+        """Begins the games of bool [B] `which` anew, seeded from `generator`; all states."""
+        seeds = (uniform(which.shape, generator) * 2**31).long()
+        observation, mask, outcome = self.everywhere("reset", which, seeds)
+        return ParallelState(observation, mask.bool(), outcome[:, :, 0].bool(), 0 * seeds)
+
+    def restart(self, state, ended, generator):
+        """`state` with the games of bool [B] `ended` begun anew."""
+        return replaced(state, self.reset(ended, generator), ended)
+
+    def step(self, state, actions):
+        """Steps all copies, which must be in `state`; as GridGame.step. Leaving without a flag is
+        termination; past the horizon who plays is truncated."""
+        observation, mask, outcome = self.everywhere("step", actions)
+        playing, _, terminated, truncated = outcome.bool().unbind(2)
+        time = state.time + 1
+        late = (time >= self.horizon)[:, None] & playing
+        truncated = (truncated | late) & ~terminated & state.playing
+        terminated = (terminated | ~playing) & ~truncated
+        observation = observation.masked_fill(terminated[:, :, None], nan)
+        after = ParallelState(observation, mask.bool(), ~terminated & ~truncated, time)
+        return after, outcome[:, :, 1] * state.playing, terminated, truncated
+
+    def alive(self, state):
+        return state.playing
+
+    def clock(self, state):
+        """int64 [B, 2]: steps done, steps left at most."""
+        return stack([state.time, self.horizon - state.time], 1)
+
+    def action_mask(self, state):
+        return state.mask
+
+    def idle(self, mask):
+        """int64 [..]: what an illegal action counts as: the first legal one of `mask` [.., A]."""
+        return mask.int().argmax(-1)
+
+    def observe(self, state):
+        """float32 [B, N, O]: observations as they are given, flattened, padded with 0."""
+        return state.observation.nan_to_num(0.0)
+
+    def features(self, state):
+        """Own features [B, N, X] (clock, view) and co-players' views [B, N, N-1, Y]: scaled
+        observation, kind of agent. A player that is not there has zeros."""
+        present = ~state.observation[..., :1].isnan()
+        view = state.observation.nan_to_num(0.0)
+        view = cat([view.sign() * view.abs().log1p(), self.kind * present], 2)
+        return cat([clock_features(self, state), view], 2), view[:, self.others]
+
+    def reached(self, state, actions, after, reward):
+        """int64 [B, N]: no subgoal, -1."""
+        return zeros_like(actions) - 1
+
+    def subgoals(self, state):
+        """Nothing that a player can go for is known: [B, N, 0, 1] and [B, N, 0]."""
+        nothing = state.mask[:, :, :0]
+        return nothing[..., None].float(), nothing
+
+    def scripted_actions(self, state, mask, kind, noisy, target, generator):
+        """Uniform legal actions [B, N], and the targets as they were."""
+        return random_actions(mask, generator), target
+
+    def draw(self, state, title, beliefs):
+        """Picture uint8 [.., .., 3] of the first copy."""
+        return self.parts[0].render()
+
+
+def make_game(args, device):
+    """The game that `--env-id` names. Raises UsageError."""
+    if "." in args.env_id or ":" in args.env_id:
+        return PettingZooGame(args, device)
+    return GridGame(args.env_id, device, args.horizon)
+
+
+# ---- Co-players ----------------------------------------------------------------------------------
 class CoPlayers:
-    """Who sits where in B parallel matches, and what the seats that are not the learner's play. `pool` lists co-players
-    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half seat by seat. With
-    `fixed`, `pool` has N-1 entries and each plays in every match. Seats are dealt at random at each match. Kind 0 is
-    `self`: those seats are played, and learnt from, by the learner. Raises UsageError."""
+    """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
+    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
+    seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are
+    dealt at random at each match. Kind 0 is `self`: seats of the learner, `agents[0]`, which is set
+    by who has one (else they play anything). Raises UsageError."""
 
-    def __init__(self, game: GridGame, pool: list, batch: int, match_episodes: int, generator: Generator, fixed=False):
-        self.game, self.batch, self.match_episodes, self.generator = game, batch, match_episodes, generator
-        n, device, self.fixed = game.num_players, game.device, fixed
-        if fixed and len(pool) != n - 1:
-            raise UsageError(f"{game.id} takes {n - 1} co-players, not {len(pool)}")
-        pool = ["self", *(str(entry).strip() if isinstance(entry, str | Path) else entry for entry in pool)]
-        kinds = [entry for k, entry in enumerate(pool) if entry not in pool[:k]]  # each different one once
-        index = [kinds.index(entry) for entry in pool[1:]]
-        resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
-        self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "moa")}
-        self.objects = []  # (kind, slot, callable) of those that play
-        for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
-            if callable(player) and k not in self.memory:
-                with refused(f"cannot make co-player {self.names[k]!r}"):
-                    made = [player() if isinstance(player, type) else copy.deepcopy(player) for _ in range(1, n)]
-                self.objects += [(k, s, one) for s, one in enumerate(made, 1) if not fixed or index[s - 1] == k]
-                self.players[k] = made
-        self.pool = torch.tensor(index, dtype=torch.int64, device=device)  # [entries] kind
-        self.script = torch.tensor(script, device=device)  # [kinds] index into SCRIPTED, -1: not scripted
-        self.noisy = torch.tensor([name.endswith("-noisy") for name in self.names], device=device) & (self.script >= 0)
-        self.seat = self.kind = torch.zeros(batch, n, dtype=torch.int64, device=device)  # seat of slot; kind of seat
-        self.target = torch.full_like(self.kind, -1)  # [B, N] item index that a scripted player walks to
-        self.episode = self.kind[:, 0]  # [B] number within the match
-        self.start_matches(torch.ones(batch, dtype=torch.bool, device=device))
+    def __init__(self, game, pool, batch, match_episodes, generator, fixed=False):
+        self.game = game
+        self.match_episodes = match_episodes
+        self.generator = generator
+        self.fixed = fixed
+        if fixed and len(pool) != game.num_players - 1:
+            raise UsageError(f"{game.num_players - 1} co-players are wanted, not {len(pool)}")
+        entries = list(dict.fromkeys(["self", *pool]))
+        self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
+        self.callables = {}  # by number of the kind
+        self.agents = {}  # Players by number of the kind
+        scripts = [name.removesuffix("-noisy") for name in self.names]
+        for k, entry in enumerate(entries):
+            name = self.names[k]
+            if k == 0 or scripts[k] in game.kinds:
+                continue
+            if os.path.exists(name):
+                self.agents[k] = load_player(name, game, batch)
+            else:
+                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
+                    player = imported(entry) if isinstance(entry, str) else entry
+                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
+        with game.device:
+            self.pool = tensor([entries.index(entry) for entry in pool]).long()
+            # by kind: index in game.kinds (past its end: not scripted)
+            self.script = tensor([[*game.kinds, script].index(script) for script in scripts])
+            self.noisy = tensor([name.endswith("-noisy") for name in self.names])
+        self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
+        self.target = self.kind - 1  # [B, N] item that a scripted player walks to
+        self.focal = self.kind[:, 0]  # [B] a seat of the learner
+        self.episode = self.focal  # [B] number within the match
+        self.start_matches(self.episode == 0)
 
-    @property
-    def learner(self) -> Tensor:
-        """bool [B, N]: the seat is played by the learned policy."""
-        return self.kind == 0
-
-    def start_matches(self, which: Tensor) -> None:
-        """Deals seats and kinds anew in the games of bool [B] `which`; slot 0 is the focal player's, always `self`."""
-        b, n, dev, generator = self.batch, self.game.num_players, self.game.device, self.generator
-        seat, drawn = torch.rand(b, n, generator=generator, device=dev).argsort(1), self.pool.expand(b, -1)
+    def start_matches(self, which):
+        """Deals seats and kinds anew in the games of bool [B] `which`."""
+        batch, n = self.kind.shape
+        seat = uniform((batch, n), self.generator).argsort(1)
+        kinds = self.pool.expand(batch, -1)
         if not self.fixed:
-            each = torch.randint(len(self.pool), (b, n - 1), generator=generator, device=dev)
-            alike = torch.rand(b, 1, generator=generator, device=dev) < 0.5
-            drawn = self.pool[torch.where(alike, each[:, :1], each)]
-        kind, rows = torch.zeros_like(seat).scatter(1, seat[:, 1:], drawn), which.unsqueeze(1)
-        self.seat, self.kind = torch.where(rows, seat, self.seat), torch.where(rows, kind, self.kind)
-        self.target, self.episode = self.target.masked_fill(rows, -1), self.episode.masked_fill(which, 0)
-        for k, slot, player in self.objects:
+            each = (uniform((batch, n - 1), self.generator) * len(self.pool)).long()
+            alike = uniform((batch, 1), self.generator) < 0.5
+            kinds = self.pool[where(alike, each[:, :1], each)]
+        kind = zeros_like(seat).scatter(1, seat[:, 1:], kinds)
+        self.focal = where(which, seat[:, 0], self.focal)
+        self.kind = where(which[:, None], kind, self.kind)
+        self.episode = self.episode.masked_fill(which, 0)
+        for k, player in self.callables.items():
             if hasattr(player, "start_match"):
-                player.start_match(which & (self.kind.gather(1, self.seat[:, slot : slot + 1]).squeeze(1) == k))
+                player.start_match((which[:, None] & (self.kind == k)).flatten())
 
-    def act(self, state: GameState, mask: Tensor) -> Tensor:
-        """Actions int64 [B, N] of all seats but the learner's (there: arbitrary legal ones). Raises UsageError."""
-        game, generator, script, noisy = self.game, self.generator, self.script[self.kind], self.noisy[self.kind]
-        actions, self.target = scripted_actions(game, state, mask, script, noisy, self.target, generator)
-        for k, memory in self.memory.items():
-            agent, here = self.players[k], self.kind == k
-            chosen = agent.act(state, mask, memory, here, generator, self.oracle(agent, state)).action
-            actions = torch.where(here, chosen, actions)
-        for k, slot, player in self.objects:
-            seat, games = self.seat[:, slot], torch.arange(self.batch, device=game.device)
-            chosen = player(game.observe(state)[games, seat], mask[games, seat], game.clock(state), generator)
-            good = isinstance(chosen, Tensor) and chosen.shape == seat.shape and not chosen.is_floating_point()
-            if not good or ((chosen < 0) | (chosen >= game.num_actions)).any():
-                wanted = f"an integer tensor [{self.batch}] of actions in 0..{game.num_actions - 1}"
-                raise UsageError(f"co-player {self.names[k]!r} must return {wanted}")
-            here = (self.kind == k) & (torch.arange(game.num_players, device=game.device) == seat.unsqueeze(1))
-            chosen = chosen.to(actions)
-            chosen = chosen.where(mask[games, seat, chosen], STAY)  # as the game takes it: the MOA learns from these
-            actions = torch.where(here, chosen.unsqueeze(1), actions)
+    def scripted(self):
+        """[B, N] each: index in `game.kinds` (past its end: not scripted), noise, target."""
+        return self.script[self.kind], self.noisy[self.kind], self.target
+
+    def act(self, state, mask):
+        """Actions int64 [B, N] of all seats, which agents remember. Raises UsageError."""
+        game = self.game
+        actions = game.idle(mask)
+        if (self.script < len(game.kinds)).any():
+            told = (*self.scripted(), self.generator)
+            actions, self.target = game.scripted_actions(state, mask, *told)
+        for k, agent in self.agents.items():
+            seats = self.kind == k
+            actions = where(seats, agent.act(state, mask, seats, self)["action"], actions)
+        for k, player in self.callables.items():
+            observation = game.observe(state).flatten(0, 1)
+            clock = game.clock(state).repeat_interleave(game.num_players, 0)
+            with refused(f"co-player {self.names[k]!r} failed"):
+                chosen = player(observation, mask.flatten(0, 1).clone(), clock, self.generator)
+                chosen = chosen.to(actions.device).view(actions.shape)
+                chosen = where(pick(mask, chosen), chosen, game.idle(mask))
+            actions = where(self.kind == k, chosen, actions)
+        for agent in self.agents.values():
+            agent.remember(actions)
         return actions
 
-    def oracle(self, agent: "Agent", state: GameState) -> Tensor | None:
-        """[B, N, Zo] true kinds and targets of the step under way, for an agent of `--goal oracle`; else None."""
-        told = (self.script[self.kind], self.noisy[self.kind], self.target)
-        return true_goals(agent.relative, state, *told) if agent.args.goal == "oracle" else None
-
-    def observe(self, state: GameState, actions: Tensor, ended: Tensor) -> Tensor:
-        """Takes in one step (`actions` [B, N] in `state`, `ended` bool [B]); returns bool [B]: the match ended, too."""
-        self.target, self.episode = self.target.masked_fill(ended.unsqueeze(1), -1), self.episode + ended
-        match_ended = ended & (self.episode >= self.match_episodes)
-        for k, memory in self.memory.items():
-            self.memory[k] = self.players[k].remember(memory, state, actions, ended, match_ended)
+    def observe(self, ended):
+        """Takes in bool [B], which games `ended` with a step; returns bool [B]: their match ended,
+        and another began."""
+        self.target = self.target.masked_fill(ended[:, None], -1)
+        self.episode = self.episode + ended
+        match_ended = self.episode >= self.match_episodes
+        for agent in self.agents.values():
+            agent.forget(ended, match_ended)
         if match_ended.any():
             self.start_matches(match_ended)
         return match_ended
 
 
-def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Callable | None, int]:
-    """Name, player (None: `self` or scripted) and index in SCRIPTED (-1: none) of one co-player. Raises UsageError."""
-    name, player = getattr(entry, "__name__", type(entry).__name__), entry
-    if isinstance(entry, str):
-        name, stem, scripted = entry, entry.removesuffix("-noisy"), SCRIPTED_OF[game.family]
-        if entry == "self" or stem in scripted:
-            return name, None, SCRIPTED.index(stem) if stem in SCRIPTED else -1
-        if stem in SCRIPTED:
-            raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(scripted)} do")
-        if entry.endswith(".pt") or (entry and Path(entry).exists()):
-            player = load_agent(entry, game.device, env_id=game.id)
-        elif ":" in entry:
-            with refused(f"cannot import co-player {name!r}"):
-                module, attribute = entry.split(":")
-                player = getattr(importlib.import_module(module), attribute)
-    if isinstance(player, str) or not callable(player):
-        raise UsageError(f"unknown co-player {entry!r}: give a name, a checkpoint, package.module:name or a callable")
-    return name, player, -1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
-class RelativeFeatures:
-    """What networks read of a state: fixed functions of relative cells, summed over items of a kind. No parameters.
-    Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the
-    cell relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it
-    sees of the items itself. A player that has left, or an item that is gone, adds zero."""
-
-    def __init__(self, game: GridGame):
-        self.game, height, width, dev = game, game.height, game.width, game.device
-        dr = torch.arange(1 - height, height, device=dev).float().repeat_interleave(2 * width - 1)
-        dc = torch.arange(1 - width, width, device=dev).float().repeat(2 * height - 1)
-        d, size = dr.abs() + dc.abs(), max(height, width)
-        near, far = torch.exp(-d / 1.5), torch.exp(-d / 4.0)
-        functions = [d >= 0, d == 0, d == 1, d == 2, dr == 0, dc == 0, near, far]
-        functions += [x / size for x in (dr, dc, dr.abs(), dc.abs(), d)]
-        functions += [way * x for way in (dr < 0, dr > 0, dc < 0, dc > 0) for x in (near, far)]
-        self.size, self.absent = len(functions), len(d)
-        self.table = F.pad(torch.stack([f.float() for f in functions], 1), (0, 0, 0, 1))  # [relative cells + 1, R]
-        cell = torch.arange(game.num_cells, device=dev)
-        line, centre = cell // width * (2 * width - 1) + cell % width, (height - 1) * (2 * width - 1) + width - 1
-        self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] where the other cell lies
-        self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] where the own cell lies
-        steps = torch.arange(game.horizon + 1, device=dev).float()
-        # no step begins with 0 left, so V is never trained there; at the time limit it is read as with 1 left
-        done, left = steps[:, None].expand(-1, len(steps)), steps.clamp(min=1.0).expand(len(steps), -1)
-        clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8), left <= 5]
-        clock += [left == 1, left == 2, left == 3, done + left < game.horizon, done >= 0]
-        self.clock_table = torch.stack([c.float() for c in clock], 2)  # [T + 1, T + 1, 10]
-        self.own_size = len(clock) + 5 + len(game.item_counts) * self.size  # X
-        self.other_size = (1 + len(game.item_counts)) * self.size  # Y
-        seats = torch.arange(game.num_players, device=dev)
-        self.others = (seats[:, None] + seats[1:]) % game.num_players  # [N, N-1] the co-players of each seat
-
-    def index(self, own: Tensor, other: Tensor) -> Tensor:
-        """int64 [..] row of `table` for the cells `other` relative to the cells `own` (int64, broadcast)."""
-        return (self.line[other] - self.origin[own]).clamp(max=self.absent)
-
-    def cells(self, own: Tensor, other: Tensor) -> Tensor:
-        """[.., R] functions of the cells `other` relative to the cells `own` (int64, broadcast)."""
-        return self.table[self.index(own, other)]
-
-    def items(self, own: Tensor, items: Tensor) -> Tensor:
-        """[.., kinds * R] what is seen of `items` [.., M] from the cells `own` [..]."""
-        kinds = self.index(own.unsqueeze(-1), items).flatten(0, -2).split(self.game.item_counts, 1)
-        none = self.table.new_zeros(own.numel(), self.size)
-        sums = [F.embedding_bag(kind, self.table, mode="sum") if kind.shape[1] else none for kind in kinds]
-        return torch.cat(sums, 1).unflatten(0, own.shape)
-
-    def clock_and_walls(self, own: Tensor, clock: Tensor) -> Tensor:
-        """[.., 15] functions of the `clock` [.., 2], and the legal moves at the cells `own` [..]."""
-        return torch.cat([self.clock_table[clock[..., 0], clock[..., 1]], self.game.legal_moves[own]], -1)
-
-    def __call__(self, state: GameState) -> tuple[Tensor, Tensor]:
-        """Own features [B, N, X] and co-players' features [B, N, N-1, Y] of every seat."""
-        n = self.game.num_players
-        items, clock = (x.unsqueeze(1).expand(-1, n, -1) for x in (state.items, self.game.clock(state)))
-        seen = self.items(state.players, items)
-        near = self.cells(state.players.unsqueeze(2), state.players[:, self.others])
-        own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
-        return own, torch.cat([near, seen[:, self.others]], 3)
-
-
-def layer(inputs: int, outputs: int, gain: float = math.sqrt(2.0), bias: bool = True) -> nn.Linear:
+# ---- Networks ------------------------------------------------------------------------------------
+def layer(inputs, outputs, gain=2.0**0.5):
     """A linear layer with orthogonal weights of the given gain and zero bias."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
+    linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
-    if bias:
-        nn.init.zeros_(linear.bias)
+    nn.init.zeros_(linear.bias)
     return linear
 
 
-class RelativeNetwork(nn.Module):
+class PlayerNetwork(nn.Module):
     """out(relu(hidden(relu(own(x) + goal(g) + mix(sum over co-players of relu(other(y_j)))))))."""
 
-    def __init__(self, own: int, other: int, goal: int, outputs: int, hidden: int, gain: float):
+    def __init__(self, own, other, goal, outputs, hidden, gain=0.01):
         super().__init__()
-        self.own, self.other, self.mix = layer(own, hidden), layer(other, hidden // 2), layer(hidden // 2, hidden)
-        self.goal, self.hidden = layer(goal, hidden, bias=False), layer(hidden, hidden)
+        self.own = layer(own, hidden)
+        self.other = layer(other, hidden // 2)
+        self.mix = layer(hidden // 2, hidden)
+        self.goal = layer(goal, hidden)
+        self.hidden = layer(hidden, hidden)
         self.out = layer(hidden, outputs, gain)
 
-    def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] of own [.., X], others [.., N-1, Y], goal [.., Z]; or [.., K, outputs] of goals [.., K, Z]."""
-        return self.head(own, F.relu(self.other(others)).sum(-2), goal)
-
-    def head(self, own: Tensor, seen: Tensor, goal: Tensor) -> Tensor:
-        """The same when what is seen of the co-players is already summed, in `seen` [.., H / 2]."""
-        first, goal = self.own(own) + self.mix(seen), self.goal(goal)
-        first = first.unsqueeze(-2) if goal.dim() > first.dim() else first
-        return self.out(F.relu(self.hidden(F.relu(first + goal))))
-
-    def other_parts(self, relative: RelativeFeatures, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer `other` in two summands: one by relative cell, a row for each of `relative.table`; one of `rest`,
-        the co-players' other features [.., Y - R]."""
-        near, far = self.other.weight.tensor_split([relative.size], 1)
-        return relative.table @ near.T, F.linear(rest, far, self.other.bias)
+    def forward(self, own, others, goal):
+        """[.., outputs] of own [.., X], others [.., N-1, Y] and goal [.., Z]; leading axes are
+        broadcast."""
+        others = self.mix(F.relu(self.other(others)).sum(-2))
+        return self.out(F.relu(self.hidden(F.relu(self.own(own) + others + self.goal(goal)))))
 
 
-def masked(logits: Tensor, mask: Tensor) -> Tensor:
+def masked(logits, mask):
     """`logits` [.., A] with -1e9 where bool `mask` [.., A] is False."""
     return logits.masked_fill(~mask, -1e9)
 
 
-def sample(logits: Tensor, generator: Generator) -> Tensor:
+def pick(values, index):
+    """[..]: `values` [.., A] at int64 `index` [..]."""
+    return values.gather(-1, index[..., None]).squeeze(-1)
+
+
+def uniform(shape, generator):
+    """float32 `shape`: uniform in [0, 1)."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def sample(logits, generator):
     """int64 [..]: draws from softmax(`logits` [.., A]) (Gumbel-max)."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+    noise = uniform(logits.shape, generator).clamp(min=1e-20)
+    return (logits - (-noise.log()).log()).argmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Goal model and MOA
-# ---------------------------------------------------------------------------------------------------------------------
-# method: beliefs; the sums are the encoder's
-class Memory(NamedTuple):
-    """What a MOA has seen of every seat in the running match. Fields that no option asks for have no last entries."""
-
-    prior: Tensor  # float32 [B, N, G] log of the belief with which the running episode began
-    likelihood: Tensor  # float32 [B, N, G] log-likelihood of the episode so far under every goal
-    match: Tensor  # float32 [B, N, E + 1] over the match; the last entry counts steps
-    own: Tensor  # float32 [B, N, G] goal that the seat itself pursues, one-hot; zeros: to be drawn now
-    key: Tensor  # int64 [B, N, 1] counter of random numbers for that draw
+def random_actions(mask, generator):
+    """int64 [..]: uniform over the legal actions of bool `mask` [.., A]."""
+    return sample(masked(mask.float(), mask), generator)
 
 
-LEAST = 1e-3  # share of the uniform distribution in every prior: no goal is ever ruled out
-
-
-class GoalHeads(nn.Module):
-    """A network whose last layer's weights are linear in the goal: out(x)[.., outputs, Z + 1] times (g, 1), x =
-    relu(hidden(relu(own(x) + mix(sum over co-players of relu(other(y_j)))))). All goals cost little more than one."""
-
-    def __init__(self, own: int, other: int, goal: int, outputs: int, hidden: int, gain: float):
-        super().__init__()
-        self.own, self.other, self.mix = layer(own, hidden), layer(other, hidden // 2), layer(hidden // 2, hidden)
-        self.hidden, self.out = layer(hidden, hidden), layer(hidden, outputs * (goal + 1), gain)
-        self.outputs, self.goal_size = outputs, goal
-
-    def body(self, own: Tensor, others: Tensor) -> Tensor:
-        """[.., H] of own [.., X] and others [.., N-1, Y]: all but the last layer."""
-        first = self.own(own) + self.mix(F.relu(self.other(others)).sum(-2))
-        return F.relu(self.hidden(F.relu(first)))
-
-    def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] for goals [.., Z], or [.., K, outputs] for [.., K, Z]; more entries of a goal are not read."""
-        weight = self.out(self.body(own, others)).unflatten(-1, (self.outputs, self.goal_size + 1))
-        goal = F.pad(goal[..., : self.goal_size], (0, 1), value=1.0)
-        if goal.dim() < weight.dim():
-            return (weight @ goal.unsqueeze(-1)).squeeze(-1)
-        return goal @ weight.transpose(-1, -2)
-
-    def every(self, own: Tensor, others: Tensor, goals: Tensor) -> Tensor:
-        """[.., outputs, G] for every one of `goals` [G, Z], by one matrix for all of them."""
-        goals = F.pad(goals, (0, 1), value=1.0)  # [G, Z + 1]
-        weight, bias = (x.unflatten(0, (self.outputs, -1)) for x in (self.out.weight, self.out.bias))
-        weight, bias = goals @ weight, bias @ goals.T  # [outputs, G, H], [outputs, G]
-        return F.linear(self.body(own, others), weight.flatten(0, 1), bias.flatten()).unflatten(-1, bias.shape)
-
-
-# method: discrete goals, their likelihoods and Bayes' rule in place of a VAE
+# ---- Goal model and MOA --------------------------------------------------------------------------
 class MOA(nn.Module):
-    """Model of other agents: a table of G goal embeddings, one for all seats, since no seat is special; the decoder
-    pi_hat(a_j | o_j, t, g); the subgoal's decoder; and, if an option asks for it, an encoder that guesses the goal. A
-    player has one goal in a match. The belief over it is Bayes' rule on the decoder's likelihoods within an episode,
-    and from episode to episode what `--inter-om` says: the posterior, or HOP's count (Huang et al. 2024, eq. 2).
-    The subgoal of j is the item of its next successful interaction in the episode, or none (OMG, Yu et al. 2024)."""
+    # ours: discrete goals in place of a VAE
+    """Model of other agents: embeddings e_g of G goals, the same for all seats, and the decoder
+    pi_hat(a_j | o_j, t, e_g). A player has one goal in a match. Its *memory* [.., 2, G] is the log
+    prior of the running episode, and the log-likelihood under every goal of what it did there; so
+    it grows by steps. The subgoal of j is what it reaches next in the episode: an item, or none
+    (OMG, Yu et al. 2024); on games that know no subgoals there is no such term."""
 
-    # method: table, heads and encoder
-    def __init__(self, relative: RelativeFeatures, args: Args):
+    def __init__(self, game, args):
         super().__init__()
-        game, own, other, hidden = relative.game, relative.own_size, relative.other_size, args.moa_hidden_size
-        queries, told = len(game.item_counts) * relative.size + 1, args.goal_size
-        told = len(SCRIPTED) + 3 + relative.size if args.goal == "oracle" else told
-        self.relative, self.args, self.goal = relative, args, args.goal
-        self.goal_size = told + args.own_goal * args.goal_size  # what is told of a player, and what it pursues itself
-        self.decoder = GoalHeads(own, other, told, game.num_actions, hidden, 1.0)
-        self.subgoal = GoalHeads(own, other, told, queries, hidden, 0.01)
-        if args.goal == "inferred":
-            self.table = nn.Parameter(0.3 * torch.randn(args.goals, args.goal_size))  # small: at first it is noise
-        self.encodes = args.goal == "inferred" and (args.belief == "encoder" or args.goal_training == "amortised")
-        self.summary = hidden if self.encodes else -1
-        self.made = args.seed % 2**14 << 12  # memories, so that seeds differ too
-        if self.encodes:
-            self.step_feature = layer(own + relative.size + game.num_actions, hidden, 1.0)
-            self.guesser = nn.Sequential(layer(2 * hidden + 1, hidden), nn.ReLU(), layer(hidden, args.goals, 0.1))
+        hidden = args.hidden_size
+        sizes = (game.own_size, game.other_size)
+        self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
+        self.item_kind = game.item_kind  # [M]
+        queries = 1 + len(game.item_counts) * game.subgoal_size
+        if args.assignment == "exclusive" and not game.num_players <= args.goals <= 6:
+            raise UsageError("--assignment exclusive needs a goal for each player, at most 6")
+        self.args = args  # ours: a table, no encoder
+        self.memory_size = args.goals
+        self.table = nn.Parameter(0.3 * torch.randn(args.goals, self.goal_size))  # [G, Z]
+        heads = game.num_actions * (self.goal_size + 1)
+        self.decoder = PlayerNetwork(*sizes, 1, heads, hidden, 1.0)  # linear in e_g at the end
+        self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
-    # method: other fields
-    def initial_memory(self, batch: int) -> Memory:
-        """The empty memory of B matches; every one made has random numbers of its own for `--own-goal`."""
-        args, seats = self.args, (batch, self.relative.game.num_players)
-        zeros = torch.zeros(*seats, args.goals, device=self.relative.game.device)
-        sums, own = zeros.new_zeros(*seats, self.summary + 1), zeros[..., : args.goals * args.own_goal]
-        key, self.made = torch.arange(zeros[..., 0].numel(), device=zeros.device), self.made + 1
-        key = key.view(*seats, 1)[..., : int(args.own_goal)] + (self.made << 32)
-        return Memory(zeros - math.log(args.goals), zeros, sums, own, key)
+    def log_likelihood(self, own, others, mask, actions):
+        """[.., G]: log pi_hat(a | o, t, e_g) of `actions` [..], for all goals in one call."""
+        heads = self.decoder(own, others, own.new_zeros(1)).unflatten(-1, (self.goal_size + 1, -1))
+        logits = F.pad(self.table, (0, 1), value=1.0) @ heads  # [.., G, A]
+        log_probs = masked(logits, mask[..., None, :]).log_softmax(-1)
+        return pick(log_probs, actions[..., None].expand(log_probs.shape[:-1]))
 
-    def seen(self, own: Tensor, others: Tensor) -> Tensor:
-        """[.., X + R] own features beside the sum over co-players of their relative cells' functions."""
-        return torch.cat([own, others[..., : self.relative.size].sum(-2)], -1)
+    def belief(self, memory):
+        """[.., G]: the posterior over each seat's goal (Bayes), the same for all observers."""
+        return memory.sum(-2).softmax(-1)
 
-    def features(self, seen: Tensor, actions: Tensor, active: Tensor) -> Tensor:
-        """[.., E + 1] what one step adds to the memory; 0 where bool `active` [..] is False."""
-        chosen = F.one_hot(actions, self.relative.game.num_actions)
-        feature = torch.tanh(self.step_feature(torch.cat([seen, chosen], -1)))
-        return F.pad(feature, (0, 1), value=1.0) * active.unsqueeze(-1)
-
-    def guess(self, match: Tensor) -> Tensor:
-        """Logits [.., G] of the encoder's guess from its sums [.., E + 1] over the match."""
-        sums, count = match[..., :-1], match[..., -1:]
-        inputs = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
-        return self.guesser(torch.cat(inputs, -1))
-
-    def log_likelihood(self, own: Tensor, others: Tensor, mask: Tensor, actions: Tensor) -> Tensor:
-        """float32 [.., G]: log pi_hat(a | o, t, g) of the `actions` [..] taken, under every goal in one call."""
-        logits = masked(self.decoder.every(own, others, self.table), mask.unsqueeze(-1)).log_softmax(-2)
-        index = actions[..., None, None].expand(*actions.shape, 1, logits.shape[-1])
-        return logits.gather(-2, index).squeeze(-2)
-
-    def next_prior(self, prior: Tensor, likelihood: Tensor) -> Tensor:
-        """Log prior [.., G] of the episode after one that began with log `prior` and had the log-`likelihood`: HOP's
-        p <- alpha p + (1 - alpha) onehot(goal of the episode), or with the posterior itself in place of the one-hot."""
-        posterior, alpha = (prior + likelihood).softmax(-1), self.args.inter_om_alpha
+    def next_prior(self, memory):
+        """Log prior [.., G] of the next episode: p <- alpha p + (1 - alpha) onehot(this one's goal)
+        (HOP, Huang et al. 2024, eq. 2), or with the posterior in place of the last."""
+        posterior = self.belief(memory)
         if self.args.inter_om == "count":
-            posterior = F.one_hot(posterior.argmax(-1), posterior.shape[-1])
-        mixed = alpha * prior.softmax(-1) + (1.0 - alpha) * posterior
-        return torch.log((1.0 - LEAST) * mixed + LEAST / prior.shape[-1])
+            posterior = F.one_hot(posterior.argmax(-1), self.memory_size).float()
+        mixed = posterior.lerp(memory[..., 0, :].softmax(-1), self.args.inter_om_alpha)
+        return (0.999 * mixed + 0.001 / self.memory_size).log()  # no goal is ever ruled out
 
-    def log_belief(self, memory: Memory) -> Tensor:
-        """float32 [B, N, G]: log of the belief over the goal of every seat, the same for all observers."""
-        if self.args.belief == "encoder":
-            return self.guess(memory.match).log_softmax(-1)
-        belief = (memory.prior + memory.likelihood).log_softmax(-1)
-        return belief if self.args.belief == "bayes" else torch.full_like(belief, -math.log(self.args.goals))
+    def subgoal_logits(self, own, others, goal, features, present):
+        """[.., M + 1]: logits of what is reached next, from candidates' features [.., M, F] and
+        bool [.., M] whether they are there (else -1e9); the last is none."""
+        query = self.subgoal(own, others, goal)
+        by_kind = query[..., 1:].unflatten(-1, (-1, features.shape[-1]))
+        scores = (by_kind[..., self.item_kind, :] * features).sum(-1)
+        return cat([masked(scores, present), query[..., :1]], -1)
 
-    def subgoal_logits(self, cells: Tensor, items: Tensor, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., M + 1] of the next item of players at `cells` [..] among `items` [.., M]; last: none. -1e9 if gone."""
-        relative, game = self.relative, self.relative.game
-        out = self.subgoal(own, others, goal)
-        query = out[..., :-1].unflatten(-1, (len(game.item_counts), relative.size))[..., game.item_kind, :]
-        scores = (query * relative.cells(cells.unsqueeze(-1), items)).sum(-1)
-        return torch.cat([masked(scores, items >= 0), out[..., -1:]], -1)
-
-
-def true_goals(relative: RelativeFeatures, state: GameState, script: Tensor, noisy: Tensor, target: Tensor) -> Tensor:
-    """float32 [B, N, Z]: what `--goal oracle` tells of every seat. All arguments but `relative` are [B, N].
-    The kind (`script` indexes SCRIPTED, -1: not scripted; bool `noisy`), and the relative cell of the item that the
-    player walks to (`target`, -1: none)."""
-    item = state.items.gather(1, target.clamp(min=0)).masked_fill((target < 0) | (script < 0), -1)
-    kind, flags = F.one_hot(script + 1, len(SCRIPTED) + 1), torch.stack([noisy, item >= 0], 2)
-    return torch.cat([kind, flags, relative.cells(state.players, item)], 2)
-
-
-def straight_through(logits: Tensor, temperature: float, generator: Generator) -> Tensor:
-    """One-hot draws [.., G] from softmax(`logits`) with the gradient of softmax((logits + Gumbel noise) / temperature)
-    (Jang et al. 2017)."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20, max=1.0 - 1e-7)
-    soft = ((logits - (-uniform.log()).log()) / temperature).softmax(-1)
-    hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
-    return hard + soft - soft.detach()
-
-
-# method: discrete goals, one for a seat and match
-def moa_loss(moa: MOA, batch, subgoal_coef, temperature: float, generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + KL(q(g) || uniform) + subgoal_coef * reconstruction over a random share of the steps of a
-    MatchBatch. The first two are in nats a step (the KL once for a seat's match), so that they are a bound on the
-    marginal likelihood of these steps, each to the power of its weight (1 with `--moa-buffer all`), and equal to it if
-    q is the posterior, as in `--goal-training em`; then the gradient is that of expectation-maximisation. Returns the
-    terms, too; `moa/kl` in nats a match: 0 means that goals have collapsed."""
-    live = batch.active.any(2)  # [S, L]
-    live &= torch.rand(live.shape, generator=generator, device=live.device) < moa.args.moa_share
-    state, steps = batch.state.rows(live.flatten()), (batch.actions, batch.active, batch.weight, batch.subgoal)
-    actions, active, weight, subgoal = (x[live] for x in steps)  # [R, N] here and below: steps of all seats
-    (own, others), match, terms = moa.relative(state), live.nonzero()[:, 0], {}  # [R, N, ..], [R]
-    log_probs = moa.log_likelihood(own, others, moa.relative.game.action_mask(state), actions) * weight.unsqueeze(-1)
-    logits = log_probs.new_zeros(len(live), *log_probs.shape[1:]).index_add(0, match, log_probs)  # [S, N, G]
-    past, guess = guesses(moa, batch) if moa.encodes else (None, None)
-    logits = guess if moa.args.goal_training == "amortised" else logits
-    q, whole = logits.softmax(-1), weight.sum().clamp(min=1e-9)
-    drawn = q if moa.args.goal_training == "em" else straight_through(logits, temperature, generator)
-    known = ((batch.weight > 0) & live.unsqueeze(2)).any(1)  # [S, N]
-    kl = ((q * (logits.log_softmax(-1) + math.log(moa.args.goals))).sum(-1) * known).sum()
-    terms["moa/nll"] = -(drawn[match] * log_probs).sum(-1).sum() / whole
-    items = state.items.unsqueeze(1).expand(-1, active.shape[1], -1)
-    subgoals = (x[::4] for x in (state.players, items, own, others, drawn[match] @ moa.table))  # [::4]: for speed
-    recon = F.cross_entropy(moa.subgoal_logits(*subgoals).movedim(-1, 1), subgoal[::4], reduction="none")
-    terms["moa/recon"] = (weight[::4] * recon).sum() / weight[::4].sum().clamp(min=1e-9)
-    loss, terms["moa/kl"] = kl / whole, kl / known.sum().clamp(min=1)
-    loss = loss + terms["moa/nll"] + subgoal_coef * terms["moa/recon"]
-    if moa.encodes:  # the guess at every step, from what came before it, is to agree with what was drawn
-        terms["moa/guess"] = -(weight * (drawn.detach()[match] * past[live].log_softmax(-1)).sum(-1)).sum() / whole
-        loss = loss + terms["moa/guess"]
-    return loss, {name: term.detach() for name, term in terms.items()}
-
-
-def guesses(moa: MOA, batch) -> tuple[Tensor, Tensor]:
-    """The encoder's logits [S, L, N, G] before each step of a MatchBatch, and [S, N, G] at the end of every match."""
-    seen, shape = moa.seen(*moa.relative(batch.state)), batch.start.shape
-    step = moa.features(seen, batch.actions.flatten(0, 1), batch.active.flatten(0, 1)).unflatten(0, shape)
-    after = step.cumsum(1)  # [S, L, N, E + 1]
-    return moa.guess(after - step), moa.guess(after[:, -1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agent
-# ---------------------------------------------------------------------------------------------------------------------
-# method: there is no planner; a goal of its own
-class Decision(NamedTuple):
-    """What the policy of every seat saw and did in one step of B games."""
-
-    action: Tensor  # int64 [B, N]
-    log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
-    value: Tensor  # float32 [B, N] of returns times reward_scale
-    own: Tensor  # float32 [B, N, X]
-    others: Tensor  # float32 [B, N, N-1, Y]
-    goal: Tensor  # float32 [B, N, Z] inferred of every seat
-    mask: Tensor  # bool [B, N, A]
-    # method: there is no offset
-    prior: Tensor  # float32 [B, N, A] log pi_theta
-    chosen: Tensor  # float32 [B, N, G] own goal, one-hot (no last entries without --own-goal)
-    draws: Tensor  # bool [B, N] the own goal is drawn in this step
-
-
-def uniform_numbers(key: Tensor, count: int) -> Tensor:
-    """float32 [.., count] in (0, 1): random numbers of the counters int64 [.., 1] `key` (SplitMix64, Steele et al.
-    2014)."""
-    bits = key * count + torch.arange(1, count + 1, device=key.device)  # int64 wraps around
-    bits = bits * -7046029254386353131
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-        bits = (bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return ((bits >> 40) & 0xFFFFFF).float().add(0.5) / (1 << 24)
-
-
-# method: what is believed and assigned
-PLAYED = ("belief", "assignment")  # options that may change when an agent is played
-
-
-# method: beliefs, their assignment and the own goal in place of a planner
-class Agent(nn.Module):
-    """The learned player: policy, value, MOA and its beliefs, for every seat of B games at once."""
-
-    # method: no planner; sizes of goals; the chooser
-    def __init__(self, game: GridGame, args: Args):
-        super().__init__()
-        self.game, self.args, self.relative = game, args, RelativeFeatures(game)
-        own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
-        self.moa = MOA(self.relative, args)
-        goal, self.told = self.moa.goal_size, self.moa.goal_size - args.own_goal * args.goal_size
-        other = self.relative.other_size + self.told
-        self.actor = RelativeNetwork(own, other, goal, actions, hidden, 0.01)
-        self.critic = RelativeNetwork(own, other, goal, 1, hidden, 1.0)
-        if args.own_goal:  # with the actor, since it is a part of the policy
-            self.actor.chooser = RelativeNetwork(own, other, goal, args.goals, hidden, 0.01)
-        if args.own_goal and args.goal != "inferred":
-            raise UsageError("--own-goal needs --goal inferred: it is a row of the same table")
-        self.plan_mode, self.timer = "none", Timer(False)  # no planner, ever
-        self.latest = (None, None)  # a state and its features: `act` and `remember` read the same one
-        self.latest_step = (None, None, None)  # state, actions, likelihoods: a truncated step is remembered twice
-        self.to(game.device)
-        self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
-
-    # method: no planner reads it
-    @property
-    def uses_moa(self) -> bool:
-        """Whether anything reads the MOA."""
-        return self.args.goal == "inferred"
-
-    # method: more players may be too many to share out the goals
-    def on_game(self, env_id: str) -> GridGame:
-        """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
-        game = GridGame(env_id, self.game.device)
-        if game.family != self.game.family:
-            raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
-        self.game, self.relative = game, RelativeFeatures(game)
-        self.moa.relative = self.relative
-        self.assign(self.moa.initial_memory(1).prior)  # raises if players cannot share out the goals
-        return game
-
-    def look(self, state: GameState) -> tuple[Tensor, Tensor]:
-        """`relative(state)`, once for one state in succession."""
-        if self.latest[0] is not state:
-            self.latest = state, self.relative(state)
-        return self.latest[1]
-
-    # method: Bayes' rule, the count of episodes, the own goal
-    @torch.no_grad()
-    def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
-        """The memory after `actions` [B, N] in `state`; what ended (bool [B]) is passed on from episode to episode, and
-        emptied from match to match."""
-        if self.args.goal != "inferred" or self.args.belief == "none" and not self.args.own_goal:
-            return memory
-        (own, others), active = self.look(state), state.players >= 0
-        if self.args.own_goal:
-            chosen = self.infer_all(memory, own, others, None)[2]
-            keep = ~ended & ((state.time + 1) % self.args.goal_period > 0)
-            memory = memory._replace(own=chosen * keep.view(-1, 1, 1), key=memory.key + actions.numel())
-        if self.args.belief == "bayes":
-            if self.latest_step[0] is not state or self.latest_step[1] is not actions:
-                step = self.moa.log_likelihood(own, others, self.game.action_mask(state), actions)
-                self.latest_step = state, actions, step * active.unsqueeze(-1)
-            memory = memory._replace(likelihood=memory.likelihood + self.latest_step[2])
-        if self.moa.encodes:
-            step = self.moa.features(self.moa.seen(own, others), actions, active)
-            memory = memory._replace(match=memory.match + step)
-        if not ended.any():
-            return memory
-        clear, over = ended.view(-1, 1, 1), match_ended.view(-1, 1, 1)
-        prior = torch.where(clear, self.moa.next_prior(memory.prior, memory.likelihood), memory.prior)
-        prior, likelihood = prior.masked_fill(over, -math.log(self.args.goals)), memory.likelihood.masked_fill(clear, 0)
-        return memory._replace(prior=prior, likelihood=likelihood, match=memory.match.masked_fill(over, 0.0))
-
-    def assign(self, log_belief: Tensor) -> Tensor:
-        """float32 [B, N, G]: shares of the goals that every seat is taken to have. `soft`: the belief; `hard`: the
-        likeliest goal; `exclusive`: the one-to-one assignment of the largest joint probability, the mean of all the
-        best ones if there are several, so that no seat comes first."""
-        if self.args.assignment == "soft":
-            return log_belief.exp()
+    def encode(self, memory, own, others):
+        """Embeddings [B, N, Z] of the goals assigned to every seat, and their shares [B, N, G]:
+        `soft`, the belief; `hard`, the likeliest; `exclusive`, one-to-one, the largest joint
+        probability, and the mean of the best if there are several: no seat comes first."""
+        share = self.belief(memory)
+        players, goals = share.shape[1:]
         if self.args.assignment == "hard":
-            return F.one_hot(log_belief.argmax(-1), log_belief.shape[-1]).float()
-        players, goals = log_belief.shape[1:]
-        if goals < players or math.perm(goals, players) > 50_000:
-            raise UsageError(f"--assignment exclusive: {players} players cannot share out --goals {goals}")
-        orders = torch.tensor(list(itertools.permutations(range(goals), players)), device=log_belief.device)  # [P, N]
-        scores = log_belief[:, torch.arange(players), orders].sum(-1)  # [B, P]
-        best = (scores >= scores.amax(1, keepdim=True) - 1e-5).float()
-        return torch.einsum("bp,png->bng", best / best.sum(1, keepdim=True), F.one_hot(orders, goals).float())
+            share = F.one_hot(share.argmax(2), goals).float()
+        if self.args.assignment == "exclusive":
+            choices = arange(goals, device=share.device).expand(players, -1)
+            orders = torch.cartesian_prod(*choices).view(-1, players)
+            orders = orders[(F.one_hot(orders, goals).sum(1) < 2).all(1)]  # [P, N]
+            logs = memory.sum(-2).double().log_softmax(-1)
+            scores = logs[:, arange(players), orders].sum(2)  # [B, P]
+            best = (scores >= scores.amax(1, True) - 1e-5).float()
+            orders = F.one_hot(orders, goals).float()
+            share = torch.einsum("bp,png->bng", best / best.sum(1, True), orders)
+        return share @ self.table, share  # ours: by belief
 
-    # method: beliefs and their assignment
-    def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The embeddings [B, N, Z] of the goals assigned to every seat, and the log of the belief [B, N, G]; or zeros,
-        or the truth `oracle`, as of certain knowledge. With `--own-goal` the embedding of what a seat pursues itself
-        is joined to its goal: `with_goals` shows it to that seat alone."""
-        return self.infer_all(memory, own, others, oracle)[:2]
 
-    @torch.no_grad()
-    def infer_all(self, memory, own, others, oracle) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]:
-        """The same; own goals [B, N, G], one-hot; bool [B, N]: drawn in this step; their log-probabilities there."""
-        never = torch.zeros(own.shape[:2], dtype=torch.bool, device=own.device)
-        if self.args.goal != "inferred":
-            goal = own.new_zeros(*own.shape[:2], self.told) if oracle is None else oracle
-            return goal, torch.full_like(goal, -30.0), memory.own, never, 0.0
-        log_belief, table = self.moa.log_belief(memory), self.moa.table
-        goal = self.assign(log_belief) @ table
-        if not self.args.own_goal:
-            return goal, log_belief, memory.own, never, 0.0
-        joined, total = self.with_goals(others, torch.cat([goal, memory.own @ table], -1))
-        log_probs, draws = self.actor.chooser(own, joined, total).log_softmax(-1), ~memory.own.any(-1)
-        noise = -(-uniform_numbers(memory.key, self.args.goals).log()).log()
-        drawn = F.one_hot((log_probs + noise).argmax(-1), self.args.goals).float()
-        chosen = torch.where(draws.unsqueeze(-1), drawn, memory.own)
-        return torch.cat([goal, chosen @ table], -1), log_belief, chosen, draws, draws * (log_probs * chosen).sum(-1)
+MOA_MATCHES = 8  # matches in a minibatch of the MOA, each seen whole
+MOA_ROWS = 4096  # steps of players in them that it predicts
 
-    # method: the own goal
-    def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Co-players' features with their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z],
-        beside the own goal if there is one."""
-        theirs = goal[..., self.relative.others, : self.told]
-        return torch.cat([others, theirs], -1), torch.cat([theirs.sum(-2), goal[..., self.told :]], -1)
 
-    # method: the own goal
-    @torch.no_grad()
-    def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
+def moa_loss(agent, batch, pretraining, generator):
+    """Loss -log pi_hat + KL(q || uniform) + subgoal_coef * reconstruction on what a MatchBuffer
+    read, and its terms in nats a step (`moa/kl`: a match). q, of a seat and match, is by the
+    likelihood of all its steps that are read. With q itself, `em`, the first two are -log of the
+    marginal likelihood, and the gradient is that of expectation-maximisation; else with draws from
+    q (Gumbel-Softmax, Jang et al. 2017). `pretraining` is no other loss here."""
+    moa = agent.moa
+    args = agent.args
+    index = batch["weight"].flatten().nonzero()[:, 0]
+    index = index[uniform(index.shape, generator).argsort()[:MOA_ROWS]]
+    rows = {name: value.flatten(0, 2)[index] for name, value in batch.items()}  # [R, ..]
+    seen = (rows["own"], rows["others"])
+    matches, length, players = batch["weight"].shape
+    match = index // (length * players) * players + index % players  # [R] of which seat
+    log_probs = moa.log_likelihood(*seen, rows["mask"], rows["action"])  # [R, G]
+    logits = log_probs.new_zeros(matches * players, args.goals).index_add(0, match, log_probs)
+    q = goal = logits.softmax(1)  # ours: one discrete goal for a seat and match
+    if args.goal_training == "gumbel":
+        goal = F.gumbel_softmax(logits, agent.temperature, hard=True)
+    goal = goal[match]  # [R, G]
+    nll = -(goal * log_probs).sum(1).mean()
+    kl = (q * (logits.log_softmax(1) + np.log(args.goals))).sum() / len(match.unique())
+    logits = moa.subgoal_logits(*seen, goal @ moa.table, rows["features"], rows["present"])
+    subgoal = rows["subgoal"] % logits.shape[1]  # -1: none, the last
+    recon = (F.cross_entropy(logits, subgoal, reduction="none") * rows["ended"]).mean()
+    loss = nll + kl * len(match.unique()) / len(index) + args.subgoal_coef * recon
+    return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
+
+
+# ---- Match buffer --------------------------------------------------------------------------------
+HISTORY = 512  # steps of a match that are read at most
+STORED = "action alive reward reached goals".split()  # of a step, beside the state
+
+
+class MatchBuffer:
+    """The last C steps of B games, as one ring. Every step knows when its match and its episode
+    began, in steps since the run began. `--moa-buffer positive` learns from a player's episodes
+    with reward > 0 alone (as HOP does); the others still serve as history."""
+
+    def __init__(self, game, args):
+        self.game = game
+        self.positive = args.moa_buffer == "positive"
+        self.stored = STORED if args.goal == "oracle" else STORED[:-1]
+        self.size = max(args.moa_capacity // args.num_envs, HISTORY)  # C
+        self.ring = {}  # by name [C, B, ..]
+        self.now = 0  # steps ever added
+        self.match_start = arange(args.num_envs, device=game.device) * 0  # [B]
+        self.episode_start = self.match_start  # [B]
+
+    def add(self, state, step, ended, match_ended):
+        """Takes a `step` of all games in `state`, by name [B, N, ..], and bool [B] which episodes
+        and matches ended with it."""
+        values = {name: step[name] for name in self.stored}
+        starts = {"match": self.match_start, "episode": self.episode_start}
+        for name, value in {**state._asdict(), **values, **starts}.items():
+            if name not in self.ring:
+                self.ring[name] = value.new_zeros(self.size, *value.shape)
+            self.ring[name][self.now % self.size] = value
+        self.now += 1
+        self.episode_start = self.episode_start.masked_fill(ended, self.now)
+        self.match_start = self.match_start.masked_fill(match_ended, self.now)
+
+    def sample(self, count, generator):
+        """`count` matches or parts of them, with replacement, each as often as it is long."""
+        oldest = max(0, self.now - self.size)
+        time, game = uniform((2, count), generator)
+        time = oldest + (time * (self.now - oldest)).long()
+        game = (game * len(self.match_start)).long()
+        start = self.ring["match"][time % self.size, game]
+        return self.read(game, start.maximum(time - HISTORY + 1).clamp(min=oldest))
+
+    def read(self, number, start):
+        """Of matches in the games int64 [R] `number`, L <= HISTORY steps from step [R] `start`:
+        tensors [R, L, N, ..] by name."""
+        steps = start[:, None] + arange(HISTORY, device=start.device)
+        match = self.ring["match"][steps % self.size, number[:, None]]
+        inside = (match == match[:, :1]) & (steps < self.now)  # [R, HISTORY]
+        length = int(inside.sum(1).max())
+        steps = steps[:, :length]
+        inside = inside[:, :length, None]
+        part = {k: ring[steps % self.size, number[:, None]] for k, ring in self.ring.items()}
+        active = part["alive"] & inside
+        episode = part["episode"][:, :, None].expand_as(active)
+        first = (episode - start[:, None, None]).clamp(0, length - 1)  # of the same episode
+        reached = part["reached"].masked_fill(~inside, -1)
+        coming = where(reached >= 0, arange(length, device=start.device)[:, None], length - 1)
+        coming = coming.flip(1).cummin(1).values.flip(1)
+        same = episode.gather(1, coming) == episode
+        ended = episode < self.episode_start[number][:, None, None]
+        if length == HISTORY:  # what the last episode of a match that is cut reaches is not seen
+            ended = ended & (episode != episode[:, -1:])
+        weight = active
+        if self.positive:
+            earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
+            weight = active & (earned.gather(1, first) > 0)
+        game = self.game
+        state = game.state_type(*(part[k].flatten(0, 1) for k in game.state_type._fields))
+        seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
+        names = "own others mask features present".split()
+        return {
+            **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
+            **{name: part[name] for name in self.stored},
+            "active": active,  # bool: the step is within the match, the player in the game
+            "first": first,  # int64: the first step of the same episode
+            "ended": ended,  # bool: the subgoal is known
+            "subgoal": where(same, reached.gather(1, coming), -1),  # int64; -1: none
+            "weight": weight,  # bool: the step is learnt from
+        }
+
+
+# ---- Agent and planner ---------------------------------------------------------------------------
+class Agent(nn.Module):
+    """The learned player: its networks."""
+
+    def __init__(self, game, args):
+        super().__init__()
+        self.game = game
+        self.args = args
+        self.moa = MOA(game, args)
+        goal = self.moa.goal_size
+        other = game.other_size + goal
+        actions = game.num_actions
+        self.actor = PlayerNetwork(game.own_size, other, goal, actions, args.hidden_size)
+        self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
+        self.temperature = args.temperature  # ours: annealed
+        self.to(game.device)
+
+    def inputs(self, views, goals):
+        """What policy and value read beside own features: the co-players' with their goals
+        [B, N, N-1, Y + Z], and the sum of these goals [B, N, Z]."""
+        theirs = goals[:, self.game.others]
+        return cat([views, theirs], -1), theirs.sum(-2)
+
+
+class Player:
+    """An agent that plays B games, with the MOA's memory of the running matches."""
+
+    def __init__(self, agent, batch):
+        self.agent = agent
+        shape = (batch, agent.game.num_players, 2, agent.moa.memory_size)
+        self.memory = torch.zeros(shape).to(agent.game.device)
+
+    def infer(self, state, co_players):
+        """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; of every seat the goal [B, N, Z]
+        and how sure it is, as MOA.encode has them."""
+        agent = self.agent
+        own, others = agent.game.features(state)
+        if agent.args.goal == "inferred":
+            return own, others, *agent.moa.encode(self.memory, own, others)
+        goals = own.new_zeros(*own.shape[:2], agent.moa.goal_size)
+        if agent.args.goal == "oracle":
+            goals = agent.game.oracle(state, *co_players.scripted())
+        return own, others, goals, zeros_like(goals) - 30.0
+
+    def value(self, state, co_players):
         """V [B, N] of every seat."""
-        own, others = self.relative(state)
-        goal, _, _, draws, _ = self.infer_all(memory, own, others, oracle)
-        joined, total = self.with_goals(others, goal)
-        return self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)
+        own, views, goals, _ = self.infer(state, co_players)
+        return self.agent.critic(own, *self.agent.inputs(views, goals)).squeeze(-1)
 
-    # method: no planner; the own goal
-    @torch.no_grad()
-    def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
-        """A Decision for every seat of `state` (`seats`, those where it matters, save nothing here). bool `mask`
-        [B, N, A] has the legal actions; `memory` is this agent's; `oracle` [B, N, Z] is for `--goal oracle`."""
-        with self.timer("goal inference"):
-            own, others = self.look(state)
-            goal, _, chosen, draws, log_choice = self.infer_all(memory, own, others, oracle)
-        with self.timer("policy and value"):
-            joined, total = self.with_goals(others, goal)
-            prior = masked(self.actor(own, joined, total), mask).log_softmax(-1)
-            value = self.critic(own, joined, undrawn(total, draws, self.told)).squeeze(-1)
-        action = sample(prior, generator)
-        log_prob = prior.gather(-1, action.unsqueeze(-1)).squeeze(-1) + log_choice
-        return Decision(action, log_prob, value, own, others, goal, mask, prior, chosen, draws)
+    def act(self, state, mask, seats, co_players):
+        """What every seat sees, thinks and does, by name; what counts is that of the learner's
+        `seats`, bool [B, N]."""
+        agent = self.agent
+        alive = agent.game.alive(state)
+        with record_function("goal inference"):
+            seen = self.infer(state, co_players)
+            own, views, goals, _ = seen
+        with record_function("policy and value"):
+            others, goal = agent.inputs(views, goals)
+            value = agent.critic(own, others, goal).squeeze(-1)
+            policy = masked(agent.actor(own, others, goal), mask).log_softmax(-1)  # ours: plain
+        action = sample(policy, co_players.generator)
+        self.decision = {
+            "action": action,  # int64 [B, N]
+            "log_prob": pick(policy, action),  # [B, N] under the policy that acts
+            "value": value,  # [B, N] of returns times reward_scale
+            "own": own,  # [B, N, X]
+            "views": views,  # [B, N, N-1, Y] co-players' features
+            "others": others,  # [B, N, N-1, Y + Z] these and their goals
+            "goals": goals,  # [B, N, Z] of every seat
+            "goal": goal,  # [B, N, Z] sum of the co-players'
+            "mask": mask,  # bool [B, N, A]
+            "alive": alive,  # bool [B, N]
+        }
+        return self.decision
 
-    # method: from the belief
-    def sample_goals(self, goal: Tensor, log_belief: Tensor, samples: int, generator: Generator) -> Tensor:
-        """float32 [B, N, K, Z]: embeddings of K goals of every seat, drawn from its belief; of its own, the one that
-        it pursues. Where nothing is inferred, `goal` itself."""
-        goal = goal.unsqueeze(2).expand(-1, -1, samples, -1)
-        if self.args.goal != "inferred":
-            return goal
-        drawn = sample(log_belief.unsqueeze(2).expand(-1, -1, samples, -1), generator)
-        return torch.cat([self.moa.table[drawn], goal[..., self.told :]], -1)
+    def remember(self, actions):
+        """Adds the step of the last decision, in which `actions` [B, N] were played."""
+        if self.agent.args.goal == "inferred":
+            own, views, mask, alive = map(self.decision.get, "own views mask alive".split())
+            step = self.agent.moa.log_likelihood(own, views, mask, actions) * alive[..., None]
+            self.memory = self.memory + F.pad(step[:, :, None], (0, 0, 1, 0))  # ours: Bayes' rule
 
-
-def undrawn(total: Tensor, draws: Tensor, told: int) -> Tensor:
-    """`total` [.., Z] with zeros for the own goal (from entry `told` on) where bool `draws` [..]: there V is the
-    baseline of the choice as well, and must not know it."""
-    return torch.cat([total[..., :told], total[..., told:] * ~draws.unsqueeze(-1)], -1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Buffer
-# ---------------------------------------------------------------------------------------------------------------------
-class MatchBatch(NamedTuple):
-    """S matches of L steps for the MOA."""
-
-    state: GameState  # of S * L games
-    actions: Tensor  # int64 [S, L, N]
-    active: Tensor  # bool [S, L, N] the step is within the match and the player has not left
-    start: Tensor  # int64 [S, L] index of the first step of the same episode
-    subgoal: Tensor  # int64 [S, L, N] item of the next successful interaction, M for none
-    weight: Tensor  # float32 [S, L, N] what the rule of collection gives the step's loss
-    oracle: Tensor | None  # float32 [S, L, N, Zo] true goals
+    def forget(self, ended, match_ended):
+        """Turns the belief at the end of an episode into a prior, and forgets it with a match."""
+        prior = self.agent.moa.next_prior(self.memory)[:, :, None]
+        fresh = F.pad(prior, (0, 0, 0, 1)) * ~match_ended[:, None, None, None]
+        self.memory = where(ended[:, None, None, None], fresh, self.memory)  # ours: a prior
 
 
-# method: rebuilds beliefs
-class MOABuffer:
-    """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are
-    rebuilt. Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive`
-    those with reward > 0, as the original does; `balanced` keeps every one, and weighs its steps by how rare its class
-    of outcome is (nothing taken, an item of the first kind, of the second; for drifts: none, one, more), by at most a
-    factor `most`: each class has the same weight in episodes, and a longer episode has more steps of that weight. Those
-    that are not kept still serve as history of the others. A match in which none is kept is not stored."""
-
-    def __init__(self, game: GridGame, batch: int, capacity: int, match_episodes: int, rule: str, most: float = 4.0):
-        self.game, self.batch, self.capacity, self.episodes = game, batch, capacity, match_episodes
-        self.rule, self.most, self.stored = rule, most, 0  # matches ever stored
-        self.kept, self.offered = 0, 0  # players' episodes ever kept, and ever played
-        n, length = game.num_players, match_episodes * game.horizon
-        shapes = {"script": (n,), "length": (), "born": (), "episode_reward": (match_episodes, n)}
-        shapes["taken"] = (match_episodes, n, 2)  # items of the first kind, and of the other
-        shapes |= dict.fromkeys(("players", "actions", "subgoal", "target"), (length, n))
-        shapes |= {**dict.fromkeys(("time", "first_hunt", "episode"), (length,)), "items": (length, game.num_items)}
-        wide = {"length": torch.int64, "born": torch.int64, "episode_reward": torch.float32}
-        rows = batch + capacity  # the first B rows hold the running matches, the others a ring of ended ones
-        zeros = {name: torch.zeros(rows, *shape, device=game.device) for name, shape in shapes.items()}
-        self.data = {name: zero.to(wide.get(name, torch.int16)) for name, zero in zeros.items()}
-
-    def add(self, state: GameState, actions: Tensor, co_players: CoPlayers, reward: Tensor, after: GameState):
-        """Takes one step of the B running matches; call before `co_players.observe`."""
-        data, games, episode = self.data, torch.arange(self.batch, device=self.game.device), co_players.episode
-        wins = self.game.hits(state, actions) & (after.items < 0).unsqueeze(1)  # [B, N, M]
-        subgoal, first = torch.where(wins.any(2), wins.int().argmax(2), -1), (wins & (self.game.item_kind == 0)).sum(2)
-        values = {**state._asdict(), "actions": actions, "episode": episode, "subgoal": subgoal}
-        for name, value in {**values, "target": co_players.target}.items():
-            data[name][games, data["length"][games]] = value.short()
-        data["script"][games] = (co_players.script + len(SCRIPTED) * co_players.noisy)[co_players.kind].short()
-        data["episode_reward"][games, episode] += reward
-        data["taken"][games, episode] += torch.stack([first, wins.sum(2) - first], 2).short()
-        data["length"][games] += 1
-
-    def end(self, ended: Tensor, step: int) -> None:
-        """Stores the running matches of bool [B] `ended`, played until game step `step`, by the rule of collection."""
-        data, rows = self.data, ended.nonzero(as_tuple=True)[0]
-        keep = self.keep(rows).flatten(1)
-        kept = rows[keep.any(1)][-self.capacity :]
-        self.offered, self.kept = self.offered + keep.numel(), self.kept + int(keep.sum())
-        if len(kept):
-            slots = self.batch + (self.stored + torch.arange(len(kept), device=rows.device)) % self.capacity
-            self.stored += len(kept)
-            data["born"][kept] = step
-            for value in data.values():
-                value[slots] = value[kept]
-            # the next successful interaction at or after each step, if it lies in the same episode
-            event, episode = data["subgoal"][slots], data["episode"][slots].unsqueeze(2)
-            steps = torch.arange(event.shape[1], device=rows.device).view(1, -1, 1)
-            live = (event >= 0) & (steps < data["length"][slots].view(-1, 1, 1))
-            coming = torch.where(live, steps, event.shape[1]).flip(1).cummin(1).values.flip(1)
-            at = coming.clamp(max=event.shape[1] - 1)
-            same = (coming == at) & (episode.expand_as(event).gather(1, at) == episode)
-            data["subgoal"][slots] = torch.where(same, event.gather(1, at), self.game.num_items).short()
-        for name in ("length", "episode_reward", "taken"):
-            data[name][rows] = 0
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """bool [rows, episodes, N]: which players' episodes the rule keeps."""
-        return (self.data["episode_reward"][rows] > 0) | (self.rule != "positive")
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """float32 [rows, episodes, N]: the weight of each player's episode in the loss."""
-        if self.rule != "balanced":
-            return self.keep(rows).float()
-        held = self.batch + torch.arange(len(self), device=rows.device)
-        count = torch.bincount(self.outcome(held).flatten(), minlength=3).float()
-        weight = (count.sum() / ((count > 0).sum() * count.clamp(min=1))).clamp(max=self.most)
-        return weight[self.outcome(rows)]
-
-    def outcome(self, rows: Tensor) -> Tensor:
-        """int64 [rows, episodes, N] in 0..2: class of the outcome of each player's episode."""
-        first, other = self.data["taken"][rows].long().unbind(-1)
-        return torch.where(first > 0, 1, 2 * (other > 0)) if self.game.family == "msh" else first.clamp(max=2)
-
-    def __len__(self) -> int:
-        return min(self.stored, self.capacity)
-
-    def statistics(self, step: int) -> dict[str, float]:
-        """Fill (players' episodes held, of what would fit), their share of those played, mean age in game steps."""
-        held = self.batch + torch.arange(len(self), device=self.game.device)
-        fill = float(self.keep(held).sum()) / (self.capacity * self.episodes * self.game.num_players)
-        age = float((step - self.data["born"][held].float()).mean()) if len(self) else 0.0
-        return {"moa/buffer_fill": fill, "moa/buffer_kept": self.kept / max(1, self.offered), "moa/buffer_age": age}
-
-    def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: Generator) -> MatchBatch:
-        """`matches` ended matches, uniformly, with replacement."""
-        rows = torch.randint(len(self), (matches,), generator=generator, device=self.game.device)
-        return self.batch_of(self.batch + rows, relative, oracle)
-
-    def batch_of(self, rows: Tensor, relative: RelativeFeatures, oracle: bool = False) -> MatchBatch:
-        """The matches at `rows`, cut to the longest of them."""
-        data, length, goals = self.data, self.data["length"][rows], None
-        most = max(1, int(length.max()))
-        part = {k: data[k][rows, :most].long() for k in (*GameState._fields, "actions", "episode", "subgoal", "target")}
-        state = GameState(*(part[k].flatten(0, 1) for k in GameState._fields))
-        steps = torch.arange(most, device=rows.device)
-        active = (steps < length.unsqueeze(1)).unsqueeze(2) & (part["players"] >= 0)
-        start = torch.where(part["time"] == 0, steps, 0).cummax(1).values
-        weight = self.weights(rows).gather(1, part["episode"].unsqueeze(2).expand_as(active)) * active
-        if oracle:
-            script = data["script"][rows].long().unsqueeze(1).expand_as(active).flatten(0, 1)
-            known = torch.where(script < 0, -1, script % len(SCRIPTED))
-            goals = true_goals(relative, state, known, script >= len(SCRIPTED), part["target"].flatten(0, 1))
-            goals = goals.unflatten(0, (-1, most))
-        return MatchBatch(state, part["actions"], active, start, part["subgoal"], weight, goals)
-
-    # method: Bayes over the episodes; own goals stay as they are in `present`
-    @torch.no_grad()
-    def memory(self, moa: MOA, episode: Tensor, present: Memory) -> Memory:
-        """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
-        parts = []
-        for rows in torch.arange(self.batch, device=self.game.device).split(64):  # all at once can take gigabytes
-            batch, memory = self.batch_of(rows, moa.relative), Memory(*(field[rows] for field in present))
-            live, now = batch.active.any(2), self.data["episode"][rows, : batch.active.shape[1]].long()
-            state, active = batch.state.rows(live.flatten()), batch.active[live].unsqueeze(-1)
-            (own, others), actions = moa.relative(state), batch.actions[live]  # [R, N, ..]
-            games, count = torch.arange(len(rows), device=now.device), self.episodes
-            game = games.unsqueeze(1).expand_as(now)[live]
-            if moa.args.belief == "bayes":
-                steps = moa.log_likelihood(own, others, self.game.action_mask(state), actions) * active
-                total = steps.new_zeros(len(rows) * count, *steps.shape[1:])
-                total = total.index_add(0, game * count + now[live], steps).unflatten(0, (len(rows), count))
-                prior = torch.full_like(memory.prior, -math.log(moa.args.goals))
-                for k in range(count - 1):
-                    ended = (episode[rows] > k).view(-1, 1, 1)
-                    prior = torch.where(ended, moa.next_prior(prior, total[:, k]), prior)
-                memory = memory._replace(prior=prior, likelihood=total[games, episode[rows]])
-            if moa.encodes:
-                steps = moa.features(moa.seen(own, others), actions, active.squeeze(-1))
-                memory = memory._replace(match=torch.zeros_like(memory.match).index_add(0, game, steps))
-            parts.append(memory)
-        return Memory(*(torch.cat(part) for part in zip(*parts, strict=True)))
+def goal_metrics(belief, co_players):
+    """What beliefs [B, N, G] tell of scripted players from the second episode of a match on, by
+    name, in nats: entropy of the goals in use; information about kinds, and seats (to be 0)."""
+    kind = co_players.kind
+    scripted = co_players.script[kind] < len(co_players.game.kinds)
+    known = scripted & (co_players.episode > 0)[:, None]
+    metrics = {}
+    seats = arange(kind.shape[1], device=kind.device).expand_as(kind)
+    for name, labels in {"kind": kind, "seat": seats}.items() if known.any() else ():
+        joint = F.one_hot(labels[known]).float().T @ belief[known] / known.sum()  # [labels, G]
+        entropies = [torch.special.entr(p).sum() for p in (joint, joint.sum(0), joint.sum(1))]
+        metrics["moa/usage_entropy"] = entropies[1]
+        metrics[f"moa/{name}_information"] = entropies[1] + entropies[2] - entropies[0]
+    return metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO
-# ---------------------------------------------------------------------------------------------------------------------
-def generalised_advantages(rewards, values, next_values, goes_on, gamma: float, gae_lambda: float) -> Tensor:
-    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments [T, B, N].
-    `next_values`: V of the player's next state; 0 where the player left or the game terminated; V of the final state if
-    it was truncated. bool `goes_on`: the next row continues the player's episode."""
+# ---- PPO -----------------------------------------------------------------------------------------
+def generalised_advantages(rewards, values, next_values, goes_on, gamma, gae_lambda):
+    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments
+    [T, B, N]. `next_values`: V of the player's next state; 0 where it was terminated; V of the
+    final state if it was truncated. bool `goes_on`: the next row continues the player's episode."""
     advantages = rewards + gamma * next_values - values
     for t in reversed(range(len(advantages) - 1)):
         advantages[t] += gamma * gae_lambda * goes_on[t] * advantages[t + 1]
     return advantages
 
 
-# method: no planner, but the own goal, if one was drawn, is part of what was done; or plain policy gradient
-def ppo_loss(actor, critic, rows, args: Args, ent_coef: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a minibatch of R rows, and its terms [R]. Clipped PPO on the joint log-probability of the action and of
-    the own goal where one was drawn; with `--pg` -A log pi instead."""
-    own, others, goal, mask, value_goal = (rows[name] for name in ("own", "others", "goal", "mask", "goal"))
-    log_policy = masked(actor(own, others, goal), mask).log_softmax(-1)
-    entropy = -(log_policy.exp() * log_policy).sum(-1)
-    log_prob = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1)
-    if args.own_goal:
-        value_goal = undrawn(goal, rows["draws"], goal.shape[1] - args.goal_size)
-        choice = actor.chooser(own, others, value_goal).log_softmax(-1)
-        log_prob = log_prob + rows["draws"] * (choice * rows["chosen"]).sum(-1)
-        entropy = entropy - rows["draws"] * (choice.exp() * choice).sum(-1)
-    terms = {"value": 0.5 * (critic(own, others, value_goal).squeeze(-1) - rows["return"]).square(), "entropy": entropy}
-    log_ratio = log_prob - rows["log_prob"]
-    ratio, advantage = log_ratio.exp(), rows["advantage"]
-    if args.norm_adv:
-        advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
-    clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-    terms["policy"] = -advantage * log_prob if args.pg else -torch.minimum(advantage * ratio, advantage * clipped)
-    terms |= {"approx_kl": ratio - 1.0 - log_ratio, "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float()}
-    loss = terms["policy"].mean() + args.vf_coef * terms["value"].mean()
-    return loss - ent_coef * entropy.mean(), {name: term.detach() for name, term in terms.items()}
+def ppo_loss(agent, rows, ent_coef):
+    """Loss of a minibatch [R, ..], and its terms: clipped PPO, or plain policy gradient."""
+    args = agent.args
+    mask = rows["mask"]
+    inputs = (rows["own"], rows["others"], rows["goal"])
+    prior = masked(agent.actor(*inputs), mask)
+    log_policy = prior.log_softmax(-1)  # ours: no planner, and policy gradient
+    entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
+    value_loss = 0.5 * (agent.critic(*inputs).squeeze(-1) - rows["return"]).square().mean()
+    terms = {"losses/value": value_loss, "losses/entropy": entropy}
+    advantage = rows["advantage"]
+    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    if args.pg:
+        policy_loss = -(pick(log_policy, rows["action"]) * advantage).mean()
+    else:
+        ratio = (pick(log_policy, rows["action"]) - rows["log_prob"]).exp()
+        clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+        policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
+        terms["losses/approx_kl"] = (ratio - 1.0 - ratio.log()).mean()
+    terms["losses/policy"] = policy_loss
+    return policy_loss + args.vf_coef * value_loss - ent_coef * entropy, terms
 
 
-def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
-    """`epochs` passes over `rows` [R, ..], each in `parts` random parts."""
-    some = next(iter(rows.values()))
+# ours: no planner
+LEARNT = "own others goal mask action log_prob advantage return".split()  # what PPO reads
+
+
+def minibatches(rows, epochs, parts, generator):
+    """`epochs` passes over `rows`, by name [R, ..], each in `parts` random parts."""
+    count = len(next(iter(rows.values())))
     for _ in range(epochs):
-        order = torch.randperm(len(some), generator=generator, device=some.device)
-        for index in filter(len, order.tensor_split(parts)):
-            yield {name: value.index_select(0, index) for name, value in rows.items()}
+        for index in uniform((count,), generator).argsort().tensor_split(parts):
+            if len(index):
+                yield {name: value.index_select(0, index) for name, value in rows.items()}
 
 
-# method: there are no surprising transitions
-KEPT = {  # attributes in a checkpoint besides weights, games and matches
-    "trainer": ["returns", "global_step", "iteration", "pretrained"],
-    "co_players": ["seat", "kind", "target", "episode"],
-    "buffer": ["stored", "kept", "offered"],
-}
-FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name
-    wandb_entity exp_name evaluate eval_episodes""".split()  # options that a resumed run may change
+def descend(optimizer, group, loss, max_norm, terms, sums):
+    """One step of the optimiser on its parameter group `group`, whose gradient is clipped; adds
+    `terms` to the lists `sums` by name."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[group]["params"], max_norm)
+    optimizer.step()
+    for name, term in terms.items():
+        sums[name].append(term.detach())
 
 
-# method: no planner; the MOA is trained every few iterations
-class Trainer:
-    """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
-
-    # method: no transition network
-    def __init__(self, args: Args):
-        if not args.moa_share:
-            raise UsageError("--moa-share must be positive")
-        self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
-        torch.manual_seed(args.seed)
-        self.game = game = GridGame(args.env_id, self.device)
-        self.generator = Generator(self.device).manual_seed(args.seed)
-        self.agent = agent = Agent(game, args)
-        nets = {"policy": nn.ModuleList([agent.actor, agent.critic]), "moa": agent.moa}
-        lr = {"policy": args.learning_rate, "moa": args.moa_learning_rate}
-        self.optimizers = {k: torch.optim.Adam(net.parameters(), lr[k], eps=1e-5) for k, net in nets.items()}
-        pool = args.co_players.split(",")
-        self.co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, self.generator)
-        self.buffer = MOABuffer(game, args.num_envs, args.moa_capacity, args.match_episodes, args.moa_buffer)
-        self.state = game.initial_state(args.num_envs, self.generator)
-        self.memory = agent.moa.initial_memory(args.num_envs)
-        self.returns = torch.zeros(args.num_envs, game.num_players, device=self.device)  # of the running episodes
-        self.global_step, self.iteration, self.pretrained = 0, 0, 0
-        self.log: dict[str, list[float]] = collections.defaultdict(list)  # of the episodes that ended in this iteration
-        self.ppo_loss = ppo_loss
-        hot = [(self, "ppo_loss")]
-        for owner, name in [*hot, *((game, name) for name in ("step", "hits", "action_mask"))] if args.compile else []:
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
-
-    # method: the beliefs are computed anew only after the MOA was trained
-    def rollout(self) -> dict[str, Tensor]:
-        """Plays `--num-steps` steps of every game, ended ones anew; fields of Decision and more, [T, B, N, ..]."""
-        args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
-        steps: list[dict[str, Tensor]] = []
-        if args.goal == "inferred" and not args.freeze_moa and self.iteration % args.moa_every == 0:
-            with timer("memory"):
-                self.memory = self.buffer.memory(agent.moa, co_players.episode, self.memory)
-        for _ in range(args.num_steps):
-            state, learner, mask = self.state, co_players.learner, game.action_mask(self.state)
-            with timer("co-players"):
-                actions = co_players.act(state, mask)
-            with timer("compute_action"):
-                oracle = co_players.oracle(agent, state)
-                decision = agent.act(state, mask, self.memory, learner, self.generator, oracle)
-            actions = torch.where(learner, decision.action, actions)
-            with timer("game"):
-                after, reward, terminated, truncated = game.step(state, actions)
-            ended, here, stays = terminated | truncated, state.players >= 0, after.players >= 0
-            match_ended, final_value = ended & (co_players.episode + 1 >= args.match_episodes), torch.zeros_like(reward)
-            if truncated.any():
-                with timer("compute_action"):
-                    memory = agent.remember(self.memory, state, actions, *[torch.zeros_like(ended)] * 2)
-                    oracle = co_players.oracle(agent, after)
-                    final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & stays)
-            with timer("memory"):
-                self.memory = agent.remember(self.memory, state, actions, ended, match_ended)
-            if agent.uses_moa:
-                with timer("MOA buffer"):
-                    self.buffer.add(state, actions, co_players, reward, after)
-                    if match_ended.any():
-                        self.buffer.end(match_ended, self.global_step + self.pretrained)
-            mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
-            fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
-            fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
-            steps.append({**fields, "learner": learner & here, "final_value": final_value})
-            self.state, self.returns, self.global_step = after, self.returns + reward, self.global_step + args.num_envs
-            if ended.any():
-                self.record(ended)
-                self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
-            co_players.observe(state, actions, ended)
-        with timer("compute_action"):
-            last = agent.value(self.state, self.memory, co_players.oracle(agent, self.state))
-        rows = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-        following = torch.cat([rows["value"][1:], last.unsqueeze(0)])  # [T, B, N]
-        return {**rows, "next_value": torch.where(rows["goes_on"], following, rows["final_value"])}
-
-    def record(self, ended: Tensor) -> None:
-        """Notes the returns of episodes that ended, in games bool [B] `ended`, by kind and by the learner's seat."""
-        seats = torch.arange(self.game.num_players, device=self.device).expand_as(self.returns)
-        columns = (x[ended].flatten().tolist() for x in (self.co_players.kind, seats, self.returns))
-        for kind, seat, total in zip(*columns, strict=True):
-            own = [f"returns/seat_{seat}", "charts/episodic_return"] if kind == 0 else []
-            for name in (f"returns/{self.co_players.names[kind]}", *own):
-                self.log[name].append(total)
-        self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
-        self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
-
-    # method: no planner; the MOA is trained every few iterations
-    def iterate(self) -> dict[str, Tensor]:
-        """One iteration, rollout and updates; returns metrics."""
-        args, agent, timer = self.args, self.agent, self.agent.timer
-        done = self.global_step / args.total_timesteps
-        rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
-        ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
-        self.optimizers["policy"].param_groups[0]["lr"] = rate
-        self.optimizers["moa"].param_groups[0]["lr"] = args.moa_learning_rate * rate / args.learning_rate
-        metrics = {"charts/learning_rate": torch.tensor(rate)}
-        with timer("rollout"):
-            rows = self.rollout()
-        with timer("update"):
-            if agent.uses_moa:
-                metrics |= self.buffer.statistics(self.global_step + self.pretrained)
-                metrics |= self.goal_statistics()
-                with timer("MOA"):
-                    trains = not args.freeze_moa and (self.iteration + 1) % args.moa_every == 0
-                    metrics |= self.update_moa(args.temperature * (1.0 - 0.9 * done * args.anneal)) if trains else {}
-            rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
-            with timer("PPO"):
-                metrics |= self.update_policy(rows, ent_coef)
-        self.iteration += 1
-        return metrics
-
-    def descend(self, name: str, loss: Tensor, max_norm: float) -> Tensor:
-        """One step of the optimiser `name`, its gradient clipped; returns the gradient's norm."""
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
-        optimizer.step()
-        return norm
-
-    # method: no planner to imitate or to calibrate
-    def update_policy(self, rows: dict[str, Tensor], ent_coef: float) -> dict[str, Tensor]:
-        """PPO on the learner's rows in a rollout; means over minibatches, and by seat."""
-        args, agent, n = self.args, self.agent, self.game.num_players
-        steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
-        rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
-        rows["return"] = rows["advantage"] + rows["value"]
-        rows["seat"] = torch.arange(n, device=self.device).expand(rows["value"].shape)
-        if not rows["learner"].any():
-            return {}
-        unused = ("learner", "active", "goes_on", "final_value", "next_value", "other_actions", "reward")
-        rows = {name: value[rows["learner"]] for name, value in rows.items() if name not in unused}  # [R, ..]
-        residual, spread = rows["advantage"].var(correction=0), rows["return"].var(correction=0).clamp(min=1e-9)
-        metrics = {"losses/explained_variance": 1.0 - residual / spread}
-        sums: dict[str, Tensor | float] = collections.defaultdict(float)  # [2, N]: sums and counts by seat
-        for part in minibatches(rows, args.update_epochs, args.num_minibatches, self.generator):
-            loss, terms = self.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(ent_coef))
-            terms["grad_norm"] = self.descend("policy", loss, args.max_grad_norm).expand(len(part["seat"]))
-            seats = F.one_hot(part["seat"], n).float()
-            for name, term in terms.items():
-                sums[name] = sums[name] + torch.stack([term @ seats, seats.sum(0)])
-        metrics |= {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
-        by_seat = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in ("policy", "value")}  # [N] each
-        return metrics | {f"losses/{name}_seat_{i}": mean[i] for name, mean in by_seat.items() for i in range(n)}
-
-    # method: the loss's arguments
-    def update_moa(self, temperature: float) -> dict[str, Tensor]:
-        """`--moa-updates` minibatches of matches from the buffer; returns means over them."""
-        args, moa, sums = self.args, self.agent.moa, collections.Counter()
-        for _ in range(args.moa_updates if len(self.buffer) else 0):
-            batch = self.buffer.sample(args.moa_matches, self.agent.relative, args.goal == "oracle", self.generator)
-            loss, terms = moa_loss(moa, batch, args.subgoal_coef, temperature, self.generator)
-            self.descend("moa", loss, 1.0)
-            sums.update(terms)
-        return {name: total / args.moa_updates for name, total in sums.items()}
-
-    @torch.no_grad()
-    def goal_statistics(self) -> dict[str, Tensor]:
-        """What the beliefs of the running matches know after their first episodes, in nats: entropy of the goals in
-        use by all seats; mutual information with scripted players' kind, with the kind of item that they walk to, and
-        with the seat (which should be none)."""
-        players, belief = self.co_players, self.agent.moa.log_belief(self.memory).exp()
-        later = (players.episode > 0).unsqueeze(1).expand_as(players.kind)  # [B, N]
-        known = later & (players.script[players.kind] >= 0)
-        wanted = F.pad(self.game.item_kind, (0, 1), value=-1)[players.target] + 1
-        seats = torch.arange(self.game.num_players, device=self.device).expand_as(known)
-        use = belief[later].mean(0)
-        result = {"moa/usage_entropy": -(use * use.clamp(min=1e-20).log()).sum()} if later.any() else {}
-        for name, labels in {"kind": players.kind, "target": wanted, "seat": seats}.items() if known.any() else ():
-            joint = F.one_hot(labels[known], int(labels.max()) + 1).float().T @ belief[known]  # [labels, G]
-            joint = joint / joint.sum()
-            parts = [-(p * p.clamp(min=1e-20).log()).sum() for p in (joint, joint.sum(0), joint.sum(1))]
-            result[f"moa/{name}_information"] = parts[1] + parts[2] - parts[0]
-        return result
-
-    # method: there is no VAE
-    def pretrain(self, stop: list) -> None:
-        """Plays `--pretrain-moa-steps` game steps with the first policy, and trains the MOA on them; ends early
-        when `stop` is no longer empty."""
-        while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps and not stop:
-            self.rollout()
-            self.update_moa(self.args.temperature)
-            self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode, self.memory)
-            self.pretrained += self.args.num_envs * self.args.num_steps
-            self.global_step = 0
-        if self.pretrained and not len(self.buffer):
-            print("--pretrain-moa-steps: no match has ended, so nothing was learnt; take more", file=sys.stderr)
-        self.log.clear()
-
-    def load_moa(self, path: str) -> None:
-        """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
-        content = load_checkpoint(path, self.device)
-        weights, args, goal = content["agent"].items(), content["args"], self.args.goal
-        if args["goal"] != goal or (goal != "inferred" and args.get("plan_update", "none") == "none"):
-            raise UsageError(f"--load-moa: {path} has no MOA that was trained with --goal {goal}")
-        try:
-            self.agent.moa.load_state_dict({k[len("moa.") :]: v for k, v in weights if k.startswith("moa.")})
-        except RuntimeError:
-            raise UsageError(f"--load-moa: the MOA of {path} is of another game, goal or size") from None
-
-    def model(self) -> dict:
-        """What a checkpoint needs to be played."""
-        head = {"script": SCRIPT, "game": self.game.id, "args": dataclasses.asdict(self.args)}
-        return {**head, "plan_mode": self.agent.plan_mode, "agent": self.agent.state_dict()}
-
-    def content(self) -> dict:
-        """All that the run needs to go on as if it had not stopped: tensors and plain Python values. What callable
-        co-players remember by themselves is not in it."""
-        held, parts = self.args.num_envs + len(self.buffer), {part: getattr(self, part, self) for part in KEPT}
-        return self.model() | {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "generator": self.generator.get_state(),
-            "kept": {part: {name: getattr(parts[part], name) for name in names} for part, names in KEPT.items()},
-            "games": [list(self.state), list(self.memory)],
-            "co_player_memory": {k: list(memory) for k, memory in self.co_players.memory.items()},
-            "matches": {name: value[:held].clone() for name, value in self.buffer.data.items()},
-        }
-
-    def load(self, content: dict) -> None:
-        """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or the options differ."""
-        if "optimizers" not in content or content["script"] != SCRIPT:
-            raise UsageError(f"--resume needs a checkpoint.pt of {SCRIPT}; a model.pt can only be played")
-        for name, value in dataclasses.asdict(self.args).items():
-            same_game = name == "env_id" and content["game"] == self.game.id  # in another spelling
-            if name not in FREE and content["args"][name] != value and not same_game:
-                raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
-        self.agent.load_state_dict(content["agent"])
-        self.agent.plan_mode = content["plan_mode"]
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
-        self.generator.set_state(content["generator"].cpu())
-        for part in KEPT:
-            vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
-        self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
-        for k, memory in self.co_players.memory.items():  # of this script, or of another
-            self.co_players.memory[k] = type(memory)(*content["co_player_memory"][k])
-        for name, value in content["matches"].items():
-            self.buffer.data[name][: len(value)] = value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watch: Callable | None = None) -> Tensor:
-    """Returns [B, episodes, N], by seat, of one match in each game. `watch(state, memory, episode)` sees each step."""
-    game, batch, episodes = co_players.game, co_players.batch, co_players.match_episodes
-    state, memory = game.initial_state(batch, generator), agent.moa.initial_memory(batch)
-    returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
-    games, playing = torch.arange(batch, device=game.device), torch.ones(batch, dtype=torch.bool, device=game.device)
-    while playing.any():
-        episode, learner, mask = co_players.episode, co_players.learner, game.action_mask(state)
-        if watch is not None:
-            watch(state, memory, episode)
-        actions = co_players.act(state, mask)
-        seats, oracle = learner & playing.unsqueeze(1), co_players.oracle(agent, state)
-        actions = torch.where(learner, agent.act(state, mask, memory, seats, generator, oracle).action, actions)
-        after, reward, terminated, truncated = game.step(state, actions)
-        returns[games, episode] += reward * playing.unsqueeze(1)
-        ended = terminated | truncated
-        match_ended = co_players.observe(state, actions, ended)
-        memory = agent.remember(memory, state, actions, ended, match_ended)
-        state, playing = after.replaced(ended, game.initial_state(batch, generator)), playing & ~match_ended
-    return returns
-
-
-def evaluate(
-    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
-) -> dict[str, float | list[float]]:
-    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
-    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
-    them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
-    the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
-    the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
-    episode of a match."""
-    if min(episodes, num_envs, match_episodes) < 1:
-        raise UsageError("episodes, num_envs and match_episodes must be at least 1")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device, play, env_id)
-    game, entries = agent.game, co_players.split(",") if isinstance(co_players, str) else co_players
-    entries = list(entries) if isinstance(entries, list | tuple) else [entries]
-    entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
-    matches, generator = math.ceil(episodes / match_episodes), Generator(device).manual_seed(seed)
-    returns, seats = [], []
-    for _ in range(math.ceil(matches / num_envs)):
-        players = CoPlayers(game, entries, min(num_envs, matches), match_episodes, generator, fixed=True)
-        seats.append(players.seat[:, :1])
-        returns.append(play_matches(agent, players, generator))
-    returns, seats = torch.cat(returns)[:matches], torch.cat(seats)[:matches]  # [matches, episodes, N], [matches, 1]
-    focal = returns.gather(2, seats.unsqueeze(1).expand(-1, match_episodes, 1)).squeeze(2)
-    company = (returns.sum(2) - focal) / max(1, game.num_players - 1)
-    kept = focal.flatten()[:episodes].tolist()
-    result = {"focal_return": float(np.mean(kept)), "focal_returns": kept, "by_episode": focal.mean(0).tolist()}
-    return {**result, "co_player_return": float(company.flatten()[:episodes].mean())}
-
-
-def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, path: Path) -> None:
-    """A GIF of a match's last episode: all players, the items, and what the focal player believes of the others."""
-    frames, focal = [], int(co_players.seat[0, 0])
-    kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
-    title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
-
-    def watch(state: GameState, memory: Memory, episode: Tensor) -> None:
-        if int(episode[0]) < co_players.match_episodes - 1:
-            return
-        own, others = agent.relative(state)
-        goal, _ = agent.infer(memory, own, others, co_players.oracle(agent, state))
-        items = state.items.unsqueeze(1).expand(-1, agent.game.num_players, -1)
-        probs = agent.moa.subgoal_logits(state.players, items, own, others, goal).softmax(-1)[0].tolist()
-        frames.append(Image.fromarray(render_frame(agent.game, state, {"focal": focal, "probs": probs}, title)))
-
-    play_matches(agent, co_players, generator, watch)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and logging
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
+# ours: no planner
+PLAYED = ["assignment"]  # what `evaluate` may change
+EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
-class Timer:
-    """`with timer("name"):` sums seconds and calls by nested path; a disabled timer does nothing."""
-
-    def __init__(self, enabled: bool, cuda: bool = False):
-        self.enabled, self.synchronize = enabled, torch.cuda.synchronize if cuda else lambda: None
-        self.seconds, self.calls = collections.Counter(), collections.Counter()  # by path: names, outermost part first
-        self.path: tuple[str, ...] = ()  # of the part that is running
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        if not self.enabled:
-            yield
-            return
-        outer, self.path = self.path, (*self.path, name)
-        self.synchronize()
-        start = time.perf_counter()
-        yield
-        self.synchronize()
-        self.seconds[self.path] += time.perf_counter() - start
-        self.calls[self.path] += 1
-        self.path = outer
-
-    def tree(self) -> str:
-        """Seconds, share of the whole and calls of every part, as an indented table."""
-        lines = [f"{'part':40}   seconds  share    calls"]
-        whole = sum(seconds for path, seconds in self.seconds.items() if len(path) == 1)
-        for path in sorted(self.seconds, key=lambda p: [(-self.seconds[p[: k + 1]], p[k]) for k in range(len(p))]):
-            label, seconds = "  " * (len(path) - 1) + path[-1], self.seconds[path]
-            lines.append(f"{label:40} {seconds:9.2f} {seconds / whole:6.1%} {self.calls[path]:8}")
-        return "\n".join(lines)
+def checkpoint_path(run):
+    """The checkpoint of a run's folder, or the path itself."""
+    return f"{run}/checkpoint.pt" if os.path.isdir(run) else f"{run}"
 
 
-@contextlib.contextmanager
-def refused(what: str):
-    """Turns whatever is raised inside (a damaged file and an import can raise anything) into a UsageError, one line."""
-    try:
-        yield
-    except Exception as error:
-        text = f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})"
-        raise UsageError(str(error) if type(error).__name__ == "UsageError" else text) from None  # of any script
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then renamed: a killed run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The content of a checkpoint of this script or of one beside it, or of its run's folder. Raises UsageError."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}")
-    with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
+def load_checkpoint(run, device="cpu"):
+    """The content of a checkpoint, or of that in a run's folder. Raises UsageError."""
+    path = checkpoint_path(run)
+    if not os.path.isfile(path):
+        raise UsageError(f"no checkpoint at {path[:200]!r}")
+    with refused(f"cannot read checkpoint {path}"):
         content = torch.load(path, map_location=device, weights_only=True)
-    script = content.get("script", "another program") if isinstance(content, dict) else "another program"
-    if not re.fullmatch(r"\w+", str(script)) or not Path(__file__).with_name(f"{script}.py").is_file():
-        raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT} or of a script beside it")
+        dict(content["args"], script=content["script"])  # raises if it is another file
     return content
 
 
-# method: no planner turns
-def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_id: str | None = None) -> Agent:
-    """The agent of a checkpoint, ready to play `env_id` (default: the game trained on), with `options` (of PLAYED, by
-    name) in place of the checkpoint's; that of another script plays by that script. Raises UsageError."""
-    content, options = load_checkpoint(path, device), options or {}
-    if content["script"] != SCRIPT:
-        with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device, options, env_id)
-    if set(options) - set(PLAYED):
-        raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
-    with refused(f"checkpoint {path} does not fit this version"):
-        args = Args(**{**content["args"], "cuda": False})  # `device` may be another one
-        agent = Agent(GridGame(content["game"], device), args)
-        agent.load_state_dict(content["agent"])
-        agent.plan_mode = content["plan_mode"]
-    agent.args = agent.moa.args = resolved(dataclasses.replace(args, **options))
-    if agent.args.belief == "encoder" and not agent.moa.encodes:
-        raise UsageError(f"--belief encoder: {path} was trained without an encoder")
-    agent.on_game(env_id or agent.game.id)
-    agent.eval()
-    return agent
+def load_player(path, game, batch, **play):
+    """The agent of a checkpoint, for B games of `game`, with options `play` in place of its own;
+    by this script if its networks fit, else by the one beside it that wrote it; UsageError."""
+    content = load_checkpoint(path, game.device)
+    options = {**content["args"], **content["played"], **play}
+    with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
+        try:
+            agent = Agent(game, Args(**options))
+            agent.load_state_dict(content["agent"])
+        except (TypeError, RuntimeError):
+            if content["script"] == SCRIPT:
+                raise
+            return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
+    # ours: no planner
+    return Player(agent, batch)
 
 
-def played(content: dict) -> dict:
-    """The values of the options PLAYED with which a checkpoint's `content` is played."""
-    values = {**content["args"], "plan_update": content["plan_mode"]}
-    return {name: values[name] for name in PLAYED if name in values}
+@no_grad()
+def evaluate(
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1,
+    device="cpu", watch=None, **play
+):  # fmt: skip
+    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players.
+
+    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of
+    them, or N-1 of them (a list, or separated by commas). `env_id`: by default the game trained on.
+    The agent plays as at the end of its training, but for the options `play` (of those in PLAYED).
+    Returns undiscounted sums of rewards of `episodes` episodes: `focal_return`, the mean of
+    `focal_returns` [episodes] in the order of matches, `co_player_return` (mean), and `by_episode`
+    [match_episodes], the focal mean at the k-th episode of a match. `watch(**locals())` sees every
+    state, the last of an episode included. Raises UsageError."""
+    if min(episodes, num_envs, match_episodes) < 1:
+        raise UsageError("episodes, --num-envs, --match-episodes: at least 1")
+    with refused(f"{checkpoint} is a run of other options"):
+        args = Args(**load_checkpoint(checkpoint, device)["args"] | play)
+    if env_id not in (None, args.env_id):
+        args = dataclasses.replace(args, env_id=env_id, horizon=None)
+    game = make_game(args, device)
+    checked(args, game)
+    if watch and not game.simulates:
+        game.kwargs["render_mode"] = "rgb_array"
+    entries = co_players.split(",") if isinstance(co_players, str) else co_players
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    if len(entries) == 1:
+        entries = entries * (game.num_players - 1)
+    generator = Generator(device).manual_seed(seed)
+    batch = min(num_envs, ceil(episodes / match_episodes))
+    players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
+    player = players.agents[0] = load_player(checkpoint, game, batch, **play)
+    state = game.start(batch, generator)
+    returns = game.alive(state) * 0.0
+    totals = torch.zeros(2, episodes, device=device)  # of the focal player, of the others
+    match = arange(batch, device=device)  # number of the running match
+    number = match * match_episodes  # of the running episode
+    bar = tqdm(desc=args.env_id, total=episodes, unit="episode")
+    while (number < episodes).any():
+        if watch:
+            watch(**locals())
+        actions = players.act(state, game.action_mask(state))
+        state, reward, terminated, truncated = game.step(state, actions)
+        returns = returns + reward
+        ended = (terminated | truncated).all(1)
+        if watch and ended.any():
+            watch(**locals())
+        own = pick(returns, players.focal)
+        company = (returns.sum(1) - own) / max(1, game.num_players - 1)
+        counted = ended & (number < episodes)
+        totals[:, number[counted]] = stack([own, company])[:, counted]
+        bar.update(int(counted.sum()))
+        match = match + batch * players.observe(ended)
+        number = match * match_episodes + players.episode
+        returns = returns.masked_fill(ended[:, None], 0.0)
+        state = game.restart(state, ended, generator)
+    bar.close()
+    focal, others = totals
+    by_episode = [float(focal[k::match_episodes].mean()) for k in range(match_episodes)]
+    return {
+        "focal_return": float(focal.mean()),
+        "focal_returns": focal.tolist(),
+        "co_player_return": float(others.mean()),
+        "by_episode": by_episode[:episodes],
+    }
 
 
-EVALUATED = """evaluate eval_episodes env_id co_players match_episodes num_envs seed
-    cuda""".split()  # options that `--evaluate` reads, besides PLAYED
+def print_evaluation(args):
+    """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
+    company = args.co_players or "self"
+    options = {name: getattr(args, name) for name in EVALUATED}
+    device = "cuda" if args.cuda else "cpu"
+    result = evaluate(args.evaluate, company, episodes=args.eval_episodes, device=device, **options)
+    returns = np.array(result["focal_returns"])
+    ends = range(args.match_episodes, len(returns), args.match_episodes)
+    means = [match.mean() for match in np.split(returns, ends)]
+    error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else inf
+    print(f"focal return      {returns.mean():7.3f} +- {1.96 * error:.3f}, {len(returns)} episodes")
+    print(f"co-player return  {result['co_player_return']:7.3f} of {company}")
+    print(f"by episode of a match {np.round(result['by_episode'], 2)}")
+    if args.capture_video:
+        record_video(args.evaluate, company, args.match_episodes, **options)
 
 
-def print_evaluation(args: Args) -> None:
-    """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
-    sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
-    co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
-    options = {name: getattr(args, name) for name in PLAYED if getattr(args, name) not in (None, before[name])}
-    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
-    returns, length = result["focal_returns"], args.match_episodes
-    matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
-    error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
-    print(f"focal return      {np.mean(returns):7.3f} +- {error:.3f}  ({len(returns)} episodes, with {co_players})")
-    print(f"co-player return  {result['co_player_return']:7.3f}")
-    print("by episode of a match " + " ".join(f"{value:.2f}" for value in result["by_episode"]))
+def record_video(run, company, episodes, **play):
+    """episode.gif in the run's folder: the last episode of a match, and what is believed of all."""
+    frames = []
+
+    def watch(game, player, players, state, returns, number, **rest):
+        if number < episodes - 1:
+            return
+        agent = player.agent
+        beliefs = []
+        if game.num_items and agent.args.goal == "inferred":
+            *seen, _ = player.infer(state, players)
+            logits = agent.moa.subgoal_logits(*seen, *game.subgoals(state))
+            beliefs = logits[0].softmax(1)[:, :-1].tolist()
+        title = f"focal player {int(players.focal)}, others {company}, last episode of a match"
+        title += f"\nstep {int(state.time[0])}, rewards {returns[0].tolist()}"
+        frames.append(Image.fromarray(game.draw(state, title, beliefs)))
+
+    with refused(f"no video of {run}"):
+        play |= {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
+        evaluate(run, company, watch=watch, **play)
+        path = os.path.join(os.path.dirname(checkpoint_path(run)), "episode.gif")
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
-def start_run(args: Args, step: int) -> tuple[Path, SummaryWriter]:
-    """The run's folder (that of `--resume`, or a new one), its args.json, and its TensorBoard writer from `step` on."""
-    with refused("--track needs wandb: pip install wandb"):
-        track = importlib.import_module("wandb").init if args.track else None
-    options, name = dataclasses.asdict(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or f"runs/{name}")
-    folder = folder.parent if folder.is_file() else folder
-    while True:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            break
-        folder = folder.with_name(folder.name + "+")
-    (folder / "args.json").write_text(json.dumps(options, indent=2) + "\n")
-    if track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-        track(**names, dir=str(folder), config=options, sync_tensorboard=True, reinit="finish_previous")
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    table = "".join(f"\n|{name}|{value}|" for name, value in options.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-    return folder, writer
+# ---- Training ------------------------------------------------------------------------------------
+# what may differ from the run that `--resume` goes on with
+FREE = """total_timesteps checkpoint_every capture_video profile resume init load_moa track compile
+    wandb_project_name wandb_entity cuda exp_name evaluate eval_episodes env_workers""".split()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-def train(args: Args) -> dict[str, float]:
-    """The whole run; returns the final metrics, and `run`, its folder. Raises UsageError before anything is written."""
-    args = resolved(args)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.cuda)  # CUDA lacks some of them
-    if ":" in args.co_players:  # callables: others of their kind try one step, before anything is written
-        game, pool = GridGame(args.env_id, "cuda" if args.cuda else "cpu"), args.co_players.split(",")
-        with refused(f"co-players {args.co_players} cannot play"):
-            state, generator = game.initial_state(args.num_envs), Generator(game.device)
-            players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
-            players.act(state, game.action_mask(state))
-    trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
-    if args.pretrain_moa_steps and args.goal != "inferred":
-        raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
-    if (args.freeze_moa or args.load_moa) and not trainer.agent.uses_moa:
-        raise UsageError(f"--{'freeze' if args.freeze_moa else 'load'}-moa: nothing in this run reads the MOA")
-    with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
-        if args.resume:
-            trainer.load(load_checkpoint(args.resume, trainer.device))
-        elif args.load_moa:
-            trainer.load_moa(args.load_moa)
-    folder, writer = start_run(args, trainer.global_step)
+def report_profile(folder, profiler):
+    """Writes trace.json, and prints the labels: seconds, and shares of the iterations."""
+    profiler.export_chrome_trace(f"{folder}/trace.json")
+    times = {}  # microseconds
+    for event in profiler.key_averages():
+        if event.is_user_annotation and event.cpu_time_total:  # 0: the same label on the GPU
+            times[event.key] = event.cpu_time_total
+    for name, duration in times.items():
+        print(f"{name:20} {duration / 1e6:8.3f} s {duration / max(times.values()):6.1%}")
 
-    def on_signal(number: int, frame: object) -> None:
-        stop.append(signal.signal(number, signal.default_int_handler))  # after the iteration; a second Ctrl-C at once
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    trainer.agent.timer = timer = Timer(args.profile, args.cuda)
-    bar = tqdm(total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id)
+def train(args, watch=None):
+    """The whole run; returns the last metrics, and `run`, its folder. `watch(**locals())` is called
+    after every iteration. Raises UsageError before anything is written, or later if a co-player or
+    an environment fails."""
+    # ---- SETUP
+    device = torch.device("cuda" if args.cuda else "cpu")
+    resumes = args.resume is not None
+    source = args.resume if resumes else args.init
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device is available")
+    content = source and load_checkpoint(source, device)
+    game = make_game(args, device)
+    args = checked(args, game)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.manual_seed(args.seed)
+    generator = Generator(device).manual_seed(args.seed)
+    agent = Agent(game, args)
+    learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
+    moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
+    optimizer = torch.optim.Adam([learnt, moa], args.learning_rate, eps=1e-5)  # ours: no planner
+    reads_moa = args.goal == "inferred"
+    loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
+    pool = args.co_players.split(",")
+    co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
+    state = game.start(args.num_envs, generator)
+    if co_players.callables:  # copies of them try one step, before anything is written
+        CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
+    buffer = MatchBuffer(game, args)
+    player = co_players.agents[0] = Player(agent, args.num_envs)
+    returns = game.alive(state) * 0.0  # [B, N] of running episodes
+    per_iteration = args.num_envs * args.num_steps
+    global_step = 0
+    iteration = 0
+    tracking_id = None
+    moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
+    if args.load_moa is not None and not resumes:
+        weights = load_checkpoint(args.load_moa, device)["agent"]
+        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
+            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
+    with refused(f"{source} does not fit this run"):
+        if source is not None:
+            agent.load_state_dict(content["agent"])
+        if resumes:
+            for name, value in vars(args).items():
+                if name not in FREE and content["args"][name] != value:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"--resume: {option} was {content['args'][name]!r} there")
+            global_step, iteration, tracking_id = content["progress"]
+            optimizer.load_state_dict(content["optimizer"])
+            if content["args"]["cuda"] == args.cuda:
+                generator.set_state(content["generator"].cpu())
+            torch.set_rng_state(content["torch_generator"].cpu())
+            co_players.focal, co_players.kind, co_players.target = content["seats"]
+            co_players.episode = content["episode"]
+            for k, other in co_players.agents.items():
+                other.memory = content["memory"][k]
+            buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
+            if game.simulates:
+                state = type(state)(*content["state"])
+                returns = content["returns"]
+            else:
+                print("--resume: episodes of this environment begin anew")
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+    tracker = None  # a W&B run
+    with refused("--track"):
+        if args.track:
+            import wandb
+
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
+            tracker = wandb.init(**names, id=tracking_id, resume="allow", config=vars(args))
+    folder = f"runs/{name}"
+    if resumes:
+        folder = os.path.dirname(checkpoint_path(args.resume)) or "."
+    with refused(f"cannot write {folder}, or another process does"):
+        while os.path.exists(folder) and not resumes:
+            folder += "+"
+        os.makedirs(folder, exist_ok=True)
+        lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not resumes:
+        Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)
+    bar = tqdm(desc=args.env_id, total=args.total_timesteps, unit="step", initial=global_step)
+    profiler = None
+    if args.profile:
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=0, active=3, repeat=1),
+            on_trace_ready=lambda profiler: report_profile(folder, profiler),
+        )
+        profiler.start()
+    metrics = {}
+    saved = 0.0  # when the last checkpoint was written
+    stop = []  # the number of a signal
+    handlers = {}
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.default_int_handler)  # a second one ends at once
+        print("ends after this iteration, with a checkpoint", file=sys.stderr)
+
     try:
-        with timer("pretraining"):
-            trainer.pretrain(stop)
-        save_atomically(trainer.content(), folder / "checkpoint.pt")
-        while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
-            trainer.log.clear()
-            start = time.perf_counter()
-            with timer("iteration"):
-                metrics = {name: float(value) for name, value in trainer.iterate().items()}
-            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
-            metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
-            metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
+        with contextlib.suppress(ValueError):  # outside of the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, on_signal)
+        while True:
+            # ---- CHECKPOINT
+            last = stop or global_step + per_iteration > args.total_timesteps
+            if last or iteration % args.checkpoint_every == 0 or time.time() > saved + 60:
+                checkpoint = {
+                    "script": SCRIPT,
+                    "args": vars(args),
+                    "agent": agent.state_dict(),
+                    "progress": [global_step, iteration, tracker.id if tracker else tracking_id],
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "torch_generator": torch.get_rng_state(),
+                    "seats": [co_players.focal, co_players.kind, co_players.target],
+                    "episode": co_players.episode,
+                    "memory": {k: other.memory for k, other in co_players.agents.items()},
+                    "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
+                    "played": {},
+                    "state": [*state],
+                    "returns": returns,
+                }
+                torch.save(checkpoint, f"{folder}/.checkpoint.pt")  # whole, then renamed
+                os.replace(f"{folder}/.checkpoint.pt", f"{folder}/checkpoint.pt")
+                saved = time.time()
+            if last:
+                break
+
+            # ---- SCHEDULES
+            started = time.perf_counter()
+            pretraining = global_step < args.pretrain_moa_steps
+            done = global_step / args.total_timesteps
+            left = 1.0 - done if args.anneal else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            ent_coef = tensor(args.ent_coef * max(left, 0.1))
+            agent.temperature = args.temperature * max(left, 0.1)
+
+            # ---- ROLLOUT
+            storage = defaultdict(list)  # [T, B, N, ..]
+            sums = defaultdict(list)  # terms of the losses, by minibatch
+            finished = []  # length, kinds and returns of episodes that ended
+            with no_grad(), record_function("rollout"):
+                for _ in range(args.num_steps):
+                    kind = co_players.kind
+                    with record_function("players"):
+                        actions = co_players.act(state, game.action_mask(state))
+                    with record_function("game"):
+                        after, reward, terminated, truncated = game.step(state, actions)
+                    final_value = zeros_like(reward)
+                    if truncated.any():
+                        final_value = player.value(after, co_players) * truncated
+                    transition = {
+                        **player.decision,
+                        "action": actions,
+                        "other_actions": actions[:, game.others],
+                        "reward": reward,
+                        "reached": game.reached(state, actions, after, reward),
+                        "goes_on": ~(terminated | truncated),
+                        "final_value": final_value,
+                        "learner": (kind == 0) & game.alive(state),
+                    }
+                    for name, value in transition.items():
+                        storage[name].append(value)
+                    ended = (terminated | truncated).all(1)
+                    match_ended = co_players.observe(ended)
+                    if reads_moa:
+                        buffer.add(state, transition, ended, match_ended)
+                    returns = returns + reward
+                    state = after
+                    if ended.any():
+                        length = after.time.unsqueeze(1).expand_as(kind)
+                        finished.append(stack([length, kind, returns])[:, ended])
+                        returns = returns.masked_fill(ended.unsqueeze(1), 0.0)
+                        state = game.restart(after, ended, generator)
+                rows = {name: stack(values) for name, values in storage.items()}
+                if args.reward_scale is None:  # environments: by the first rollout
+                    spread = rows["reward"].sum(0).std(correction=0)
+                    largest = spread.maximum(rows["reward"].abs().max())
+                    args.reward_scale = 1.0 / (float(largest) or 1.0)
+                shared = rows["reward"].mean(2, keepdim=True)
+                rows["reward"] = args.reward_scale * rows["reward"].lerp(shared, args.prosocial)
+                last_value = player.value(state, co_players)
+                following = cat([rows["value"][1:], last_value[None]])
+                rows["next_value"] = where(rows["goes_on"], following, rows["final_value"])
+            global_step += per_iteration
+            iteration += 1
+
+            # ---- MOA
+            with record_function("MOA"):
+                for _ in range(moa_updates):
+                    batch = buffer.sample(MOA_MATCHES, generator)
+                    if batch["weight"].any():
+                        loss, terms = moa_loss(agent, batch, pretraining, generator)
+                        descend(optimizer, 1, loss, 1.0, terms, sums)
+                for name, value in goal_metrics(
+                    agent.moa.belief(player.memory), co_players
+                ).items():
+                    sums[name].append(value)
+
+            # ---- PPO
+            with record_function("PPO"):
+                steps = map(rows.get, "reward value next_value goes_on".split())
+                rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
+                rows["return"] = rows["advantage"] + rows["value"]
+                rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
+                epochs = 0 if pretraining else args.update_epochs
+                for part in minibatches(rows, epochs, args.num_minibatches, generator):
+                    loss, terms = loss_of(agent, part, ent_coef)
+                    descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
+
+            # ---- LOG
+            metrics = {name: float(stack(terms).mean()) for name, terms in sums.items()}
+            metrics["charts/learning_rate"] = args.learning_rate * left
+            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - started)
+            metrics["moa/buffer_fill"] = min(1.0, buffer.now / buffer.size)
+            if finished:
+                lengths, kinds, totals = cat(finished, 1)  # [episodes, N]
+                own = totals.masked_fill(kinds != 0, nan)
+                seats = {f"returns/seat_{i}": x for i, x in enumerate(own.T)}
+                names = {f"returns/{x}": totals[kinds == k] for k, x in enumerate(co_players.names)}
+                means = {"charts/episodic_length": lengths, "charts/episodic_return": own}
+                for name, values in {**means, **names, **seats}.items():
+                    if values.isfinite().any():
+                        metrics[name] = float(values.nanmean())
             for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"{name} is {value} at step {trainer.global_step}, see {folder}")
-                writer.add_scalar(name, value, trainer.global_step)
-            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}", refresh=False)
+                if not isfinite(value):
+                    raise FloatingPointError(f"{name} is {value} at step {global_step} of {folder}")
+                writer.add_scalar(name, value, global_step)
+            if tracker:
+                tracker.log(metrics, step=global_step)
+            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', nan):.2f}")
             bar.update(per_iteration)
-            if trainer.iteration % args.checkpoint_every == 0:
-                save_atomically(trainer.content(), folder / "checkpoint.pt")
-        save_atomically(trainer.content(), folder / "checkpoint.pt")
-        if args.save_model:
-            save_atomically(trainer.model(), folder / "model.pt")
-        if args.capture_video and not stop:
-            generator = Generator(trainer.device).manual_seed(args.seed)
-            players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
-            with timer("video"):
-                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
+            if profiler:
+                profiler.step()
+            if watch:
+                watch(**locals())
     finally:
         bar.close()
         writer.close()
+        lock.close()
+        if profiler:
+            profiler.stop()
+        if tracker:
+            tracker.finish()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if args.profile:
-        print(timer.tree())
-    print(f"{'stopped' if stop else 'done'} at step {trainer.global_step}: {folder}")
-    return {**metrics, "run": str(folder)}
+    if stop:
+        print(f"stopped at step {global_step}: {folder}")
+        raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+    print(f"done at step {global_step}: {folder}")
+    if args.capture_video:
+        record_video(folder, pool[-1], args.match_episodes)  # with the last kind of the list
+    return {**metrics, "run": folder}
 
 
-def parse_arguments(arguments: list[str]) -> Args:
-    """Args from the command line, over the options of a run to resume or the game of one to play. Raises UsageError."""
-
-    def parse(default: Args) -> Args:
-        captured = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(captured):
-                return tyro.cli(Args, args=arguments, default=default, description=__doc__)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            # tyro's box: a title, the message, then hints, with rules or empty lines between them
-            text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", captured.getvalue()).partition("\n")[2]
-            blocks = [" ".join(block.split()) for block in re.split(r"(?m)^[ ─-]*$", text)]
-            raise UsageError(next(filter(None, blocks), "bad command line")) from None
-
-    args = parse(Args())
-    path = args.evaluate or args.resume
-    if path is None:
-        return args
-    content = load_checkpoint(path)
-    with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
-    args = parse(default)
-    given = [name for name, value in vars(args).items() if value != getattr(default, name)]
-    read = *EVALUATED, *(PLAYED if vars(args).get("plan_update") != "none" else ["plan_update"])
-    idle = [f"--{name.replace('_', '-')}" for name in given if args.evaluate and name not in read]
-    if idle:
-        raise UsageError(f"--evaluate has no use for {', '.join(idle)}")
+def parse_arguments(arguments):
+    """Args from the command line, over the options of a run to resume, start from or play; `--flag
+    False` is read as `--no-flag`. Raises UsageError; tyro itself exits with status 2."""
+    line = re.sub(r"(?i)--([^\0]+)\0false(?=\0|$)", r"--no-\1", "\0".join(arguments))
+    words = re.findall(r"[^\0]+", re.sub(r"(?i)\0true(?=\0|$)", "", line))
+    args = tyro.cli(Args, args=words, description=__doc__)
+    for path in (args.evaluate, args.resume, args.init):
+        if path is not None:
+            content = load_checkpoint(path)
+            options = content["args"]
+            if args.init is not None:
+                options |= {"resume": None, "load_moa": None, "pretrain_moa_steps": 0}
+            with refused(f"{path} is a run of other options"):
+                if args.evaluate is not None:
+                    options = {name: options[name] for name in ("env_id", *PLAYED)}
+                    options |= content["played"]
+                return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
     return args
 
 
-def main() -> None:
-    """Command line: trains, or evaluates with `--evaluate`. Exit status 2 and one line for what cannot be done."""
+def main():
+    """Command line: trains, or evaluates with `--evaluate`."""
     try:
         args = parse_arguments(sys.argv[1:])
-        print_evaluation(args) if args.evaluate else train(args)
+        if args.evaluate is None:
+            train(args)
+        else:
+            print_evaluation(args)
     except (UsageError, FloatingPointError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ measured in the same way; it is trained by few steps, so above 1 is possible. Th
 the same: beside three `cleaner`s on `msg` a random learner gets nearly the most there is, and only helping costs.
 Kinds are averaged first, so that none is trimmed; interquartile means are over games and seeds, as in `learning.py`.
 
-Players that hop_onestep.py cannot load are left out: at present, those of hop_ppo_gumbel.py and
-latent_world_model.py.
+Players that hop_onestep.py cannot load are left out: at present, those of latent_world_model.py.
 
 Cross-play: one player of each method with three of each method, all trained in self-play, of different seeds where
 there are several, all with their planners: mean return of the one, in matches of ten episodes.
@@ -226,7 +225,7 @@ def policy_alone(path: str) -> str:
     if not (ROOT / kept).is_file() or (ROOT / kept).stat().st_mtime < (ROOT / path).stat().st_mtime:
         content = torch.load(ROOT / path, map_location="cpu", weights_only=True)
         content = {name: content[name] for name in ("script", "args", "agent")}
-        content |= {"plan_mode": "none", "played": {"plan_update": "none"}}  # of older scripts, of the others
+        content["played"] = {"plan_update": "none"} if "plan_update" in content["args"] else {}
         runs.save(content, ROOT / kept)
     return kept
 

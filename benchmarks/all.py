@@ -16,7 +16,7 @@ import sys
 from runs import ROOT
 
 COMPARISON = ("learning", "adaptation", "scaling", "goals")  # of all scripts; what asks for time
-SCRIPTS = {"latent_model": ("selfplay", "offline"), "discrete_goals": ("model", "selfplay", "goals", "speed")}
+SCRIPTS = {"latent_model": ("selfplay", "offline")}
 
 
 def main(words: list[str]) -> int:

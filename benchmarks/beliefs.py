@@ -7,11 +7,12 @@
 Scripted players of several kinds meet in matches of five episodes, beside one that plays by its
 first, almost random policy. Opponent models learn from such matches alone: of hop_onestep.py told
 nothing (`none`), told every player's kind and target (`oracle`), and with a VAE's z (`vae`); and
-that of hop_ppo_gumbel_new.py with discrete goals (`discrete`). On matches that none has seen: the
-negative log-likelihood of the scripted players' actions in nats, by episode of the match, and the
-share of the gap from none to oracle that inferring closes; and how often a player's likeliest goal,
-at the start of an episode, tells its kind, by majority vote over other matches (on the snowdrift,
-whether it is a cleaner: the other two differ only on a drift)."""
+that of hop_ppo_gumbel.py with discrete goals, of which one is drawn for a match (`discrete`) or all
+count by their share (`em`). On matches that none has seen: the negative log-likelihood of the
+scripted players' actions in nats, by episode of the match, and the share of the gap from none to
+oracle that inferring closes; and how often a player's likeliest goal, at the start of an episode,
+tells its kind, by majority vote over other matches (on the snowdrift, whether it is a cleaner: the
+other two differ only on a drift)."""
 
 import contextlib
 import dataclasses
@@ -25,7 +26,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import hop_onestep  # noqa: E402
-import hop_ppo_gumbel_new  # noqa: E402
+import hop_ppo_gumbel  # noqa: E402
 
 EPISODES = 5
 IDLE = "--plan-update offset --plan-beta 0 --plan-samples 1"  # so that the opponent model is trained
@@ -33,7 +34,8 @@ MODELS = {  # script and options
     "none": (hop_onestep, f"--goal none {IDLE}"),
     "oracle": (hop_onestep, f"--goal oracle {IDLE}"),
     "vae": (hop_onestep, "--plan-update none"),
-    "discrete": (hop_ppo_gumbel_new, ""),
+    "discrete": (hop_ppo_gumbel, ""),
+    "em": (hop_ppo_gumbel, "--goal-training em"),
 }
 
 
@@ -44,7 +46,7 @@ class Options:
     steps: int = 500_000  # game steps to learn from
     matches: int = 300  # matches to vote by, and as many to measure on
     seeds: str = "1,2,3"  # a comma list
-    models: str = "none,oracle,vae,discrete"  # which to train
+    models: str = "none,oracle,vae,discrete"  # which to train, also em
 
 
 def train(script, words):
@@ -138,7 +140,7 @@ def main(options: Options) -> None:
             if pairs:
                 shares = [accuracy(*parts, names) for parts in zip(votes, pairs)]
                 row(f"kind known, seed {seed}", shares)
-        for model in ("vae", "discrete"):
+        for model in ("vae", "discrete", "em"):
             if {"none", "oracle", model} <= nll.keys():
                 gap = (nll["none"] - nll[model]) / (nll["none"] - nll["oracle"])
                 row(f"gap closed, {model}, seed {seed}", gap)

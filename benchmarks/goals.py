@@ -12,7 +12,7 @@ and only then a share is given, if its 95 % interval by Student's t lies above 0
 share's is by the delta method. All of this takes two seeds at least; where true goals are worth nothing, one gap in
 forty still counts as real. The share is given over all episodes of a match, and over its second half, when co-players
 have shown what they are. Then, to tell goals that are not predicted from goals that are not used: how well the opponent
-model predicts actions in training with each of the three (`hop_ppo_gumbel.py` trains it for inferred ones only).
+model predicts actions in training with each of the three (`hop_ppo_gumbel.py` has one for inferred ones only).
 """
 
 import dataclasses

@@ -7,8 +7,8 @@
     python benchmarks/scaling.py --report                 # tables and docs/scaling_*.png of the results so far
 
 Parts:
-- `profile`: what `--profile` counts, among the default mixture of co-players, with 64 games. Not of hop_onestep.py
-  and hop_mcts.py.
+- `profile`: what `--profile` counts, among the default mixture of co-players, with 64 games. Like `sps`, of
+  latent_world_model.py alone: the other scripts print a profile by themselves, and their figures here are older.
 - `sps`: game steps a second of training in self-play against the number of parallel games. All methods of one number
   of games take turns in one process, so that their ratios hold on a machine that has other work; medians of turns,
   bars from the slowest to the fastest. On one thread of a CPU the clock is CPU time, else the wall's. Two threads are
@@ -56,7 +56,7 @@ METHODS = {  # name: script, options, colour (Okabe and Ito)
     "latent model": ("latent_world_model", {}, "#E69F00"),
     "tree search": ("hop_mcts", {}, "#0072B2"),
 }
-TIMED = ("discrete goals", "latent model")  # methods of `profile` and `sps`; some results have more
+TIMED = ("latent model",)  # methods of `profile` and `sps`; some results have more
 PROFILED = {"msh-4h1s": 2, "msg": 2}  # game: turns
 NUM_STEPS = 64  # default of all scripts
 BEFORE = 8  # iterations before anything is timed: a match of the longest episodes
@@ -140,11 +140,6 @@ def seeds(options: Options) -> tuple[int, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Timing
 # ---------------------------------------------------------------------------------------------------------------------
-def iterations_of_a_turn(method: str) -> int:
-    """As many as it takes until the MOA is trained again, so that every part of the work is in a turn."""
-    return getattr(importlib.import_module(METHODS[method][0]).Args(), "moa_every", 1)
-
-
 def run_before(method: str, game: str, co_players: str | None, seed: int, cuda: bool) -> Any:
     """A Trainer of 16 games after BEFORE iterations without planner, or more, until 16 matches have ended."""
     name, settings, _ = METHODS[method]
@@ -153,8 +148,7 @@ def run_before(method: str, game: str, co_players: str | None, seed: int, cuda: 
     sizes = {"num_envs": 16, "num_steps": NUM_STEPS, "total_timesteps": 10**9, "learning_rate": STILL}
     args = script.resolved(script.Args(**settings, **sizes))
     trainer = script.Trainer(args)
-    if hasattr(args, "plan_until"):
-        args.plan_until = 0.0
+    args.plan_until = 0.0
     while trainer.iteration < BEFORE or (trainer.agent.uses_moa and len(trainer.buffer) < 16):
         trainer.iterate()
     return trainer
@@ -166,9 +160,7 @@ def continued(before: Any, method: str, num_envs: int, num_steps: int) -> Any:
     import torch
 
     script = importlib.import_module(METHODS[method][0])
-    args = dataclasses.replace(before.args, num_envs=num_envs, num_steps=num_steps)
-    if hasattr(args, "plan_until"):
-        args.plan_until = 1.0
+    args = dataclasses.replace(before.args, num_envs=num_envs, num_steps=num_steps, plan_until=1.0)
     held, content = before.args.num_envs, before.content()
     index = torch.arange(num_envs, device=before.device) % held
     content["args"] = dataclasses.asdict(args)
@@ -179,7 +171,7 @@ def continued(before: Any, method: str, num_envs: int, num_steps: int) -> Any:
     kept["co_players"] = {name: value[index] for name, value in kept["co_players"].items()}
     trainer = script.Trainer(args)
     trainer.load(content)
-    trainer.agent.plan_mode = getattr(args, "plan_update", "none")  # it was off before
+    trainer.agent.plan_mode = args.plan_update  # it was off before
     return trainer
 
 
@@ -230,10 +222,7 @@ def profile(job: dict) -> dict:
     set_up(1, False)
     start, method = time.time(), job["method"]
     before = run_before(method, job["game"], None, job["seed"], False)
-    trainer, iterations = (
-        continued(before, method, job["num_envs"], NUM_STEPS),
-        job["turns"] * iterations_of_a_turn(method),
-    )
+    trainer, iterations = continued(before, method, job["num_envs"], NUM_STEPS), job["turns"]
     trainer.iterate()
     trainer.agent.timer = timer = importlib.import_module(METHODS[method][0]).Timer(True)
     began = time.process_time()
@@ -267,11 +256,9 @@ def speed(job: dict) -> dict:
         if turn >= first + least and time.process_time() - began > MOST_SECONDS:
             break
         for name in [name for name in TIMED if name not in failed]:
-            iterations, once = iterations_of_a_turn(name), spent[name].copy()
-            before = seconds_now(cuda)
+            once, before = spent[name].copy(), seconds_now(cuda)
             try:
-                for _ in range(iterations):
-                    trainers[name].iterate()
+                trainers[name].iterate()
             except (RuntimeError, MemoryError) as error:  # of memory, on a CPU or a GPU
                 if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
                     raise
@@ -281,7 +268,7 @@ def speed(job: dict) -> dict:
             seconds, once = seconds_now(cuda) - before, spent[name] - once
             stretched = once + (seconds - once) * NUM_STEPS / steps
             for clock, second in zip(("cpu", "wall"), stretched if turn >= first else (), strict=False):
-                rates[name][clock].append(round(iterations * NUM_STEPS * n / float(second), 1))
+                rates[name][clock].append(round(NUM_STEPS * n / float(second), 1))
     result = {**job, "command": command(job), "num_steps": steps, "rates": rates, "failed": failed} | about(start)
     result["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     result["machine"] = result["machine"].replace("1 thread ", f"{threads} thread(s) ")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel_new"]  # of the present shape
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel"]  # of the present shape
+NAMES = [*SCRIPTS, "latent_world_model"]
 
 SMALL = {  # options of a small and short run
     "num_envs": 4,
@@ -27,7 +27,7 @@ SMALL = {  # options of a small and short run
 OWN = {  # that only one script has
     "hop_onestep": {"plan_samples": 4},
     "hop_mcts": {"num_simulations": 4, "num_goal_samples": 2},
-    "hop_ppo_gumbel_new": {"goals": 3},
+    "hop_ppo_gumbel": {"goals": 3},
 }
 PLANNER = {"plan_update", "plan_beta", "plan_until"}  # options of every script with a planner
 

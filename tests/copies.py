@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel_new"]  # of the present shape
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel"]  # of the present shape
 MARK = "# ours:"
 
 

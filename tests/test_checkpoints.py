@@ -172,7 +172,7 @@ VARIANTS = {  # options, and after which iteration the run dies
 OWN_OPTIONS = {  # of the variant "own"
     "hop_onestep": {"transition": "simulator"},
     "hop_mcts": {},  # the search is exact anyway
-    "hop_ppo_gumbel_new": {
+    "hop_ppo_gumbel": {
         "goal_training": "em",
         "inter_om": "count",
         "inter_om_alpha": 0.5,

@@ -149,7 +149,7 @@ WRONG_OWN = {  # of one script
         ("--num-simulations 4", "num-simulations"),
     ],
     "hop_mcts": [("--transition network", "transition"), ("--plan-samples 4", "plan-samples")],
-    "hop_ppo_gumbel_new": [
+    "hop_ppo_gumbel": [
         ("--assignment none", "assignment"),
         ("--goal-training vae", "goal-training"),
         ("--inter-om mean", "inter-om"),
@@ -275,7 +275,7 @@ def test_wrong_command_lines(script, nowhere, monkeypatch, capsys, words, fragme
     assert fragment in refused(script, monkeypatch, capsys, *words)
 
 
-@pytest.mark.only("hop_ppo_gumbel_new")
+@pytest.mark.only("hop_ppo_gumbel")
 @pytest.mark.parametrize("goals", [3, 7])
 def test_one_goal_for_each_needs_as_many_and_not_too_many(
     script, nowhere, monkeypatch, capsys, goals
@@ -399,7 +399,7 @@ def test_wrong_checkpoints(script, files, nowhere, monkeypatch, capsys, recwarn,
 WRONG_PLAY = {  # options of --evaluate
     "hop_onestep": ["--plan-samples 0"],
     "hop_mcts": ["--num-simulations 0", "--num-goal-samples 0"],
-    "hop_ppo_gumbel_new": ["--assignment exclusive --env-id msh-3x3-4p-2h1s"],  # of three goals
+    "hop_ppo_gumbel": ["--assignment exclusive --env-id msh-3x3-4p-2h1s"],  # of three goals
 }
 
 

@@ -1,4 +1,4 @@
-"""The discrete goals of hop_ppo_gumbel_new.py: likelihoods, beliefs, assignment and losses, each by
+"""The discrete goals of hop_ppo_gumbel.py: likelihoods, beliefs, assignment and losses, each by
 a slow way to the same, and what is learnt of two kinds of players."""
 
 import itertools
@@ -23,7 +23,7 @@ ORDER = torch.tensor([2, 0, 3, 1])  # of four seats, no rotation
 
 @pytest.fixture(scope="module")
 def script():
-    return load_script("hop_ppo_gumbel_new")
+    return load_script("hop_ppo_gumbel")
 
 
 def generator_of(seed):

@@ -399,7 +399,7 @@ HOP = {"plan_update": "hop"}
 LONG = {
     "hop_onestep": HOP,
     "hop_mcts": {**HOP, "num_simulations": 16},  # after 4 puct_c decides little
-    "hop_ppo_gumbel_new": {},
+    "hop_ppo_gumbel": {},
 }
 PLANNER = {"plan_update": "none", "plan_beta": 0.0}
 PLAY = {  # other values of the options in PLAYED
@@ -411,7 +411,7 @@ PLAY = {  # other values of the options in PLAYED
         "puct_c": 20.0,
         "max_depth": 1,
     },
-    "hop_ppo_gumbel_new": {"assignment": "hard"},
+    "hop_ppo_gumbel": {"assignment": "hard"},
 }
 
 
@@ -443,7 +443,7 @@ def test_players_remember_before_the_next_state_is_seen(script, done):
     assert times == [*range(36)] * 2
 
 
-@pytest.mark.only("hop_ppo_gumbel_new")
+@pytest.mark.only("hop_ppo_gumbel")
 def test_likelihoods_of_all_steps_are_remembered(script, done):
     """As above, by how unlikely under every goal all that was done is; begun anew by an episode."""
     times = []
@@ -460,7 +460,7 @@ def test_likelihoods_of_all_steps_are_remembered(script, done):
     assert times == [*range(36)] * 2
 
 
-@pytest.mark.only("hop_ppo_gumbel_new")
+@pytest.mark.only("hop_ppo_gumbel")
 def test_assignment_is_played_as_asked(script, done, planned):
     """As in the run, or as asked: shares of goals, one for each, and one-to-one."""
     calls = planned(script)

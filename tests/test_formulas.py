@@ -18,7 +18,7 @@ from run_tools import shake
 pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
 EVERY = pytest.mark.only(*SCRIPTS)
 PLANNERS = pytest.mark.only("hop_onestep", "hop_mcts")
-DISCRETE = pytest.mark.only("hop_ppo_gumbel_new")
+DISCRETE = pytest.mark.only("hop_ppo_gumbel")
 ROOT = Path(__file__).resolve().parents[1]
 HUNT = "msh-3x3-3p-2h1s"
 DRIFTS = "msg-2x3-3p-3d"

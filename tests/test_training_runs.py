@@ -36,7 +36,7 @@ SLOPE = "losses/plan_slope"
 OWN_METRICS = {  # beside those that all scripts log; every time, and where matches are long enough
     "hop_onestep": ([SLOPE, "losses/transition_reward", "losses/transition_value"], []),
     "hop_mcts": ([SLOPE], []),
-    "hop_ppo_gumbel_new": (
+    "hop_ppo_gumbel": (
         [],
         ["moa/usage_entropy", "moa/kind_information", "moa/seat_information"],
     ),
@@ -63,7 +63,7 @@ def done(script, small, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------
 # What a run leaves
 # ------------------------------------------------------------------------------------------------
-UNREAD = {"hop_ppo_gumbel_new": ["moa.decoder.goal.weight"]}  # on the goal 0: the table's come last
+UNREAD = {"hop_ppo_gumbel": ["moa.decoder.goal.weight"]}  # on the goal 0: the table's come last
 
 
 def test_every_parameter_is_trained(script, done):
@@ -210,7 +210,7 @@ PLANNER_CHANGES = {"moa_alpha": 1.0, "plan_update": "hop", "plan_beta": 5.0, "pl
 OWN_CHANGES = {
     "hop_onestep": {"plan_samples": 2, "transition": "simulator"},
     "hop_mcts": {"num_simulations": 12, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1},
-    "hop_ppo_gumbel_new": {
+    "hop_ppo_gumbel": {
         "pg": True,
         "goals": 2,
         "goal_training": "em",
@@ -267,13 +267,13 @@ def test_option_of_planning_changes_the_outcome(outcome, name):
     assert_changes(outcome(), outcome(**{name: PLANNER_CHANGES[name]}))
 
 
-@pytest.mark.only("hop_ppo_gumbel_new")
-@pytest.mark.parametrize("name", OWN_CHANGES["hop_ppo_gumbel_new"])
+@pytest.mark.only("hop_ppo_gumbel")
+@pytest.mark.parametrize("name", OWN_CHANGES["hop_ppo_gumbel"])
 def test_option_of_discrete_goals_changes_the_outcome(outcome, name):
-    assert_changes(outcome(), outcome(**{name: OWN_CHANGES["hop_ppo_gumbel_new"][name]}))
+    assert_changes(outcome(), outcome(**{name: OWN_CHANGES["hop_ppo_gumbel"][name]}))
 
 
-@pytest.mark.only("hop_ppo_gumbel_new")
+@pytest.mark.only("hop_ppo_gumbel")
 def test_one_goal_for_each_player_changes_the_outcome(outcome):
     for other in ("soft", "hard"):
         assert_changes(outcome(assignment=other), outcome(assignment="exclusive"))
@@ -474,7 +474,7 @@ VAE = {"step_feature", "encoder", "subgoal"}
 PRETRAINED = {  # parts of the MOA
     "hop_onestep": VAE,
     "hop_mcts": VAE,
-    "hop_ppo_gumbel_new": {"table", "decoder", "subgoal"},
+    "hop_ppo_gumbel": {"table", "decoder", "subgoal"},
 }
 
 
@@ -670,7 +670,7 @@ LABELS = {  # a planner, what is inside it, and the update, in their order
         ["select", "expand", *(f"search: {part}" for part in SEARCH), "backup"],
         ["MOA", "PPO"],
     ),
-    "hop_ppo_gumbel_new": ([], [], ["MOA", "PPO"]),
+    "hop_ppo_gumbel": ([], [], ["MOA", "PPO"]),
 }
 
 

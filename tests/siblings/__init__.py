@@ -1,1 +1,1 @@
-"""Tests of the scripts of the earlier shape: latent_world_model, hop_ppo_gumbel."""
+"""Tests of latent_world_model.py, which is of the earlier shape."""

@@ -1,38 +1,16 @@
-"""Fixtures of the tests of the scripts of the earlier shape.
-
-A test that asks for `script` runs on latent_world_model.py alone: what it tests is the same text in all of them,
-which test_copies.py holds. What is about others names them: `@pytest.mark.scripts("hop_ppo_gumbel", ..)`, on the
-test or, as `pytestmark`, on its module.
-"""
-
-import dataclasses
+"""Fixtures of the tests of latent_world_model.py, which is of the earlier shape: their `script`."""
 
 import pytest
 import torch
 
 from conftest import ROOT, load_script
 
-__all__ = ["ROOT", "SCRIPTS", "SMALL", "load_script"]
-SCRIPTS = ["latent_world_model", "hop_ppo_gumbel"]
-
-
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "scripts(*names): the scripts that a test is about; without it, latent_world_model"
-    )
-
-
-def pytest_generate_tests(metafunc):
-    asked = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    if "script" in metafunc.fixturenames and "script, name" not in asked:
-        mark = metafunc.definition.get_closest_marker("scripts")
-        names = mark.args if mark is not None else SCRIPTS[:1]
-        metafunc.parametrize("script", names, indirect=True, scope="session")
+__all__ = ["ROOT", "SMALL", "load_script"]
 
 
 @pytest.fixture(scope="session")
-def script(request):
-    return load_script(request.param)
+def script():
+    return load_script("latent_world_model")
 
 
 SMALL = {
@@ -53,13 +31,10 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def small(script):
-    """Makes the resolved Args of a small and short run, with the options given, a planner's only where there is one."""
-    names = {field.name for field in dataclasses.fields(script.Args)}
-    default = {name: value for name, value in SMALL.items() if name in names}
+    """Makes the resolved Args of a small and short run, with the options given."""
 
     def make(**options):
-        options = {k: v for k, v in options.items() if k in names or not k.startswith("plan_")}
-        return script.resolved(script.Args(**{**default, **options}))
+        return script.resolved(script.Args(**{**SMALL, **options}))
 
     return make
 

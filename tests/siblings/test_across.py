@@ -1,4 +1,4 @@
-"""Checkpoints of one script in another, and checkpoints played with other options than they were trained with."""
+"""Checkpoints played: as co-players, and with other options than they were trained with."""
 
 import contextlib
 import io
@@ -7,80 +7,61 @@ import sys
 import pytest
 import torch
 
-from siblings.conftest import SCRIPTS, SMALL, load_script
+from siblings.conftest import SMALL
 from siblings.test_runs import refused
 
-pytestmark = pytest.mark.scripts(*SCRIPTS)
 ENV_ID = "msh-3x3-3p-2h1s"
 SIZES = {"episodes": 6, "match_episodes": 2, "num_envs": 3}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folder of a small run of every script, by its name."""
-    folders = {}
-    for name in SCRIPTS:
-        module, folder = load_script(name), tmp_path_factory.mktemp(name)
-        options = {k: v for k, v in SMALL.items() if k in module.Args.__dataclass_fields__}
-        with (
-            contextlib.chdir(folder),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            run = module.train(module.Args(env_id=ENV_ID, co_players="self,nh", **options))["run"]
-        folders[name] = folder / run
-    return folders
+def path(script, tmp_path_factory):
+    """Folder of a small run."""
+    folder = tmp_path_factory.mktemp("run")
+    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run = script.train(script.Args(env_id=ENV_ID, co_players="self,nh", **SMALL))["run"]
+    return str(folder / run)
 
 
-@pytest.mark.parametrize("other", SCRIPTS)
-def test_a_checkpoint_of_any_script_is_a_co_player(script, runs, other, monkeypatch):
-    """It plays just as it does by its own script: the same seeds give the same games."""
-    played, module, modes = [], load_script(other), []
-    act = module.Agent.act
-    monkeypatch.setattr(module.Agent, "act", lambda *args: (modes.append(1), act(*args))[1])
-    result = script.evaluate(runs[script.__name__], str(runs[other]), **SIZES)
-    assert modes and result == script.evaluate(runs[script.__name__], [str(runs[other])] * 2, **SIZES)
-    for path in (runs[other], runs[other] / "checkpoint.pt"):
-        played.append(script.evaluate(path, "nh", **SIZES))
-    assert played[0] == played[1] == module.evaluate(runs[other], "nh", **SIZES)
-    smaller = script.evaluate(runs[script.__name__], str(runs[other]), env_id="msh-2x3-3p-1h1s", **SIZES)
+def test_a_checkpoint_is_a_co_player(script, path):
+    """By its run's folder or its file, for all seats or each; in other games of the family."""
+    result = script.evaluate(path, path, **SIZES)
+    assert result == script.evaluate(path, [path] * 2, **SIZES)
+    assert result == script.evaluate(f"{path}/checkpoint.pt", f"{path}/checkpoint.pt", **SIZES)
+    smaller = script.evaluate(path, path, env_id="msh-2x3-3p-1h1s", **SIZES)
     assert len(smaller["focal_returns"]) == 6
 
 
-def test_a_checkpoint_of_a_missing_script_is_refused(script, runs, tmp_path):
-    content = torch.load(runs[script.__name__] / "checkpoint.pt", weights_only=True)
+def test_a_checkpoint_of_a_missing_script_is_refused(script, path, tmp_path):
+    content = torch.load(f"{path}/checkpoint.pt", weights_only=True)
     for name in ("another", "../hop_onestep", "os"):
         torch.save({**content, "script": name}, tmp_path / "checkpoint.pt")
         with pytest.raises(script.UsageError, match="or of a script beside it"):
             script.evaluate(tmp_path, "nh", **SIZES)
 
 
-@pytest.mark.parametrize("other", SCRIPTS)
-def test_what_another_script_refuses_is_one_line(script, runs, other, tmp_path, monkeypatch, capsys):
-    """A game of the other family; more players than can share out the goals."""
+def test_a_checkpoint_of_another_script_is_refused(script, path, tmp_path):
+    """Those of the present shape are played otherwise."""
+    content = torch.load(f"{path}/checkpoint.pt", weights_only=True)
+    for name in ("hop_onestep", "hop_mcts", "hop_ppo_gumbel"):
+        torch.save({**content, "script": name}, tmp_path / "checkpoint.pt")
+        with pytest.raises(script.UsageError, match=f"cannot import {name}"):
+            script.evaluate(path, str(tmp_path), **SIZES)
+        with pytest.raises(script.UsageError):
+            script.train(script.parse_arguments(["--resume", str(tmp_path)]))
+
+
+def test_a_game_of_the_other_family_is_refused_in_one_line(script, path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    path, game = str(runs[other]), ["--env-id", "msg-3x3-3p-2d"]
+    game = ["--env-id", "msg-3x3-3p-2d"]
     for words in ([*game, "--co-players", path], ["--evaluate", path, *game, "--co-players", "cleaner"]):
         line = refused(script, monkeypatch, capsys, *words)
         assert "it cannot play msg-3x3-3p-2d" in line and "import" not in line
-    if other == "hop_ppo_gumbel":
-        content = torch.load(runs[other] / "checkpoint.pt", weights_only=True)
-        content["args"]["assignment"] = "exclusive"
-        torch.save(content, tmp_path / "few.pt")
-        with pytest.raises(script.UsageError, match="cannot share out"):
-            script.evaluate(runs[script.__name__], str(tmp_path / "few.pt"), env_id="msh-3x3-5p-2h1s", **SIZES)
 
 
-def test_only_a_run_of_the_same_script_is_resumed(script, runs):
-    for other in set(SCRIPTS) - {script.__name__}:
-        with pytest.raises(script.UsageError):
-            script.train(script.parse_arguments(["--resume", str(runs[other])]))
-
-
-@pytest.mark.parametrize("other", SCRIPTS)
-def test_a_run_with_another_scripts_checkpoint_is_resumed(script, runs, small, other):
-    """What that co-player remembers is saved and taken up again, in its own form."""
-    args = small(env_id=ENV_ID, co_players=f"self,{runs[other]}")
+def test_a_run_with_a_checkpoint_as_co_player_is_resumed(script, path, small):
+    """What that co-player remembers is saved and taken up again."""
+    args = small(env_id=ENV_ID, co_players=f"self,{path}")
     first, second = script.Trainer(args), script.Trainer(args)
     first.iterate()
     saved = io.BytesIO()
@@ -96,10 +77,9 @@ def test_a_run_with_another_scripts_checkpoint_is_resumed(script, runs, small, o
     assert first.co_players.memory and all(torch.equal(a, b) for a, b in weights)
 
 
-@pytest.mark.scripts("latent_world_model")
-def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, runs):
+def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, path):
     """It would plan by what its networks were initialised with."""
-    content = torch.load(runs[script.__name__] / "checkpoint.pt", weights_only=True)
+    content = torch.load(f"{path}/checkpoint.pt", weights_only=True)
     untold = {"goal": "none", "plan_update": "none"}  # nothing trains the MOA, nor what is learnt by planning
     for options in (untold, {"plan_update": "none"}, {"plan_until": 0.0}):
         torch.save({**content, "args": {**content["args"], **options}}, tmp_path / "checkpoint.pt")
@@ -107,9 +87,7 @@ def test_a_planner_that_was_never_trained_is_not_switched_on(script, tmp_path, r
             script.load_agent(tmp_path, options={"plan_update": "hop"})
 
 
-@pytest.mark.scripts("latent_world_model")
-def test_the_planner_can_be_switched_off_and_on(script, runs):
-    path = runs[script.__name__]
+def test_the_planner_can_be_switched_off_and_on(script, path):
     trained = script.load_agent(path)
     off = script.load_agent(path, options={"plan_update": "none"})
     assert (trained.plan_mode, off.plan_mode) == ("none", "none")  # --plan-until is over
@@ -123,10 +101,9 @@ def test_the_planner_can_be_switched_off_and_on(script, runs):
     assert results[0] == results[1] != results[2]
 
 
-@pytest.mark.scripts("latent_world_model")
-def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs):
+def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, path):
     """Scores are divided by the root mean square that they have where the policy plays alone and has a choice."""
-    agent = script.load_agent(runs[script.__name__], options={"plan_update": "offset"})
+    agent = script.load_agent(path, options={"plan_update": "offset"})
     generator, squares, count, measured = torch.Generator().manual_seed(5), 0.0, 0, float(agent.plan_rms)
     agent.plan_rms.fill_(1e9)  # the scores do not count in play
     state, memory = agent.game.initial_state(64, generator), agent.moa.initial_memory(64)
@@ -143,9 +120,8 @@ def test_the_scale_of_a_planner_that_was_off_is_that_of_its_scores(script, runs)
     assert measured == pytest.approx((squares / count) ** 0.5, rel=0.25)
 
 
-@pytest.mark.scripts("latent_world_model")
-def test_the_scale_is_measured_on_the_game_that_is_played(script, runs, monkeypatch):
-    path, env_id, play, seen = runs[script.__name__], "msh-6x6-2p-4h3s", script.play_matches, []
+def test_the_scale_is_measured_on_the_game_that_is_played(script, path, monkeypatch):
+    env_id, play, seen = "msh-6x6-2p-4h3s", script.play_matches, []
     monkeypatch.setattr(script, "play_matches", lambda agent, *rest: seen.append(agent) or play(agent, *rest))
     for game in (None, env_id):
         script.evaluate(path, "nh", env_id=game, **SIZES, plan_update="offset")
@@ -156,33 +132,28 @@ def test_the_scale_is_measured_on_the_game_that_is_played(script, runs, monkeypa
     assert not torch.equal(seen[0].plan_rms, turned.plan_rms)
 
 
-def test_played_options_on_the_command_line(script, runs, monkeypatch, capsys):
-    path, seen, load = str(runs[script.__name__]), [], script.load_agent
+def test_played_options_on_the_command_line(script, path, monkeypatch, capsys):
+    seen, load = [], script.load_agent
     monkeypatch.setattr(
         script, "load_agent", lambda p, d, options, game: (seen.append(options), load(p, d, options, game))[1]
     )
     words = ["--evaluate", path, "--co-players", "nh", "--eval-episodes", "4", "--match-episodes", "2"]
-    value = {"plan_update": "offset", "belief": "none"}
-    name = next(name for name in value if name in script.PLAYED)
-    for more in ([], [f"--{name.replace('_', '-')}", value[name]]):
+    for more in ([], ["--plan-update", "offset"]):
         monkeypatch.setattr(sys, "argv", ["script", *words, *more])
         script.main()
-    assert seen == [{}, {name: value[name]}]
+    assert seen == [{}, {"plan_update": "offset"}]
     assert "focal return" in capsys.readouterr().out
     with pytest.raises(script.UsageError, match="options that may change when an agent is played"):
         script.evaluate(path, "nh", learning_rate=1.0)
     with pytest.raises(script.UsageError, match="must be one of"):
-        script.evaluate(path, "nh", **{name: "perhaps"})
+        script.evaluate(path, "nh", plan_update="perhaps")
 
 
-@pytest.mark.parametrize("other", SCRIPTS)
-def test_what_cannot_be_judged_is_refused_before_a_game_is_played(runs, other, monkeypatch, capsys):
-    """`--evaluate` with `--dataset`: a checkpoint without a latent model, or no such file."""
-    script = load_script("latent_world_model")
+def test_what_cannot_be_judged_is_refused_before_a_game_is_played(script, path, monkeypatch, capsys):
+    """`--evaluate` with `--dataset`, and no such file."""
     monkeypatch.setattr(script, "evaluate", None)
-    words = ["--evaluate", str(runs[other]), "--co-players", "nh", "--dataset", "nowhere.npz"]
+    words = ["--evaluate", path, "--co-players", "nh", "--dataset", "nowhere.npz"]
     monkeypatch.setattr(sys, "argv", ["latent_world_model.py", *words])
     with pytest.raises(SystemExit) as stopped:
         script.main()
-    expected = "no data set at nowhere.npz" if other == "latent_world_model" else "--dataset judges a latent model"
-    assert stopped.value.code == 2 and expected in capsys.readouterr().err
+    assert stopped.value.code == 2 and "no data set at nowhere.npz" in capsys.readouterr().err

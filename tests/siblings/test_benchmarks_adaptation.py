@@ -98,3 +98,15 @@ def test_figures_of_a_trained_player_and_of_its_policy_alone(adaptation, path, t
     assert list(found["late"]) == list(kinds)
     assert all(0.0 <= value <= 6.0 for value in found["late"].values())
     assert all(len(parts) == adaptation.WINDOWS for parts in found["by_time"].values())
+
+
+def test_a_policy_that_never_had_a_planner_is_kept_and_played(adaptation, tmp_path, monkeypatch):
+    script, other = load_script("hop_onestep"), load_script("hop_ppo_gumbel")
+    game = other.GridGame("msh-4x4-4h1s")
+    args = other.checked(other.Args(), game)
+    content = {"script": "hop_ppo_gumbel", "args": vars(args), "agent": other.Agent(game, args).state_dict()}
+    adaptation.runs.save({**content, "played": {}}, tmp_path / "player.pt")
+    monkeypatch.setattr(adaptation, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    kept = adaptation.policy_alone("player.pt")
+    assert isinstance(script.load_player(kept, script.GridGame("msh-4x4-4h1s"), 2), other.Player)

@@ -19,7 +19,6 @@ from siblings.test_planner import decisions, joint_actions, situations, some_goa
 
 GAMMA = 0.9
 GAMES = ["msh-3x3-3p-2h1s", "msh-2x3-4p-2h2s", "msg-2x3-3p-3d"]
-pytestmark = pytest.mark.scripts("latent_world_model")
 
 
 def steps_of(script, env_id, batch=40, steps=8, seed=0):

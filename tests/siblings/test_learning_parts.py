@@ -7,14 +7,9 @@ from collections import defaultdict
 import pytest
 import torch
 
-from siblings.conftest import SCRIPTS, shake
+from siblings.conftest import shake
 
 SMALL_HUNT, SMALL_DRIFTS = "msh-3x3-3p-2h1s", "msg-2x2-3p-3d"
-
-
-def no_imitation(script):
-    """The last argument of `ppo_loss` in scripts whose policy may imitate a planner."""
-    return [False] if "q_plan" in script.Decision._fields else []
 
 
 def shaken(trainer, shake_scale=0.2):
@@ -95,7 +90,6 @@ def watched(trainer):
     return shown
 
 
-@pytest.mark.scripts(*SCRIPTS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -201,7 +195,6 @@ def test_only_the_learners_rows_are_learnt_from(script, small):
     assert [part["value"].tolist() for part in parts[:3]] != [part["value"].tolist() for part in parts[3:6]]
 
 
-@pytest.mark.scripts(*SCRIPTS)
 def test_relabelled_seats_give_the_same_training_data(script, small):
     """The same games with the seats in another order and the same actions: the same rows in that order."""
     options = {"env_id": "msh-4x4-4h1s", "co_players": "self,nh,ns", "plan_update": "none", "reward_scale": 0.3}
@@ -251,7 +244,7 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
             for name in ("own", "others", "goal", "mask", "offset", "action", "log_prob", "advantage", "return")
             if name in part
         }
-        loss, _ = script.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(0.01), *no_imitation(script))
+        loss, _ = script.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(0.01), False)
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for net in (agent.actor, agent.critic) for p in net.parameters()]))
     plain, other = runs
@@ -267,7 +260,6 @@ def test_relabelled_seats_give_the_same_training_data(script, small):
 # ---------------------------------------------------------------------------------------------------------------------
 # PPO's loss
 # ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.scripts(*SCRIPTS)
 @pytest.mark.parametrize("norm_adv", [True, False])
 def test_ppo_loss_row_by_row(script, lively, norm_adv):
     """Clipped surrogate, value loss, entropy, approximate KL and share of clipped ratios, in plain Python."""
@@ -280,7 +272,6 @@ def test_ppo_loss_row_by_row(script, lively, norm_adv):
     rows["mask"] = torch.rand(count, 7, generator=generator) < 0.7
     rows["mask"][:, 4] = True
     rows["offset"] = torch.randn(count, 7, generator=generator) * rows["mask"]
-    rows["offset"] *= "offset" in script.Decision._fields
     with torch.no_grad():
         logits = agent.actor(rows["own"], rows["others"], rows["goal"]) + rows["offset"]
         value = agent.critic(rows["own"], rows["others"], rows["goal"]).squeeze(1)
@@ -289,8 +280,7 @@ def test_ppo_loss_row_by_row(script, lively, norm_adv):
     chosen = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1)
     rows["log_prob"] = chosen + 0.3 * torch.randn(count, generator=generator)
     rows["advantage"], rows["return"] = (2 * torch.randn(count, generator=generator) + 1 for _ in range(2))
-    rest = no_imitation(script)
-    loss, terms = script.ppo_loss(agent.actor, agent.critic, rows, agent.args, torch.tensor(0.03), *rest)
+    loss, terms = script.ppo_loss(agent.actor, agent.critic, rows, agent.args, torch.tensor(0.03), False)
     mean = float(rows["advantage"].mean())
     std = (sum((a - mean) ** 2 for a in rows["advantage"].tolist()) / count) ** 0.5
     expected = defaultdict(list)
@@ -421,15 +411,13 @@ def test_value_at_the_time_limit_is_one_that_is_trained(lively, env_id):
     assert (at_limit != relative.clock_and_walls(cells, torch.tensor([[horizon, 2]]))).any()
 
 
-@pytest.mark.scripts(*SCRIPTS)
 def test_memory_of_many_games(script, small):
     """Rebuilt from the buffer, whose games are read in several parts, the memory is that of `remember` step by step."""
     options = {"env_id": SMALL_HUNT, "co_players": "ns,nh", "num_envs": 150, "num_steps": 60, "match_episodes": 3}
     trainer = script.Trainer(small(**options, total_timesteps=9000))
     shake(trainer.agent, seed=0)
     trainer.rollout()
-    present = (trainer.memory,) if script.__name__ == "hop_ppo_gumbel" else ()
-    rebuilt = trainer.buffer.memory(trainer.agent.moa, trainer.co_players.episode, *present)
+    rebuilt = trainer.buffer.memory(trainer.agent.moa, trainer.co_players.episode)
     for whole, other in zip(trainer.memory, rebuilt, strict=True):
         torch.testing.assert_close(whole, other, rtol=1e-4, atol=1e-4)
     assert len(trainer.co_players.episode.unique()) == 3

@@ -6,8 +6,6 @@ import math
 import pytest
 import torch
 
-pytestmark = pytest.mark.scripts("latent_world_model")
-
 
 def situations(script, env_id, batch=40, steps=6, seed=0):
     """States of games under way, many of them just before an end; players prefer to interact."""
