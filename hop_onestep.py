@@ -1064,6 +1064,7 @@ class Player:
             "mask": mask,  # bool [B, N, A]
             "alive": alive,  # bool [B, N]
             "q_plan": q_plan,  # [B, N, A]; 0 where the planner did not run
+            "expected": (policy.exp() * q_plan).sum(-1),  # [B, N] of the policy that acts
             "offset": offset,  # [B, N, A] the planner in the logits
             "prior": prior,  # [B, N, A] log pi_theta
         }
@@ -1141,15 +1142,11 @@ def scores(agent, state, seen, chosen, generator):
     return (reward + agent.args.gamma * value).mean(1)
 
 
-def calibration(rows, mode):
-    """E_pi Q_plan [R], and the slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how
-    far the planner is to be trusted."""
-    logits = rows["offset"] + (0.0 if mode == "hop" else rows["prior"])
-    policy = masked(logits, rows["mask"]).softmax(1)
-    expected = (policy * rows["q_plan"]).sum(1)
-    gain = pick(rows["q_plan"], rows["action"]) - expected
-    slope = (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
-    return expected, slope
+def calibration(rows):
+    """Slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how far the planner is to be
+    trusted."""
+    gain = pick(rows["q_plan"], rows["action"]) - rows["expected"]
+    return (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
 
 
 RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
@@ -1219,7 +1216,7 @@ def ppo_loss(agent, rows, ent_coef):
     return policy_loss + args.vf_coef * value_loss - ent_coef * entropy, terms
 
 
-LEARNT = """own others goal mask offset q_plan prior action log_prob advantage
+LEARNT = """own others goal mask offset q_plan expected action log_prob advantage
     return""".split()  # of a rollout, what PPO reads
 
 
@@ -1635,11 +1632,11 @@ def train(args, watch=None):
                 rows["return"] = rows["advantage"] + rows["value"]
                 rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
                 if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
-                    expected, slope = calibration(rows, agent.plan_mode)
+                    slope = calibration(rows)
                     agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
                     sums["losses/plan_slope"].append(slope)
                     if agent.plan_mode == "hop":  # V towards the mean of both
-                        rows["return"] = 0.5 * (rows["return"] + expected)
+                        rows["return"] = 0.5 * (rows["return"] + rows["expected"])
                 epochs = 0 if pretraining else args.update_epochs
                 for part in minibatches(rows, epochs, args.num_minibatches, generator):
                     loss, terms = loss_of(agent, part, ent_coef)

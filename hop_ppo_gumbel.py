@@ -20,7 +20,7 @@ One iteration; `train` has it line by line:
         b_j(g) <- b_j(g) pi_hat(a_j | o_j, t, e_g), normalised           # Bayes, within the match
     MOA: q_j(g) ~ product over the match of pi_hat(a_j | o_j, t, e_g), g_j ~ q_j (Gumbel-Softmax);
          -log pi_hat(a_j | o_j, t, e_g_j) + KL(q_j || uniform) / steps + subgoal
-    PPO: clipped loss, V towards lambda-returns
+    PPO: clipped loss, V towards lambda-returns; at first with an entropy bonus in the rewards
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
 also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
@@ -29,10 +29,10 @@ callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], gener
 has `start_match(which [R] bool)`, that is called when matches start.
 
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
-(1707.06347), GAE (1506.02438), Gumbel-Softmax (1611.01144). Shapes in comments: B games, N players,
-A actions, X own and Y co-players' features, G goals, Z embedding of one, M items, T steps of a
-rollout, C steps in the buffer, L steps of a match, R rows; tables: S + 1 cells, the
-last is none, F features of a pair of cells."""
+(1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
+actions, X own and Y co-players' features, G goals, Z embedding of one, M items, T steps of a
+rollout, C steps in the buffer, L steps of a match, R rows; tables: S + 1 cells, the last is none, F
+features of a pair of cells."""
 
 import contextlib
 import dataclasses
@@ -99,6 +99,7 @@ class Args:
     num_steps: int = 32  # steps in each game an iteration
     # ours: no planner
     learning_rate: float = 2e-3  # of all but the MOA (Adam)
+    soft_coef: float | None = None  # entropy bonus in the rewards; 0 from half of the run on
     pg: bool = False  # plain policy gradient, no clipped loss (on policy: --update-epochs 1)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
@@ -214,9 +215,9 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
     "msg": ({"drift": 6}, [1], [-4.0], 6.0),
 }
 DEFAULTS = {  # of the options that are None, by measurements (README.md)
-    "msh": dict(horizon=35, gamma=0.99),  # ours: no planner
-    "msg": dict(horizon=50, gamma=0.85),
-    "other": dict(gamma=0.95),
+    "msh": dict(horizon=35, gamma=0.99, soft_coef=0.05),  # ours: no planner
+    "msg": dict(horizon=50, gamma=0.85, soft_coef=0.05),
+    "other": dict(gamma=0.95, soft_coef=0.0),
 }
 NUMBER = "[1-9][0-9]?"
 GRID_ID = re.compile(
@@ -883,9 +884,8 @@ class MOA(nn.Module):
             orders = orders[(F.one_hot(orders, goals).sum(1) < 2).all(1)]  # [P, N]
             logs = memory.sum(-2).double().log_softmax(-1)
             scores = logs[:, arange(players), orders].sum(2)  # [B, P]
-            best = (scores >= scores.amax(1, True) - 1e-5).float()
-            orders = F.one_hot(orders, goals).float()
-            share = torch.einsum("bp,png->bng", best / best.sum(1, True), orders)
+            best = F.normalize((scores >= scores.amax(1, True) - 1e-5).float(), 1)
+            share = torch.einsum("bp,png->bng", best, F.one_hot(orders, goals).float())
         return share @ self.table, share  # ours: by belief
 
 
@@ -1093,9 +1093,10 @@ class Player:
         self.memory = where(ended[:, None, None, None], fresh, self.memory)  # ours: a prior
 
 
-def goal_metrics(belief, co_players):
-    """What beliefs [B, N, G] tell of scripted players from the second episode of a match on, by
-    name, in nats: entropy of the goals in use; information about kinds, and seats (to be 0)."""
+def goal_metrics(player, co_players):
+    """What beliefs tell of scripted players from the second episode of a match on, by name, in
+    nats: entropy of the goals in use; information about kinds, and seats (to be 0)."""
+    belief = player.agent.moa.belief(player.memory)
     kind = co_players.kind
     scripted = co_players.script[kind] < len(co_players.game.kinds)
     known = scripted & (co_players.episode > 0)[:, None]
@@ -1470,7 +1471,7 @@ def train(args, watch=None):
             left = 1.0 - done if args.anneal else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             ent_coef = tensor(args.ent_coef * max(left, 0.1))
-            agent.temperature = args.temperature * max(left, 0.1)
+            agent.temperature = max(args.temperature * max(left, 0.1), 1e-3)
 
             # ---- ROLLOUT
             storage = defaultdict(list)  # [T, B, N, ..]
@@ -1529,13 +1530,14 @@ def train(args, watch=None):
                     if batch["weight"].any():
                         loss, terms = moa_loss(agent, batch, pretraining, generator)
                         descend(optimizer, 1, loss, 1.0, terms, sums)
-                for name, value in goal_metrics(
-                    agent.moa.belief(player.memory), co_players
-                ).items():
+                for name, value in goal_metrics(player, co_players).items() if reads_moa else ():
                     sums[name].append(value)
 
             # ---- PPO
             with record_function("PPO"):
+                if args.soft_coef and done < 0.5:  # soft V (SAC, eq. 3)
+                    temperature = args.soft_coef * (1.0 - 2.0 * done)
+                    rows["reward"] -= temperature * rows["log_prob"]
                 steps = map(rows.get, "reward value next_value goes_on".split())
                 rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]

@@ -5,6 +5,7 @@ import itertools
 import math
 import types
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -793,20 +794,27 @@ def company(script, batch, episode=1, pool=("ns", "nh")):
     return players
 
 
+def metrics_of(script, belief, co_players):
+    """`goal_metrics` of a player whose memory is read as these beliefs."""
+    moa = SimpleNamespace(belief=lambda memory: memory)
+    player = SimpleNamespace(memory=belief, agent=SimpleNamespace(moa=moa))
+    return script.goal_metrics(player, co_players)
+
+
 def test_goal_metrics_of_perfect_and_independent_beliefs(script):
     """Information about the kind: the logarithm of the number of kinds, and 0."""
     players = company(script, 6, pool=("ns", "nh", "random"))
     perfect = torch.nn.functional.one_hot(4 - players.kind, 5).float()
-    metrics = script.goal_metrics(perfect, players)
+    metrics = metrics_of(script, perfect, players)
     assert float(metrics["moa/kind_information"]) == pytest.approx(math.log(3), abs=1e-5)
     assert float(metrics["moa/usage_entropy"]) == pytest.approx(math.log(3), abs=1e-5)
     assert float(metrics["moa/seat_information"]) == pytest.approx(0.0, abs=1e-5)
     share = [0.5, 0.25, 0.25, 0.0]
-    metrics = script.goal_metrics(torch.tensor(share).expand(6, 4, 4), players)
+    metrics = metrics_of(script, torch.tensor(share).expand(6, 4, 4), players)
     assert float(metrics["moa/kind_information"]) == pytest.approx(0.0, abs=1e-5)
     assert float(metrics["moa/seat_information"]) == pytest.approx(0.0, abs=1e-5)
     assert float(metrics["moa/usage_entropy"]) == pytest.approx(1.5 * math.log(2), abs=1e-5)
-    metrics = script.goal_metrics(torch.eye(4).expand(6, 4, 4), players)  # seats alone
+    metrics = metrics_of(script, torch.eye(4).expand(6, 4, 4), players)  # seats alone
     assert float(metrics["moa/seat_information"]) == pytest.approx(math.log(4), abs=1e-5)
     assert float(metrics["moa/kind_information"]) == pytest.approx(0.0, abs=1e-5)
 
@@ -815,7 +823,7 @@ def test_goal_metrics_of_a_noisy_channel(script):
     """Beliefs of 0.9 in the goal of the kind: log 2 less the entropy of 0.9 and 0.1."""
     players = company(script, 4)
     belief = torch.tensor([[0.5, 0.5], [0.9, 0.1], [0.1, 0.9]])[players.kind]
-    metrics = script.goal_metrics(belief, players)
+    metrics = metrics_of(script, belief, players)
     noise = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
     assert float(metrics["moa/kind_information"]) == pytest.approx(math.log(2) - noise, abs=1e-5)
 
@@ -828,15 +836,15 @@ def test_goal_metrics_read_scripted_players_from_the_second_episode(script):
     belief = torch.nn.functional.one_hot(players.kind, 3).float()
     counted = (players.kind > 0) & (players.episode > 0)[:, None]
     spoilt = torch.tensor([0.2, 0.3, 0.5]).where(~counted[..., None], belief)
-    metrics = script.goal_metrics(belief, players)
-    again = script.goal_metrics(spoilt, players)
+    metrics = metrics_of(script, belief, players)
+    again = metrics_of(script, spoilt, players)
     assert set(metrics) == {"moa/usage_entropy", "moa/kind_information", "moa/seat_information"}
     for name, value in metrics.items():
         assert torch.equal(again[name], value)
     assert float(metrics["moa/kind_information"]) == pytest.approx(math.log(2), abs=1e-5)
-    assert script.goal_metrics(belief, company(script, 8, episode=0)) == {}
+    assert metrics_of(script, belief, company(script, 8, episode=0)) == {}
     players.kind[:] = 0
-    assert script.goal_metrics(belief, players) == {}
+    assert metrics_of(script, belief, players) == {}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1549,6 +1549,8 @@ def test_the_policy_that_acts(script, lively, mode, slope, share):
         action = int(decision["action"][b, i])
         assert action in legal
         assert float(decision["log_prob"][b, i]) == pytest.approx(float(policy[action]), abs=1e-3)
+        expected = float((policy.exp() * q_plan).sum())
+        assert float(decision["expected"][b, i]) == pytest.approx(expected, abs=1e-3)
 
 
 @DISCRETE
@@ -1589,36 +1591,21 @@ def test_actions_are_drawn_from_that_policy(script, lively):
     assert policy.amax(1).min() < 0.9  # of one player at least
 
 
-@pytest.mark.parametrize("mode", ["offset", "hop"])
-def test_calibration_in_closed_form(script, mode):
-    """Regression through the origin of the advantage on Q(a) - E_pi Q; some rows have no choice."""
+def test_calibration_in_closed_form(script):
+    """Regression through the origin of the advantage on Q(a) - E_pi Q."""
     generator = generator_of(0)
     count = 300
-    mask = torch.rand(count, 5, generator=generator) < 0.6
-    mask[:, 0] = True
-    mask[:40, 1:] = False  # no choice
-    q_plan = torch.randn(count, 5, generator=generator) * mask
-    prior = torch.randn(count, 5, generator=generator)
-    offset = torch.randn(count, 5, generator=generator) * mask
-    action = draw(torch.zeros(count, 5).masked_fill(~mask, -1e9), generator)
+    q_plan = torch.randn(count, 5, generator=generator)
+    expected = torch.randn(count, generator=generator)
+    action = draw(torch.zeros(count, 5), generator)
     advantage = torch.randn(count, generator=generator)
-    rows = {"mask": mask, "q_plan": q_plan, "prior": prior, "offset": offset}
-    rows |= {"action": action, "advantage": advantage}
-    gains = []
-    expectations = []
-    for r in range(count):
-        logits = offset[r] if mode == "hop" else offset[r] + prior[r]
-        policy = probabilities(logits, mask[r])
-        expected = sum(p * float(q_plan[r, a]) for a, p in policy.items())
-        expectations.append(expected)
-        gains.append(float(q_plan[r, action[r]]) - expected)
+    rows = {"q_plan": q_plan, "expected": expected, "action": action, "advantage": advantage}
+    gains = [float(q_plan[r, action[r]] - expected[r]) for r in range(count)]
     top = sum(gain * float(a) for gain, a in zip(gains, advantage, strict=True))
     bottom = sum(gain**2 for gain in gains)
-    means, slope = script.calibration(rows, mode)
-    assert means.tolist() == pytest.approx(expectations, abs=1e-5)
-    assert float(slope) == pytest.approx(top / bottom, rel=1e-4)
+    assert float(script.calibration(rows)) == pytest.approx(top / bottom, rel=1e-4)
     rows["advantage"] = 1.7 * torch.tensor(gains)
-    assert float(script.calibration(rows, mode)[1]) == pytest.approx(1.7, rel=1e-4)
+    assert float(script.calibration(rows)) == pytest.approx(1.7, rel=1e-4)
 
 
 @PLANNERS

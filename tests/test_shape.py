@@ -14,8 +14,8 @@ from conftest import ROOT, SCRIPTS
 
 TOKENS = {"hop_onestep": 15_500, "hop_mcts": 17_500, "hop_ppo_gumbel": 16_500}  # at most
 LINES = {  # may only be lowered
-    "hop_onestep": 1_729,  # 1,600 is the aim
-    "hop_mcts": 1_863,  # 1,750 is the aim
+    "hop_onestep": 1_726,  # 1,600 is the aim
+    "hop_mcts": 1_860,  # 1,750 is the aim
     "hop_ppo_gumbel": 1_700,
 }
 BASE = "hop_onestep"

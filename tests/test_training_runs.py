@@ -212,6 +212,7 @@ OWN_CHANGES = {
     "hop_mcts": {"num_simulations": 12, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1},
     "hop_ppo_gumbel": {
         "pg": True,
+        "soft_coef": 0.2,
         "goals": 2,
         "goal_training": "em",
         "temperature": 3.0,
