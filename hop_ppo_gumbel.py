@@ -216,7 +216,7 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
 }
 DEFAULTS = {  # of the options that are None, by measurements (README.md)
     "msh": dict(horizon=35, gamma=0.99, soft_coef=0.05),  # ours: no planner
-    "msg": dict(horizon=50, gamma=0.85, soft_coef=0.05),
+    "msg": dict(horizon=50, gamma=0.85, soft_coef=0.0),
     "other": dict(gamma=0.95, soft_coef=0.0),
 }
 NUMBER = "[1-9][0-9]?"
