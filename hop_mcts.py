@@ -1405,7 +1405,8 @@ def load_checkpoint(run, device="cpu"):
         raise UsageError(f"no checkpoint at {path[:200]!r}")
     with refused(f"cannot read checkpoint {path}"):
         content = torch.load(path, map_location=device, weights_only=True)
-        dict(content["args"], script=content["script"])  # raises if it is another file
+        # raises if it is another file
+        dict(content["args"], **content["played"], of=[content["agent"], content["script"]])
     return content
 
 

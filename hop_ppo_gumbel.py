@@ -99,7 +99,7 @@ class Args:
     num_steps: int = 32  # steps in each game an iteration
     # ours: no planner
     learning_rate: float = 2e-3  # of all but the MOA (Adam)
-    soft_coef: float | None = None  # entropy bonus in the rewards; 0 from half of the run on
+    soft_coef: float | None = None  # entropy bonus in scaled rewards, with --anneal; 0 from half on
     pg: bool = False  # plain policy gradient, no clipped loss (on policy: --update-epochs 1)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
@@ -1187,7 +1187,8 @@ def load_checkpoint(run, device="cpu"):
         raise UsageError(f"no checkpoint at {path[:200]!r}")
     with refused(f"cannot read checkpoint {path}"):
         content = torch.load(path, map_location=device, weights_only=True)
-        dict(content["args"], script=content["script"])  # raises if it is another file
+        # raises if it is another file
+        dict(content["args"], **content["played"], of=[content["agent"], content["script"]])
     return content
 
 
@@ -1535,7 +1536,7 @@ def train(args, watch=None):
 
             # ---- PPO
             with record_function("PPO"):
-                if args.soft_coef and done < 0.5:  # soft V (SAC, eq. 3)
+                if args.soft_coef and args.anneal and done < 0.5:  # soft V (SAC, eq. 3)
                     temperature = args.soft_coef * (1.0 - 2.0 * done)
                     rows["reward"] -= temperature * rows["log_prob"]
                 steps = map(rows.get, "reward value next_value goes_on".split())

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel"]  # of the present shape
+# of the present shape
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model_new"]
 NAMES = [*SCRIPTS, "latent_world_model"]
 
 SMALL = {  # options of a small and short run
@@ -28,6 +29,10 @@ OWN = {  # that only one script has
     "hop_onestep": {"plan_samples": 4},
     "hop_mcts": {"num_simulations": 4, "num_goal_samples": 2},
     "hop_ppo_gumbel": {"goals": 3},
+    "latent_world_model_new": {"plan_samples": 4},
+}
+QUICK = {  # constants in place of the script's own, where those make every small run take long
+    "latent_world_model_new": {"MODEL_UPDATES": 2, "MODEL_BATCH": 64},
 }
 PLANNER = {"plan_update", "plan_beta", "plan_until"}  # options of every script with a planner
 
@@ -53,7 +58,21 @@ def load_script(name):
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module
     specification.loader.exec_module(module)
+    for constant, value in QUICK.get(name, {}).items():
+        assert value < getattr(module, constant)
+        setattr(module, constant, value)
     return module
+
+
+def copied_script(script, folder):
+    """The path of a copy of a script in `folder`, to be run as a process of the same constants."""
+    lines = Path(script.__file__).read_text().splitlines()
+    for constant, value in QUICK.get(script.SCRIPT, {}).items():
+        (place,) = (k for k, line in enumerate(lines) if line.startswith(f"{constant} = "))
+        lines[place] = f"{constant} = {value}"
+    path = Path(folder, f"{script.SCRIPT}.py")
+    path.write_text("\n".join([*lines, ""]))
+    return path
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)

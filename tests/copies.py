@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel"]  # of the present shape
+# of the present shape
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model_new"]
 MARK = "# ours:"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import plans, small_args
+from conftest import copied_script, plans, small_args
 from run_tools import (
     arguments,
     assert_equal,
@@ -104,7 +104,7 @@ def steps_of_checkpoints(script, small, folder, seconds=0.0, **options):
     return [*steps, step_of(script, finished.path)]
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
 def test_checkpoints_by_iterations(script, small, tmp_path):
     """One from step 0, then every so many iterations, and one at the end."""
     steps = steps_of_checkpoints(script, small, tmp_path, checkpoint_every=2, total_timesteps=320)
@@ -179,6 +179,7 @@ OWN_OPTIONS = {  # of the variant "own"
         "assignment": "exclusive",
         "pg": True,
     },
+    "latent_world_model_new": {"td_target": "model", "co_player_model": "nh"},
 }
 
 
@@ -223,7 +224,7 @@ def test_killed_run_goes_on(script, small, tmp_path):
     options = dataclasses.asdict(small(**{**base, "total_timesteps": 10**7}))
     options = {name: value for name, value in options.items() if value is not None}
     process = subprocess.Popen(
-        [sys.executable, script.__file__, *arguments(**options)],
+        [sys.executable, copied_script(script, tmp_path), *arguments(**options)],
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -276,7 +277,7 @@ def test_second_process_on_a_run_is_refused(script, small, tmp_path):
     assert steps == [64, 128, 192, 256]
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
 def test_finished_run_can_be_made_longer(script, small, tmp_path):
     """From its folder, its checkpoint or a copy of an earlier one in its folder."""
     options = {**BASE, "anneal": False}
@@ -348,7 +349,7 @@ def test_run_that_took_a_moa_is_resumed_without_it(script, small, done, tmp_path
     assert torch.equal(weights_of(script, path)["moa"], moa) == freeze
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
 def test_planner_that_is_off_stays_off(script, small, tmp_path):
     """Also where a longer run makes `--plan-until` lie ahead again; one that is on goes on."""
     modes = []

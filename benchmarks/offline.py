@@ -1,0 +1,330 @@
+"""Recorded play to learn from, and how right a latent model is on play that it has not seen.
+
+    python benchmarks/offline.py collect --co-players ns,nh,random --steps 75000 --file play.npz
+    python benchmarks/offline.py check play.npz
+    python benchmarks/offline.py judge runs/NAME --file held_out.npz --picture prediction.png
+    python benchmarks/offline.py judge runs/NAME --co-players self --json figures.jsonl
+
+`collect` plays 64 games at once in matches of ten episodes, all seats drawn from a list: scripted
+names, runs, `package.module:name`; on PettingZoo environments too (`--env-id`, `--env-kwargs`).
+`check` says what a file holds, or in one line what is wrong with it.
+
+`judge` tells the model of a run the joint action, and compares what it predicts with what followed,
+after one step and after five, in which latents roll on by themselves with the recorded actions.
+Shares that are right: relative `cells` of co-players that are still `there` (rows and columns
+within half a cell), and whether they are; `rewarded` steps (within half the reward) and
+`unrewarded` ones (below 0.5); whether the player's episode `ends` in termination or `goes_on`. On
+PettingZoo environments co-players' `features` (within a tenth of their spread), and their R^2. The
+`reward_error` is absolute. V(enc(o)) is compared with the discounted return that followed, where
+the record has the episode's end; it is the value of the planner's policy, so that other players'
+returns may differ. Goals are inferred along the matches. Who has left counts nowhere."""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Generator, linspace, no_grad, stack, tensor, where, zeros_like
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import latent_world_model_new as script  # noqa: E402
+
+GAMES = 64  # at once
+EPISODES = 10  # of a match
+STEPS = 5  # that latents roll on by themselves
+EVERY = 3  # they begin to at every third step, so as to save time
+
+
+@dataclasses.dataclass
+class Collect:
+    file: str  # to write, .npz
+    co_players: str  # comma list that all seats are drawn from, without `self`
+    steps: int = 75_000  # game steps, over all games
+    seed: int = 1  # of the play
+    env_id: str = "msh-4x4-4h1s"  # game
+    env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
+    horizon: int | None = None  # most steps of an episode (default: by game)
+
+
+@dataclasses.dataclass
+class Check:
+    file: tyro.conf.Positional[str]  # .npz
+    env_id: str | None = None  # needed for PettingZoo: no file may say what code runs
+    env_kwargs: str = "{}"  # as in `collect`
+
+
+@dataclasses.dataclass
+class Judge:
+    run: tyro.conf.Positional[str]  # folder or checkpoint
+    file: str | None = None  # recorded play; without it, play as follows
+    co_players: str = "self"  # comma list that all seats are drawn from; `self` is the run
+    steps: int = 12_800  # game steps to play
+    seed: int = 1001  # of the play, another than that of the run
+    json: str | None = None  # file to add a line of all figures to
+    picture: str | None = None  # file for a picture of V, and of figures by steps
+
+
+class Company(script.CoPlayers):
+    """Co-players at all seats: that of the learner is given to a kind of the pool as well."""
+
+    def start_matches(self, which):
+        super().start_matches(which)
+        drawn = (script.uniform(self.kind.shape, self.generator) * len(self.pool)).long()
+        focal = self.kind == 0
+        self.kind = where(focal, self.pool[drawn], self.kind)
+        for k, player in self.callables.items():  # the others' seats were told already
+            if hasattr(player, "start_match"):
+                player.start_match((focal & (self.kind == k)).flatten())
+
+
+@no_grad()
+def play(path, game, env_id, pool, options):
+    """Writes a data set of games that players of `pool` play at all seats. Raises UsageError."""
+    generator = Generator().manual_seed(options.seed)
+    if options.steps < 1:
+        raise script.UsageError("--steps: at least 1")
+    players = Company(game, pool, GAMES, EPISODES, generator)
+    state = game.start(GAMES, generator)
+    data = defaultdict(list)
+    for _ in tqdm(range(ceil(options.steps / GAMES)), "play", unit_scale=GAMES, unit="step"):
+        actions = players.act(state, game.action_mask(state))
+        after, reward, terminated, truncated = game.step(state, actions)
+        ended = (terminated | truncated).all(1)
+        step = {**state._asdict(), **{f"next_{k}": x for k, x in after._asdict().items()}}
+        step |= {"action": actions, "reward": reward, "terminated": terminated}
+        step |= {"truncated": truncated, "match_ended": players.observe(ended)}
+        for name, value in step.items():
+            data[name].append(value.numpy())
+        state = game.restart(after, ended, generator) if ended.any() else after
+    arrays = {name: np.stack(values) for name, values in data.items()}
+    for name, values in arrays.items():
+        if values.dtype == np.int64:  # in the smallest type that holds them
+            low, high = values.min(), values.max()
+            arrays[name] = values.astype(np.min_scalar_type(high if low >= 0 else min(low, ~high)))
+    with script.refused(f"cannot write {path}"), open(path, "wb") as file:
+        np.savez_compressed(file, env_id=env_id, horizon=game.horizon, **arrays)
+
+
+def collect(options):
+    pool = options.co_players.split(",")
+    if "self" in pool:
+        raise script.UsageError("--co-players: there is no self here, give a run by its path")
+    if not os.access(Path(options.file).parent, os.W_OK) or os.path.isdir(options.file):
+        raise script.UsageError(f"cannot write {options.file}")
+    named = {name: getattr(options, name) for name in ("env_id", "env_kwargs", "horizon")}
+    game = script.make_game(script.Args(**named), "cpu")
+    play(options.file, game, options.env_id, pool, options)
+
+
+def load(path, game, env_id):
+    """Recorded of a data set, which must fit the game. Raises UsageError."""
+    generator = Generator().manual_seed(1)
+    with script.refused(f"cannot read {path}"), np.load(path) as file:
+        recorded = script.Recorded(game, script.Args(env_id=env_id, offline=str(path)), generator)
+        if file.get("horizon", game.horizon) != game.horizon:
+            raise ValueError(f"its horizon is not {game.horizon}")
+        sizes = {k: x.shape[1:] for k, x in game.start(1, generator)._asdict().items()}
+        sizes |= {f"next_{name}": size for name, size in sizes.items()} | {"match_ended": ()}
+        for name, values in recorded.data.items():
+            size = sizes.get(name, (game.num_players,))
+            if values.shape != (*recorded.data["match_ended"].shape, *size):
+                raise ValueError(f"{name} has the shape {[*values.shape]}")
+            cells = game.simulates and name.endswith(("players", "items"))
+            if cells and not -1 <= values.min() <= values.max() < game.num_cells:
+                raise ValueError(f"{name} has cells that are not on the board")
+        for name in ("truncated", "match_ended"):  # Recorded ends every match with the file
+            recorded.data[name][-1] = tensor(file[name][-1])
+    return recorded
+
+
+def states(game, data, prefix=""):
+    """The states, or with `next_` the next states, of a record, all steps of all games in a row."""
+    return game.state_type(*(data[prefix + k].flatten(0, 1) for k in game.state_type._fields))
+
+
+def alike(state, other):
+    """bool [R]: two states are the same."""
+    same = [(x == y) | (x.isnan() & y.isnan()) for x, y in zip(state, other)]
+    return stack([part.unsqueeze(-1).flatten(1).all(1) for part in same]).all(0)
+
+
+def mean(values):
+    """Mean of a tensor, to four decimals; None if it has none."""
+    average = values.double().mean()
+    return round(float(average), 4) if average.isfinite() else None
+
+
+def check(options):
+    with script.refused(f"cannot read {options.file}"), np.load(options.file) as file:
+        env_id, horizon = str(file["env_id"]), int(file.get("horizon", 0)) or None
+    if env_id != options.env_id and (options.env_id or "." in env_id or ":" in env_id):
+        raise script.UsageError(f"{options.file} is of {env_id!r}, give this as --env-id to run it")
+    args = script.Args(env_id=env_id, env_kwargs=options.env_kwargs, horizon=horizon)
+    game = script.make_game(args, "cpu")
+    data = load(options.file, game, env_id).data
+    steps, games = data["match_ended"].shape
+    state, after = states(game, data), states(game, data, "next_")
+    alive = game.alive(state).view(data["action"].shape)
+    ended = (data["terminated"] | data["truncated"]).all(2)
+    whole = ended.flip(0).cumsum(0).flip(0) > 0  # steps of episodes that end
+    returns = (data["reward"] * whole[:, :, None]).sum((0, 1)) / ended.sum()  # [N]
+    before, then = [x[:-games] for x in after], [x[games:] for x in state]
+    rows = {
+        "game": f"{env_id}, {game.num_players} players, horizon {game.horizon}",
+        "game steps": f"{steps * games}, {steps} in each of {games} games",
+        "ended": f"{int(data['match_ended'].sum())} matches, {int(ended.sum())} episodes",
+        "mean return, by seat": f"{mean(returns)}, {[mean(x) for x in returns]}",
+        "steps with a reward": mean(data["reward"][alive] != 0),
+        "steps that terminate": mean(data["terminated"][alive]),
+        "steps that truncate": mean(data["truncated"][alive]),
+        "steps that go on from the last": mean(alike(before, then)[~ended[:-1].flatten()]),
+        "shares of actions": [mean(data["action"][alive] == k) for k in range(game.num_actions)],
+    }
+    if game.simulates:
+        stepped, reward, *_ = game.step(state, data["action"].flatten(0, 1))
+        right = alike(stepped, after) & (reward == data["reward"].flatten(0, 1)).all(1)
+        rows["steps by the game's rules"] = mean(right)
+    print("| | |\n|-|-|", *(f"| {name} | {value} |" for name, value in rows.items()), sep="\n")
+
+
+@no_grad()
+def judged(recorded, player, args):
+    """Of a run with `args`: sums and counts [STEPS, 2] by figure; V [R]; what followed it [R]."""
+    game, model, data = recorded.game, player.agent.model, recorded.data
+    recorded.agents[0] = player
+    reward = data["reward"].lerp(data["reward"].mean(2, keepdim=True), args.prosocial)
+    over = data["terminated"] | data["truncated"]
+    state = states(game, data)
+    alive = game.alive(state).view(over.shape)
+    values = zeros_like(reward)
+    some = linspace(0, len(state.time) - 1, 4096, dtype=torch.double).long()
+    views = game.features(type(state)(*(field[some] for field in state)))[1]
+    there = alive.flatten(0, 1)[some]
+    spread = views[there[:, :, None] & there[:, game.others]].std(0, correction=0)  # [Y]
+    sums = defaultdict(lambda: torch.zeros(STEPS, 2).double())
+    rolling = []  # step when it began, latents, players and co-players that were there
+
+    def add(name, k, figure, counted):
+        sums[name][k] += stack([figure[counted].double().sum(), counted.sum()])
+
+    for t in tqdm(range(len(reward)), desc="judge", unit="step"):
+        state = recorded.start(len(recorded.kind), None)
+        actions = recorded.act(state, game.action_mask(state))
+        seen = player.decision
+        latents = model.encode(seen["own"], seen["others"])
+        values[t] = model.value(*latents, seen["goal"]).squeeze(-1) / args.reward_scale
+        rolling.append((t, latents, alive[t], alive[t][:, game.others]))
+        after, _, terminated, _ = recorded.step(state, actions)
+        views = game.features(after)[1]
+        there = (alive[t] & ~terminated)[:, game.others]
+        following = []
+        for start, latents, on, others in rolling:
+            *ahead, paid = model(*latents, actions, actions[:, game.others])
+            _, predicted, plays_on = model.decode(*ahead)
+            k = t - start
+            error = (paid / args.reward_scale - reward[t]).abs()
+            add("reward_error", k, error, on)
+            add("rewarded", k, error < 0.5 * reward[t].abs(), on & (reward[t] != 0))
+            add("unrewarded", k, error < 0.5, on & (reward[t] == 0))
+            add("ends", k, plays_on < 0.5, on & terminated)
+            add("goes_on", k, plays_on > 0.5, on & ~terminated)
+            both = (on & ~terminated)[:, :, None] & others
+            apart = predicted - views
+            if game.simulates:
+                apart = apart[..., 8:10].abs() * max(game.height, game.width)  # rows, columns away
+                add("cells", k, (apart < 0.5).all(-1), both & there)
+                add("there", k, (predicted[..., 0] > 0.5) == there, both)
+            else:
+                apart = (apart / spread)[..., spread > 1e-4]
+                add("features", k, (apart.abs() < 0.1).float().mean(-1), both & there)
+                add("features_r2", k, 1.0 - apart.square().mean(-1), both & there)
+            if start % EVERY == 0 and k < STEPS - 1:
+                following.append((start, ahead, on & ~over[t], others))
+        rolling = following
+        recorded.observe(over[t].all(1))
+    known = over.clone()
+    for t in reversed(range(len(reward) - 1)):
+        reward[t] += args.gamma * ~over[t] * reward[t + 1]
+        known[t] |= known[t + 1]
+    return sums, values[known & alive], reward[known & alive]
+
+
+def draw(path, run, value, following, figures):
+    """Picture: the return that followed against V, and what is right by number of steps."""
+    figure = Figure((9, 4), layout="constrained")
+    figure.suptitle(run, fontsize="small")
+    left, right = figure.subplots(1, 2)
+    order = value.argsort()
+    some = order[:: 1 + len(order) // 2000]
+    left.plot(value[some], following[some], ".", markersize=2, alpha=0.3, label="steps")
+    means = [[mean(part) for part in x[order].tensor_split(20)] for x in (value, following)]
+    left.plot(*means, "o-", label="means of 20 equal parts")
+    left.axline((0, 0), slope=1, color="grey", linewidth=1)
+    left.set(xlabel="V(enc(o))", ylabel="discounted return that followed")
+    for name, by_steps in figures.items():
+        if name != "reward_error" and by_steps[0] is not None:
+            right.plot(range(1, STEPS + 1), by_steps, "o-", label=name)
+    right.set(xlabel="steps that latents roll on", ylabel="share", ylim=(-0.02, 1.02))
+    left.legend(fontsize="x-small")
+    right.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+def judge(options):
+    content = script.load_checkpoint(options.run)
+    with script.refused(f"{options.run} is no run of {script.SCRIPT}.py"):
+        args = script.Args(**content["args"])
+    if args.plan_update == "none" or args.goal == "oracle":
+        raise script.UsageError(f"{options.run} learnt no model, or with goals that no file tells")
+    game = script.make_game(args, "cpu")
+    agent = script.load_player(options.run, game, 1, plan_update="none").agent
+    with tempfile.TemporaryDirectory() as folder:
+        file = options.file or f"{folder}/play.npz"
+        if options.file is None:
+            pool = [options.run if x == "self" else x for x in options.co_players.split(",")]
+            play(file, game, args.env_id, pool, options)
+        recorded = load(file, game, args.env_id)
+    player = script.Player(agent, len(recorded.kind))
+    sums, value, following = judged(recorded, player, args)
+    slope = ((value - value.mean()) * following).mean() / value.var(correction=0)
+    explained = 1.0 - (following - value).var(correction=0) / following.var(correction=0)
+    calibration = {"value_slope": mean(slope), "value_explained": mean(explained)}
+    figures = {k: [mean(total / count) for total, count in x] for k, x in sums.items()}
+    played = options.file or f"{options.steps} game steps of {options.co_players}"
+    print(f"{options.run} on {played}, gamma {args.gamma}\n")
+    print(f"| given the joint action | 1 step | {STEPS} steps | players' steps |\n|-|-|-|-|")
+    for name, by_steps in figures.items():
+        if by_steps[0] is not None:
+            print(f"| {name} | {by_steps[0]} | {by_steps[-1]} | {int(sums[name][0, 1])} |")
+    for name, figure in calibration.items():
+        print(f"| {name} | {figure} | | {len(value)} |")
+    if options.picture:
+        with script.refused(f"cannot write {options.picture}"):
+            draw(options.picture, options.run, value, following, figures)
+    if options.json:
+        told = {"run": options.run, "played": played, "gamma": args.gamma}
+        with script.refused(f"cannot write {options.json}"), open(options.json, "a") as file:
+            file.write(json.dumps({**told, **figures, **calibration}) + "\n")
+
+
+def main(words=None):
+    torch.set_num_threads(1)
+    options = tyro.cli(Collect | Check | Judge, args=words, description=__doc__)
+    try:
+        {Collect: collect, Check: check, Judge: judge}[type(options)](options)
+    except script.UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
