@@ -1403,9 +1403,8 @@ def load_checkpoint(run, device="cpu"):
     path = checkpoint_path(run)
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path[:200]!r}")
-    with refused(f"cannot read checkpoint {path}"):
+    with refused(f"cannot read checkpoint {path}"):  # all its parts are there
         content = torch.load(path, map_location=device, weights_only=True)
-        # raises if it is another file
         dict(content["args"], **content["played"], of=[content["agent"], content["script"]])
     return content
 

@@ -178,7 +178,7 @@ def test_seed_determines_it_and_the_callers_random_state_is_left_alone(script, d
     first = script.evaluate(done, "random", episodes=20, match_episodes=2, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
-    options = {"episodes": 6, "match_episodes": 2}
+    options = {"episodes": 20, "match_episodes": 2}
     assert script.evaluate(done, "random", **options) == first
     assert script.evaluate(done, "random", **options, seed=2) != first
 
