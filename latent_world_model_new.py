@@ -1111,13 +1111,12 @@ def model_loss(agent, rows):
     model = agent.model
     args = agent.args
     goals = rows["others"][..., model.other_size :]
-    goal = goals.sum(1)
     zs = model.encode(rows["own"], rows["others"])
     after = model.encode(rows["next_own"], cat([rows["next_views"], goals], 2))
     *ahead, reward = model(*zs, rows["action"], rows["other_actions"])
     own, views, plays_on = model.decode(*ahead)
     goes_on = (~rows["terminated"]).float()
-    now, then, planned = (model.value(*latents, goal)[:, 0] for latents in (zs, after, ahead))
+    now, then, planned = (model.value(*x, goals.sum(1))[:, 0] for x in (zs, after, ahead))
     target = then if args.td_target == "observed" else planned
     target = rows["reward"] + args.gamma * goes_on * target + rows["shift"]
     seen = (own - rows["next_own"]).square().sum(1)
@@ -1600,7 +1599,7 @@ def train(args, watch=None):
     else:
         world = co_players = Recorded(game, args, generator)
         args.num_envs = len(co_players.kind)
-        checked(args, game)
+        checked(args, game)  # are there enough steps for one iteration?
     state = world.start(args.num_envs, generator)
     if co_players.callables:  # copies of them try one step, before anything is written
         CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
@@ -1746,8 +1745,9 @@ def train(args, watch=None):
                         "final_value": final_value,
                         "learner": (kind == 0) & game.alive(state),
                         "terminated": terminated,
-                        **dict(zip(("next_own", "next_views"), game.features(after))),
                     }
+                    if agent.plan_mode != "none":
+                        transition["next_own"], transition["next_views"] = game.features(after)
                     for name, value in transition.items():
                         storage[name].append(value)
                     ended = (terminated | truncated).all(1)

@@ -130,17 +130,6 @@ def load(path, game, env_id):
     generator = Generator().manual_seed(1)
     with script.refused(f"cannot read {path}"), np.load(path) as file:
         recorded = script.Recorded(game, script.Args(env_id=env_id, offline=str(path)), generator)
-        if file.get("horizon", game.horizon) != game.horizon:
-            raise ValueError(f"its horizon is not {game.horizon}")
-        sizes = {k: x.shape[1:] for k, x in game.start(1, generator)._asdict().items()}
-        sizes |= {f"next_{name}": size for name, size in sizes.items()} | {"match_ended": ()}
-        for name, values in recorded.data.items():
-            size = sizes.get(name, (game.num_players,))
-            if values.shape != (*recorded.data["match_ended"].shape, *size):
-                raise ValueError(f"{name} has the shape {[*values.shape]}")
-            cells = game.simulates and name.endswith(("players", "items"))
-            if cells and not -1 <= values.min() <= values.max() < game.num_cells:
-                raise ValueError(f"{name} has cells that are not on the board")
         for name in ("truncated", "match_ended"):  # Recorded ends every match with the file
             recorded.data[name][-1] = tensor(file[name][-1])
     return recorded
