@@ -919,3 +919,26 @@ def test_at_ratio_one_both_gradients_are_the_same(script, lively):
             slopes.append(gradient(agent))
         apart = (slopes[0] - slopes[1]).norm() / slopes[0].norm()
         assert apart > 0.1 if ratio else apart < 1e-6
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_entropy_bonus_in_the_rewards(script, tmp_path, monkeypatch, anneal):
+    """Reward minus the temperature times log pi of what was played; 0 from half of the run on."""
+    monkeypatch.chdir(tmp_path)
+    rewards = []
+    steps = []
+    advantages = script.generalised_advantages
+
+    def noted(reward, *others):
+        rewards.append(reward.clone())
+        return advantages(reward, *others)
+
+    monkeypatch.setattr(script, "generalised_advantages", noted)
+    options = {"env_id": HUNT, "co_players": "self", "total_timesteps": 256, "soft_coef": 0.4}
+    args = script.Args(**{**SMALL, **options, "reward_scale": 0.5, "anneal": anneal})
+    script.train(args, lambda storage, **rest: steps.append(storage))
+    for reward, storage, share in zip(rewards, steps, [1.0, 0.5, 0.0, 0.0], strict=True):
+        log_prob = torch.stack(storage["log_prob"])
+        wanted = 0.5 * torch.stack(storage["reward"]) - 0.4 * share * anneal * log_prob
+        torch.testing.assert_close(reward, wanted)
+        assert (log_prob < -0.1).any()
