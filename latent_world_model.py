@@ -1,38 +1,60 @@
-"""HOP+ with a latent world model: opponent modelling and planning without simulator in mixed-motive grid games.
+"""HOP+ with a latent world model: opponent modelling with inferred goals in mixed-motive games.
 
-A learner plays Markov Stag-Hunt or Markov Snowdrift among co-players whose goals it infers: a VAE's z for every seat,
-from what that seat did in this match. A model of other agents (MOA) predicts their actions from z; the planner scores
-each own action by r_hat + gamma V in a learnt latent model (encoder, dynamics, decoder, reward, value), which is
-trained online from a replay, or from a file alone; PPO learns around it. Papers: HOP (Huang et al., ICML 2024, arXiv
-2406.08002), OMG (Yu et al., NeurIPS 2024), PPO (1707.06347), GAE (1506.02438), latent models (1803.10122).
+A learner plays among co-players whose goals it infers, one for every seat, from what that seat did
+in this *match* (several episodes with the same co-players in the same seats). A model of other
+agents (MOA) predicts their actions from the goal, z of a VAE; a planner scores each own action by
+one step in a learnt latent model, in play or from a file of recorded play; PPO learns around it.
 
-    python latent_world_model.py --co-players self                   # train online, planning in the latent model
-    python latent_world_model.py --collect 75000 --dataset data.npz  # random and scripted play, to a file
-    python latent_world_model.py --offline data.npz --co-players ns  # learn from it alone, then play with stag hunters
-    diff hop_onestep.py latent_world_model.py                        # what is different: model and planner
+    python latent_world_model.py --num-envs 16                # train on the small stag hunt
+    python latent_world_model.py --env-id msg --co-players self       # self-play on snowdrift
+    python latent_world_model.py --env-id mpe2.simple_tag_v3  # on any PettingZoo environment
+    python latent_world_model.py --evaluate runs/NAME --co-players ns  # with three stag hunters
+    python latent_world_model.py --offline play.npz  # from a file of benchmarks/offline.py
 
-A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each also with -noisy);
-a checkpoint, by its path; `package.module:name`, or a callable `(observation [B, C, H, W], action_mask
-[B, A], clock [B, 2], generator) -> actions [B]`, one for each of the N-1 co-players (a class is instantiated for each).
-If it has a method `start_match(which [B] bool)`, that is called when matches start. Before training, another object (or
-copy) of each plays one step of a game that nothing is learnt from.
-Shapes in comments: B games, N seats (players), A actions, C planes, K samples, M items, T steps, Z goal, R rows, .."""
+One iteration; `train` has it line by line:
 
-import collections
+    repeat num_steps times, in B games at once:                          # ROLLOUT
+        q_phi(z | h_j), mean z_j, for every seat j                       # goals, from the match
+        z_j^k ~ q_phi, a_j^k ~ pi_hat(. | o_j, t, z_j^k), k = 1..K       # MOA
+        zs = enc(o_i);  zs'^k = f(zs, a_i, a_-i^k)                       # planner, every own action
+        Q(a_i) = mean over k of r_hat(zs, a_i, a_-i^k) + gamma V(zs'^k)
+        a_i ~ exp(log pi_theta(. | o_i, z_-i) + beta Q)                  # hop: exp(beta Q) alone
+        h_j <- h_j + (o_j, a_j);  o, r <- step(a)
+    MOA: -log pi_hat(a_j | o_j, t, z_j) + alpha KL(q_phi || N(0, I)) + subgoal, on whole matches
+    MODEL: lo ||dec(zs') - o'||^2 + lr (r_hat - r)^2 + lv (V(zs) - y)^2 + lc ||zs' - enc(o')||^2,
+           y = r + gamma V(enc(o')) + E_pi Q - Q(a), of recent steps and surprising ones
+    PPO: clipped loss on the policy that acted, V towards lambda-returns
+         (hop: pi_theta towards exp(beta Q) by cross-entropy, V with its entropy bonus)
+    beta = plan_beta times how right Q has been, the slope of (return - V) on it, in 0..1
+
+A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
+also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
+callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], generator) -> actions
+[R]`, R = B * N rows, one for each seat of each game, those that it does not play included. If it
+has `start_match(which [R] bool)`, that is called when matches start.
+
+Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
+(1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
+actions, X own and Y co-players' features, Z goal, E + 1 memory, K samples, M items, T steps of a
+rollout, C steps in the buffer, L steps of a match, R rows, D decisions; tables: S + 1 cells, the
+last is none, F features of a pair of cells."""
+
 import contextlib
-import copy
 import dataclasses
+import fcntl
 import importlib
-import io
 import json
-import math
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from math import ceil, inf, isfinite, nan
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,2300 +63,1842 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
-from pettingzoo import ParallelEnv
-from PIL import Image, ImageDraw
-from torch import Generator, Tensor, nn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Generator, Tensor, arange, cat, nn, no_grad, stack, tensor, where, zeros_like
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
-# method: options of the model and of its data
 @dataclasses.dataclass
 class Args:
-    # common
+    # run
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of everything random
     torch_deterministic: bool = True  # use torch's deterministic algorithms
     cuda: bool = False  # run on the GPU
-    compile: bool = False  # compile the game, the planner and the PPO loss with torch.compile
+    compile: bool = False  # compile the PPO loss with torch.compile
     track: bool = False  # log to Weights & Biases as well (WANDB_MODE=offline works)
     wandb_project_name: str = "hop-plus"  # W&B project
     wandb_entity: str | None = None  # W&B team
-    capture_video: bool = False  # at the end, write episode.gif: one episode, and what the focal player believes
-    save_model: bool = False  # at the end, write model.pt: the agent alone, to play (checkpoint.pt is always written)
-    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, besides at the start and at the end
-    resume: str | None = None  # folder or checkpoint of a run to go on with; only length and logging may change
-    profile: bool = False  # log where the time goes, and print it at the end as a tree
-    evaluate: str | None = None  # folder or checkpoint to play instead of training
+    capture_video: bool = False  # at the end, write episode.gif: a match's last episode, beliefs
+    checkpoint_every: int = 50  # write checkpoint.pt every so many iterations, and every minute
+    resume: str | None = None  # run to go on with, bit for bit; schedules follow the new length
+    init: str | None = None  # run whose weights and options to start from, with fresh optimisers
+    profile: bool = False  # profile three iterations: a table by label, and trace.json
+    evaluate: str | None = None  # run to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
     # game and co-players
-    env_id: str = "msh-4x4-4h1s"  # game: msh[-HxW][-Np][-KhMs] or msg[-HxW][-Np][-Dd]
-    co_players: str | None = None  # co-player, or a comma list to draw matches from (default: by game, a mixture)
+    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd], module[:function]
+    env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
+    env_workers: int = 0  # processes that step PettingZoo environments; 0: this one
+    horizon: int | None = None  # most steps of an episode (default: by game)
+    co_players: str | None = None  # co-player, or a comma list to draw from (default: by game)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
-    prosocial: float = 0.0  # share of all players' mean reward, until it leaves, in the learner's; the rest is its own
+    prosocial: float = 0.0  # share of all players' mean reward in the learner's, beside its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
-    num_steps: int = 64  # steps in each game an iteration
+    num_steps: int = 32  # steps in each game an iteration
+    # ours: the model has its own
     learning_rate: float = 1e-3  # of policy and value (Adam)
-    anneal: bool = True  # let learning rate and entropy bonus fall linearly over the run
+    anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
     update_epochs: int = 4  # passes over each rollout
-    num_minibatches: int = 8  # minibatches a pass
-    norm_adv: bool = True  # normalise advantages by minibatch
+    num_minibatches: int = 4  # minibatches a pass
     clip_coef: float = 0.2  # PPO's clipping
-    ent_coef: float = 0.02  # entropy bonus at the start
-    ent_floor: float = 0.1  # share of the entropy bonus that is left at the end, if annealed
+    ent_coef: float = 0.02  # entropy bonus at the start; annealed to a tenth
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # gradient clipping
-    hidden_size: int = 64  # width of policy, value and what the planner learns
-    reward_scale: float | None = None  # factor on rewards in learning (default: 3 / the game's best mean return)
+    hidden_size: int = 64  # width of all networks
+    reward_scale: float | None = None  # factor on rewards in learning (default: by game)
     # goals and MOA
-    goal: Literal["inferred", "none", "oracle"] = "inferred"  # VAE's z, zero (Direct-OM), or the scripted ones' truth
-    goal_size: int = 8  # dimensions of z
-    moa_hidden_size: int = 64  # width of the MOA's networks
-    moa_learning_rate: float = 3e-3  # of the MOA (Adam)
+    goal: Literal["inferred", "none", "oracle"] = "inferred"  # from play, zero, scripts' truth
+    goal_size: int = 8  # dimensions of a goal
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
+    moa_learning_rate: float = 3e-3  # of the MOA (Adam)
+    moa_updates: int = 4  # minibatches for the MOA an iteration
     subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
-    moa_updates: int = 8  # minibatches for the MOA an iteration
-    moa_matches: int = 8  # matches in each
-    moa_capacity: int = 1000  # matches that the MOA's buffer holds
-    moa_buffer: Literal["all", "positive", "balanced"] = "all"  # which episodes it keeps and how it weighs them
-    load_moa: str | None = None  # folder or checkpoint from which the MOA is taken
+    moa_capacity: int = 200_000  # game steps that the match buffer holds
+    moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
+    load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = 0  # game steps played first, besides the run's, to train the VAE alone (subgoal and KL)
+    pretrain_moa_steps: int = 0  # first game steps of the run, which train goals alone
     # planner
-    plan_update: Literal["offset", "hop", "none"] | None = None  # scores in the logits; instead of them; plain PPO
-    plan_beta: float | None = None  # weight of the scores, over their running root mean square (default: by game)
-    plan_until: float | None = None  # share of the run after which plain PPO goes on alone (default: by game)
-    plan_samples: int = 16  # sampled joint actions of the co-players a decision
-    plan_depth: int = 1  # steps that the planner looks ahead, by rolling the latent model on
-    plan_company: str = "moa"  # what predicts the co-players in planning: the MOA, or a scripted kind as a rule
-    plan_greedy: bool = False  # act by the best score (argmax), not by Boltzmann with --plan-beta
-    # latent world model
-    latent_size: int = 32  # size of each token of zs
-    model_learning_rate: float = 2e-3  # of the latent model (Adam), with --anneal at the start
-    model_updates: int = 32  # minibatches for the latent model an iteration
-    model_batch: int = 256  # game steps in each, every one seen by all N players
-    observation_coef: float = 1.0  # weight lo of ||dec(f(enc(o), a_i, a_-i)) - o'||^2
-    reward_coef: float = 1.0  # weight lr of (r_hat - r)^2
-    value_coef: float = 1.0  # weight lv of (V(zs) - sg(y))^2
-    consistency_coef: float = 5.0  # weight lc of ||zs_hat' - enc(o')||^2
-    td_target: Literal["observed", "model"] = "observed"  # y takes V at enc(o'), or at f(enc(o), a_i, a_-i)
-    replay_size: int = 8192  # recent game steps that the model learns from (with --offline from all)
-    replay_surprising: int = 4096  # game steps of the whole run whose rewards were predicted badly, learnt from again
-    # offline data
-    dataset: str | None = None  # file of --collect; with --evaluate: its last tenth judges the model's predictions
-    collect: int | None = (
-        None  # play so many game steps with the mixture --co-players at all seats, write --dataset, and end
-    )
-    offline: str | None = None  # learn from this file alone; the model in every iteration, not only in those that plan
+    plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
+    plan_beta: float | None = None  # weight of the scores, in scaled returns
+    plan_until: float | None = None  # share of the run after which plain PPO goes on alone
+    # ours: the latent model
+    plan_samples: int = 8  # K, sampled joint actions of the co-players a decision
+    co_player_model: str = "moa"  # what predicts co-players in planning: moa, or a scripted kind
+    td_target: Literal["observed", "model"] = "observed"  # y has V of enc(o'), or of f(enc(o), ..)
+    offline: str | None = None  # data set (.npz) to learn from; no game is stepped
 
 
-FAMILY_DEFAULTS = {  # of the options that are None, by measurements (README.md)
-    "msh": {"gamma": 0.99, "plan_update": "hop", "plan_beta": 2.0, "plan_until": 0.4},
-    "msg": {"gamma": 0.85, "plan_update": "offset", "plan_beta": 1.0, "plan_until": 1.0},
-}
-NOT_NEGATIVE = ["seed", "ent_coef", "vf_coef", "moa_alpha", "subgoal_coef", "plan_beta", "pretrain_moa_steps"]
-# method: weights of the latent model's losses
-NOT_NEGATIVE += ["observation_coef", "reward_coef", "value_coef", "consistency_coef"]
-SHARES = ["gamma", "gae_lambda", "prosocial", "ent_floor", "plan_until"]
-
-
-def resolved(args: Args) -> Args:
-    """`args` with the game's defaults in place of None, checked. Raises UsageError."""
-    game = GridGame(args.env_id)
-    scripted = SCRIPTED_OF[game.family]
-    if game.best_return <= 0:
-        raise UsageError(f"nothing can be earned in {game.id}")
-    defaults = {**FAMILY_DEFAULTS[game.family], "reward_scale": 3.0 / game.best_return}
-    defaults["co_players"] = ",".join(["self", *scripted, *(f"{name}-noisy" for name in scripted if name != "random")])
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
-    for name, value in dataclasses.asdict(args).items():
-        choices, wanted = re.findall(r"'(\w+)'", str(Args.__annotations__[name]).partition("Literal")[2]), ""
-        if choices and value not in choices:
-            wanted = f"one of {', '.join(choices)}"
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            low, high = 0 if name in (*SHARES, *NOT_NEGATIVE) else 1e-12, 1 if name in SHARES else 2**62
-            wanted = "" if low <= value <= high else "in 0..1" if high == 1 else "positive" if low else "at least 0"
-        if wanted:
-            raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, not {value!r}")
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        raise UsageError("--total-timesteps is less than one iteration (--num-envs times --num-steps)")
-    if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: no CUDA device is available")
-    if not re.fullmatch(r"[\w.+-]+", args.exp_name):
-        raise UsageError(f"--exp-name must be letters, digits and . _ + -, not {args.exp_name!r}")
-    return args
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Games
-# ---------------------------------------------------------------------------------------------------------------------
-UP, DOWN, LEFT, RIGHT, STAY = range(5)  # the moves; interactions (STAG, HARE or REMOVE) follow
-COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
-COUNT = r"(0|[1-9][0-9]{0,3})"
-ITEM_COUNTS = {"msh": rf"{COUNT}h{COUNT}s", "msg": rf"{COUNT}d"}
-GAME_IDS = {f: re.compile(rf"{f}(?:-{COUNT}x{COUNT})?(?:-{COUNT}p)?(?:-{items})?") for f, items in ITEM_COUNTS.items()}
+FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until inter_om_alpha".split()  # in any script
+FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done; `main` prints the message as one line and exits with status 2."""
+    """What the user asked for cannot be done; `main` prints it as one line, with status 2."""
 
 
-class GameState(NamedTuple):
-    """B parallel games; all int64. Everything that changes while a game is played, and nothing else."""
+@contextlib.contextmanager
+def refused(what):
+    """Turns whatever the user's files and code raise inside into a UsageError of one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"{what}: {text[-400:]}") from error  # a worker's cause comes last
+
+
+def checked(args, game):
+    """`args` with the game's defaults in place of None. Raises UsageError for what cannot be."""
+    defaults = game.defaults | (DEFAULTS["offline"] if args.offline else {})  # ours: offline
+    missing = {name: v for name, v in defaults.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **missing)
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            low = int(type(value) is int and name not in FROM_0)
+            high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
+            if not low <= value <= high:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
+    loaded = args.load_moa or args.init
+    short = args.total_timesteps < args.num_envs * args.num_steps
+    problems = {
+        "--total-timesteps is less than --num-envs * --num-steps": short,
+        "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
+        "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
+        "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
+        "--co-player-model: no scripted kind": args.co_player_model not in ("moa", *game.kinds),
+        "--offline needs a planner, and knows no --goal oracle": args.offline
+        and (args.plan_update == "none" or args.goal == "oracle"),
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise UsageError(message)
+    return args
+
+
+# ---- Games ---------------------------------------------------------------------------------------
+def clock_features(game, state):
+    """float32 [B, N, 8]: functions of the steps done and left of an episode. No step begins with
+    0 left, so V is never trained there: at the time limit it is read as with 1 left."""
+    done, left = game.clock(state).T
+    left = left.clamp(min=1)
+    functions = [done / game.horizon, left / game.horizon, (-left / 8).exp(), left <= 5]
+    functions += [left == 1, left == 2, left == 3, done + left < game.horizon]
+    clock = stack([function.float() for function in functions], 1)
+    return clock[:, None].expand(-1, game.num_players, -1)
+
+
+def replaced(state, fresh, ended):
+    """`state` with the games of bool [B] `ended` as in `fresh`."""
+    pairs = zip(state, fresh)
+    return type(state)(*(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs))
+
+
+def co_player_seats(num_players):
+    """int64 [N, N-1]: the co-players of each seat, in cyclic order."""
+    seats = arange(num_players)
+    return (seats[:, None] + seats[1:]) % num_players
+
+
+STAY = 4  # the moves are UP, DOWN, LEFT, RIGHT, STAY; interactions follow: STAG, HARE or REMOVE
+COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
+NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+NEVER = 9999  # rank of items that nobody seeks, distance of what is gone
+SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -1: walks about
+    "msh": {"ns": (1, 2), "nh": (0, 1), "random": (0, 0)},
+    "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
+}
+RULES = {  # items and how many; for each, players that it takes, and what they split; bonus to all
+    "msh": ({"stag": 1, "hare": 4}, [2, 1], [10.0, 1.0], 0.0),
+    "msg": ({"drift": 6}, [1], [-4.0], 6.0),
+}
+DEFAULTS = {  # of the options that are None, by measurements (README.md)
+    "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
+    "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
+    "other": dict(gamma=0.95, plan_update="offset", plan_beta=5.0, plan_until=1.0),
+    "offline": dict(plan_update="hop", plan_until=1.0),  # ours: the planner plays to the end
+}
+NUMBER = "[1-9][0-9]?"
+GRID_ID = re.compile(
+    f"ms[hg](-(?P<height>{NUMBER})x(?P<width>{NUMBER}))?(-(?P<players>{NUMBER})p)?"
+    f"(-(?P<hare>0|{NUMBER})h(?P<stag>{NUMBER})s|-(?P<drift>{NUMBER})d)?"
+)
+
+
+class GridState(NamedTuple):
+    """B parallel games; int64. Everything that changes while a game is played, nothing else."""
 
     players: Tensor  # [B, N] cell row * W + col; -1 once the player has left
     items: Tensor  # [B, M] cell, stags before hares; -1 once gone
     time: Tensor  # [B] steps done
-    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before it and in `msg`
-
-    def rows(self, index: Tensor) -> "GameState":
-        """The games at `index` (int64 [B'] or bool [B]), as a state of B' games."""
-        return GameState(*(field[index] for field in self))
-
-    def replaced(self, which: Tensor, other: "GameState") -> "GameState":
-        """This state with the games of bool [B] `which` taken from `other`."""
-        pairs = zip(self, other, strict=True)
-        return GameState(*(torch.where(which.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in pairs))
+    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before, in `msg`
 
 
 class GridGame:
-    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`): fixed facts of one game, and pure functions of its state.
-    Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts;
-    `msg` is `msg-8x8-4p-6d`). Games of Huang et al. 2024 (HOP, arXiv 2406.08002). Players act at once; an
-    action is read against the state before the step. Raises UsageError for an id that names no game."""
+    """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`) of HOP (Huang et al. 2024), as pure
+    batched functions. Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is
+    `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts; `msg` is `msg-8x8-4p-6d`). Players act
+    at once; an action is read against the state before the step. Raises UsageError for an id that
+    names no game."""
 
-    def __init__(self, env_id: str, device: str | torch.device = "cpu"):
-        self.family, match = next(((f, m) for f, r in GAME_IDS.items() if (m := r.fullmatch(env_id))), ("", None))
-        if match is None:
-            raise UsageError(f"unknown game {env_id!r}: ids are msh[-HxW][-Np][-KhMs] and msg[-HxW][-Np][-Dd]")
-        height, width, players, *counts = (None if group is None else int(group) for group in match.groups())
-        self.height, self.width, self.num_players = height or 8, width or 8, players or 4
-        counts = counts if counts[0] is not None else {"msh": [4, 1], "msg": [6]}[self.family]
-        self.item_counts = counts[::-1]  # stags before hares
-        self.num_items, self.num_cells = sum(counts), self.height * self.width
-        if 0 in (height, width, players) or self.item_counts[0] == 0:
-            raise UsageError(f"bad game id {env_id!r}: sides, players, stags and drifts must be at least 1")
-        if self.num_items > self.num_cells:
-            raise UsageError(f"bad game id {env_id!r}: {self.num_items} items on {self.num_cells} cells")
-        if self.num_cells > 4096 or self.num_players > 64:
-            raise UsageError(f"bad game id {env_id!r}: at most 4096 cells and 64 players")
-        msh = self.family == "msh"
-        self.id = f"{self.family}-{self.height}x{self.width}-{self.num_players}p-"  # one spelling a game
-        self.id += f"{counts[0]}h{counts[1]}s" if msh else f"{counts[0]}d"
-        self.item_names = ["stag", "hare"] if msh else ["drift"]
-        self.action_names = ["up", "down", "left", "right", "stay", *(["stag", "hare"] if msh else ["remove"])]
-        self.num_actions, self.horizon = len(self.action_names), 35 if msh else 50
-        self.obs_shape = (self.num_players + len(self.item_names), self.height, self.width)
+    simulates = True  # `step` works from any state
+    state_type = GridState
+
+    def __init__(self, env_id, device="cpu", horizon=None):
+        match = GRID_ID.fullmatch(env_id)
+        self.family = env_id[:3]
+        if match is None or match["drift" if self.family == "msh" else "hare"]:
+            ids = "msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd]"
+            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or a module's name")
+        self.height = int(match["height"] or 8)
+        self.width = int(match["width"] or 8)
+        self.num_players = int(match["players"] or 4)
+        self.horizon = horizon or DEFAULTS[self.family]["horizon"]
+        items, quota, share, self.bonus = RULES[self.family]
+        self.item_names = [*items]
+        self.item_counts = [int(match[name] or count) for name, count in items.items()]
+        if self.family == "msh":
+            stags = min(self.item_counts[0], self.num_players // 2)
+            best = 10 * stags + min(self.item_counts[1], self.num_players - 2 * stags)
+        else:
+            best = self.item_counts[0] * (6 * self.num_players - 4)
+        self.best_return = best / self.num_players  # highest mean return a player, undiscounted
+        self.num_items = sum(self.item_counts)
+        self.num_cells = self.height * self.width
+        if not self.num_items <= self.num_cells <= 1024:
+            raise UsageError(f"bad game {env_id!r}: at most 1024 cells, and an item in each")
         self.device = torch.device(device)
-        kind = torch.repeat_interleave(torch.arange(len(self.item_counts)), torch.tensor(self.item_counts))
-        self.item_kind = kind.to(device)  # int64 [M]
-        self.item_action = self.item_kind + 5  # int64 [M] the action that takes it
-        self.quota = (2 - self.item_kind if msh else self.item_kind + 1).to(device)  # int64 [M] players needed
-        self.share = torch.tensor([10.0, 1.0] if msh else [-4.0], device=device)[self.item_kind]  # split by the takers
-        self.bonus = 0.0 if msh else 6.0  # to every player for every item taken
-        cell = torch.arange(self.num_cells, device=device)
-        row, col = cell // self.width, cell % self.width
-        legal = torch.stack([row > 0, row < self.height - 1, col > 0, col < self.width - 1, row >= 0], 1)
-        by = legal * torch.tensor([-self.width, self.width, -1, 1, 0], device=device)  # an illegal move is STAY
-        moved = cell[:, None] + F.pad(by, (0, len(self.item_names)))
-        # row S of every table is reached by index -1: left or gone
-        self.legal_moves = torch.cat([legal, torch.arange(5, device=device)[None] == STAY])  # bool [S + 1, 5]
-        self.next_cell = F.pad(moved, (0, 0, 0, 1), value=-1)  # int64 [S + 1, A]
-        distance = (row[:, None] - row).abs() + (col[:, None] - col).abs()
-        self.distance = F.pad(distance, (0, 1, 0, 1), value=4 * (self.height + self.width))  # int64 [S + 1, S + 1]
+        with self.device:
+            self.make_tables(tensor(quota), tensor(share))
 
-    @property
-    def best_return(self) -> float:
-        """Highest possible mean return per player, over all ways to play together (undiscounted)."""
-        if self.family == "msg":
-            return self.item_counts[0] * (6.0 - 4.0 / self.num_players)
-        stags = range(min(self.item_counts[0], self.num_players // 2) + 1)
-        return max(10.0 * s + min(self.item_counts[1], self.num_players - 2 * s) for s in stags) / self.num_players
+    def make_tables(self, quota, share):
+        """What rules and features look up, and the rest of the interface. Tables by cell have a
+        last row, reached by index -1, for who has left and what is gone."""
+        width = self.width
+        kinds = len(quota)
+        self.num_actions = 5 + kinds
+        self.others = co_player_seats(self.num_players)  # [N, N-1]
+        self.item_kind = arange(kinds).repeat_interleave(tensor(self.item_counts))  # [M]
+        self.item_action = 5 + self.item_kind  # [M] the action that takes it
+        self.quota = quota[self.item_kind]  # [M]
+        self.share = share[self.item_kind]  # [M]
+        self.kinds = SCRIPTED[self.family]
+        self.rank = tensor([*self.kinds.values(), [0] * kinds])  # last: who is not scripted
+        noisy = [f"{kind}-noisy" for kind in self.kinds if kind != "random"]
+        self.defaults = {
+            **DEFAULTS[self.family],
+            "co_players": ",".join(["self", *self.kinds, *noisy]),
+            "reward_scale": 3.0 / (self.best_return or 1.0),
+            "horizon": self.horizon,
+        }
+        cell = arange(self.num_cells)
+        row = cell // width
+        col = cell % width
+        inside = [row > 0, row < self.height - 1, col > 0, col < width - 1, row >= 0]
+        self.legal_moves = F.pad(stack(inside, 1), (0, 0, 0, 1))  # bool [S + 1, 5]
+        self.legal_moves[-1, STAY] = True
+        change = self.legal_moves * tensor([-width, width, -1, 1, 0])  # illegal moves are STAY
+        start = F.pad(cell, (0, 1), value=-1)[:, None]
+        self.next_cell = start + F.pad(change, (0, kinds))  # int64 [S + 1, A]
+        down = (row - row[:, None]).float()  # [own, other], as all functions of the way there
+        right = (col - col[:, None]).float()
+        distance = down.abs() + right.abs()
+        near = (-distance / 1.5).exp()
+        far = (-distance / 4.0).exp()
+        functions = [distance >= 0, distance == 0, distance == 1, distance == 2]
+        functions += [down == 0, right == 0, near, far]
+        for part in (down, right, down.abs(), right.abs(), distance):
+            functions.append(part / max(self.height, width))
+        for way in (down < 0, down > 0, right < 0, right > 0):
+            functions += [way * near, way * far]
+        relative = stack([function.float() for function in functions], 2)
+        self.relative = F.pad(relative, (0, 0, 0, 1, 0, 1))  # [S + 1, S + 1, F]; gone: zero
+        self.distance = F.pad(distance, (0, 1, 0, 1), value=NEVER)  # [S + 1, S + 1]
+        self.subgoal_size = len(functions)  # F
+        self.own_size = 13 + kinds * self.subgoal_size  # X
+        self.other_size = (1 + kinds) * self.subgoal_size  # Y
+        self.oracle_size = len(self.rank) + 2 + self.subgoal_size
 
-    def initial_state(self, batch: int, generator: Generator | None = None) -> GameState:
-        """A fresh GameState of `batch` games: players on any cells, items on distinct cells, all uniform."""
-        players = torch.randint(self.num_cells, (batch, self.num_players), generator=generator, device=self.device)
-        order = torch.rand(batch, self.num_cells, generator=generator, device=self.device).argsort(1)
-        zeros = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        return GameState(players, order[:, : self.num_items], zeros, zeros)
+    def start(self, batch, generator):
+        """`batch` new games: players on any cells, items on distinct cells, all uniform."""
+        players = uniform((batch, self.num_players), generator) * self.num_cells
+        order = uniform((batch, self.num_cells), generator).argsort(1)
+        time = zeros_like(order[:, 0])
+        return GridState(players.long(), order[:, : self.num_items], time, time)
 
-    def hits(self, state: GameState, actions: Tensor) -> Tensor:
-        """bool [B, N, M]: player n plays the interaction of item m on its cell, in `actions` int64 [B, N]."""
-        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
-        return on_cell & (actions.unsqueeze(2) == self.item_action)
+    def restart(self, state, ended, generator):
+        """`state` with the games of bool [B] `ended` begun anew."""
+        return replaced(state, self.start(len(ended), generator), ended)
 
-    def step(self, state: GameState, actions: Tensor) -> tuple[GameState, Tensor, Tensor, Tensor]:
-        """Next state, reward float32 [B, N], terminated bool [B], truncated bool [B] for `actions` int64 [B, N].
-        Draws nothing, resets nothing, changes no argument; illegal actions count as STAY. Raises ValueError if an
-        action lies outside 0..A-1 (not checked inside torch.compile)."""
-        if not torch.compiler.is_compiling() and bool(((actions < 0) | (actions >= self.num_actions)).any()):
-            raise ValueError(f"actions must lie in 0..{self.num_actions - 1}")
-        hits = self.hits(state, actions)
-        takers = hits.sum(1)  # [B, M]
+    def on_item(self, state):
+        """bool [B, N, M]: the player stands on the item."""
+        items = state.items.masked_fill(state.items < 0, NEVER)
+        return state.players[:, :, None] == items[:, None]
+
+    def step(self, state, actions):
+        """Next state, reward float32 [B, N], terminated and truncated bool [B, N] for `actions`
+        int64 [B, N]. Draws and resets nothing; illegal actions count as STAY."""
+        hits = self.on_item(state) & (actions[:, :, None] == self.item_action)  # [B, N, M]
+        takers = hits.sum(1, True)  # [B, 1, M]
         taken = takers >= self.quota
-        wins = hits & taken.unsqueeze(1)
-        reward = (wins * (self.share / takers.clamp(min=1)).unsqueeze(1)).sum(2) + self.bonus * taken.sum(
-            1, keepdim=True
-        )
-        items = state.items.masked_fill(taken, -1)
-        players, time = self.next_cell[state.players, actions], state.time + 1
-        first_hunt, terminated = state.first_hunt, (items < 0).all(1)
+        wins = hits & taken
+        reward = (wins * self.share / takers.clamp(min=1) + taken * self.bonus).sum(2)
+        items = state.items.masked_fill(taken[:, 0], -1)
+        players = self.next_cell[state.players, actions]
+        time = state.time + 1
+        first_hunt = state.first_hunt
+        over = (items < 0).all(1)  # [B]
         if self.family == "msh":
             players = players.masked_fill(wins.any(2), -1)
-            first_hunt = torch.where((first_hunt == 0) & taken.any(1), time, first_hunt)
-            terminated = terminated | (players < 0).all(1) | ((first_hunt > 0) & (time >= first_hunt + COUNTDOWN))
-        return GameState(players, items, time, first_hunt), reward, terminated, (time >= self.horizon) & ~terminated
+            first_hunt = where((first_hunt == 0) & taken[:, 0].any(1), time, first_hunt)
+            over |= (players < 0).all(1) | (first_hunt > 0) & (time >= first_hunt + COUNTDOWN)
+        terminated = over[:, None] | (players < 0)
+        truncated = (time >= self.horizon)[:, None] & ~terminated
+        return GridState(players, items, time, first_hunt), reward, terminated, truncated
 
-    def clock(self, state: GameState) -> Tensor:
-        """int64 [B, 2]: steps done, steps left until the game must end (the countdown after a first hunt included)."""
-        end = torch.where(state.first_hunt > 0, (state.first_hunt + COUNTDOWN).clamp(max=self.horizon), self.horizon)
-        return torch.stack([state.time, end - state.time], 1)
+    def alive(self, state):
+        """bool [B, N]: the player has not left."""
+        return state.players >= 0
 
-    def action_mask(self, state: GameState) -> Tensor:
+    def clock(self, state):
+        """int64 [B, 2]: steps done, steps left until the game must end (countdown included)."""
+        end = where(state.first_hunt > 0, state.first_hunt + COUNTDOWN, self.horizon)
+        return stack([state.time, end.clamp(max=self.horizon) - state.time], 1)
+
+    def action_mask(self, state):
         """bool [B, N, A]: legal actions; STAY alone for a player that has left."""
-        on_cell = state.players.unsqueeze(2) == state.items.unsqueeze(1).masked_fill(state.items.unsqueeze(1) < 0, -2)
-        interact = [here.any(2, keepdim=True) for here in on_cell.split(self.item_counts, 2)]
-        return torch.cat([self.legal_moves[state.players], *interact], 2)
+        kinds = self.on_item(state).split(self.item_counts, 2)
+        return cat([self.legal_moves[state.players], *(kind.any(2, True) for kind in kinds)], 2)
 
-    def observe(self, state: GameState) -> Tensor:
-        """float32 [B, N, C, H, W]: seat i's view; own plane, then players i+1, i+2, ... mod N, then a plane a kind."""
-        cells = torch.cat([state.players, state.items], 1) % (self.num_cells + 1)  # -1 becomes S, off the end
-        planes = F.one_hot(cells, self.num_cells + 1)[..., :-1].float()  # [B, N + M, S]
-        players, *items = planes.split([self.num_players, *self.item_counts], 1)
-        seats = torch.arange(self.num_players, device=self.device)
-        players = players[:, (seats[:, None] + seats) % self.num_players]  # [B, N, N, S]
-        items = torch.stack([part.sum(1) for part in items], 1).unsqueeze(1).expand(-1, self.num_players, -1, -1)
-        return torch.cat([players, items], 2).unflatten(-1, (self.height, self.width))
+    def idle(self, mask):
+        """int64 [..]: what an illegal action counts as, for bool `mask` [.., A]."""
+        return mask[..., STAY] * STAY
 
+    def observe(self, state):
+        """float32 [B, N, planes, H, W]: own plane, players i+1, i+2, .. mod N, kinds of items."""
+        cells = cat([state.players, state.items], 1) + 1  # 0: gone
+        planes = F.one_hot(cells, self.num_cells + 1)[:, :, 1:].float()
+        planes = planes.unflatten(2, (self.height, self.width))  # [B, N + M, H, W]
+        players, *kinds = planes.split([self.num_players, *self.item_counts], 1)
+        kinds = [kind.sum(1, True) for kind in kinds]
+        return stack([cat([players.roll(-i, 1), *kinds], 1) for i in range(self.num_players)], 1)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rendering and the PettingZoo environment
-# ---------------------------------------------------------------------------------------------------------------------
-PLAYER_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4499", "#117799", "#997700", "#882255", "#444444"]
-ITEM_LOOKS = {"stag": (3, 180, "#C8A27A"), "hare": (4, 45, "#F2D76B"), "drift": (6, 0, "#BFE3F5")}  # sides, turn, fill
-METADATA = {"name": "hop_grid_v0", "render_modes": ["rgb_array", "ansi"], "render_fps": 4, "is_parallelizable": True}
+    def features(self, state):
+        """Own features [B, N, X] (clock, legal moves, items) and co-players' [B, N, N-1, Y] (where
+        they are, and items from there). Who has left, what is gone, adds zero."""
+        cells = state.players[:, :, None]
+        kinds = self.relative[cells, state.items[:, None]].split(self.item_counts, 2)
+        seen = cat([kind.sum(2) for kind in kinds], 2)
+        own = cat([clock_features(self, state), self.legal_moves[state.players], seen], 2)
+        near = self.relative[cells, state.players[:, self.others]]
+        return own, cat([near, seen[:, self.others]], 3)
 
+    def reached(self, state, actions, after, reward):
+        """int64 [B, N]: the subgoal, an item, that each player reached in this step; else -1."""
+        hits = self.on_item(state) & (actions[:, :, None] == self.item_action)
+        wins = hits & (after.items < 0)[:, None]
+        return where(wins.any(2), wins.int().argmax(2), -1)
 
-def render_frame(game: GridGame, state: GameState, beliefs: dict | None = None, title: str = "") -> np.ndarray:
-    """Picture of the one game in `state`: uint8 [H', W', 3], of one size for one game with, and without, beliefs.
-    `beliefs` is {"focal": seat, "probs": float [N, M + 1]}: what the focal player takes each player's next item to be,
-    last column none. Every co-player gets a bar chart, and a line to the item that it most likely heads for."""
-    cells, item_cells, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
-    names = [f"{game.item_names[k]} {m - sum(game.item_counts[:k])}" for m, k in enumerate(game.item_kind.tolist())]
-    colours, focal = PLAYER_COLOURS * game.num_players, None if beliefs is None else int(beliefs["focal"])
-    charts = [seat for seat in range(game.num_players) if focal not in (None, seat)]
-    # everything is drawn at twice its size and halved at the end, which smooths the edges
-    half, top, chart_h = min(96, max(16, 448 // max(game.height, game.width))), 104, 44 + 28 * (game.num_items + 1)
-    cell, side_x, body_h = 2 * half, 48 + 2 * half * game.width, max(260, 2 * half * game.height, chart_h * len(charts))
-    image = Image.new("RGB", (max(640, side_x + 64 + 440 * bool(charts)), top + body_h + 24), "white")
-    draw, centres, disks = ImageDraw.Draw(image), [], []
-    draw.text((24, 12), title, "black", font_size=30)
-    draw.text((24, 58), f"time {time}, {steps_left} steps left", "#555555", font_size=30)
-    for c in range(game.num_cells):
-        x, y = 24 + c % game.width * cell, top + c // game.width * cell
-        draw.rectangle((x, y, x + cell, y + cell), "#FAFAF7", "#C8C8C8", 2)
-        centres.append((x + half, y + half))
-    columns, slot = math.ceil(game.num_players**0.5), (body_h - 36) / game.num_players
-    for seat, c in enumerate(cells):  # each seat has a place of its own in every cell, and beside the grid for the end
-        (x, y), w, (row, column) = centres[c], cell / columns, divmod(seat, columns)
-        place = (x - half + (column + 0.5) * w, y - half + (row + 0.5) * w, max(2.0, 0.36 * w))  # with the radius
-        disks.append(place if c >= 0 else (side_x + 28, top + 36 + (seat + 0.5) * slot, min(23.0, 0.45 * slot)))
-    draw.text((side_x, top), "left" if min(cells) < 0 else "", "#555555", font_size=24)
-    for k, seat in enumerate(charts):
-        probs, text = beliefs["probs"][seat], f"player {seat}{' (left)' if cells[seat] < 0 else ''}: next item?"
-        draw.text((side_x + 80, top + k * chart_h), text, colours[seat], font_size=24)
-        for m, (name, c) in enumerate(zip([*names, "none"], [*item_cells, -1], strict=True)):
-            x, y, p = side_x + 80, top + k * chart_h + 34 + 28 * m, float(probs[m]) * (cells[seat] >= 0)
-            place = f" ({c // game.width},{c % game.width})" if c >= 0 else " (gone)" if m < game.num_items else ""
-            draw.text((x, y), name + place, "black", font_size=22)
-            draw.rectangle((x + 180, y + 3, x + 400, y + 23), "#EDEDED")
-            draw.rectangle((x + 180, y + 3, x + 180 + 220 * p, y + 23), colours[seat] if p > 0 else "#EDEDED")
-            if p > 0 and c >= 0 and m == np.argmax(probs):
-                draw.line((*disks[seat][:2], *centres[c]), colours[seat], round(2 + 8 * p))
-    for name, c in zip(names, item_cells, strict=True):
-        if c >= 0:
-            draw.regular_polygon((*centres[c], 0.48 * cell), *ITEM_LOOKS[name.split()[0]], "#6B5B45", 2)
-            draw.text(centres[c], name[0].upper(), "black", anchor="mm", font_size=cell // 4)
-    for seat, (x, y, r) in enumerate(disks):
-        draw.ellipse((x - r, y - r, x + r, y + r), colours[seat], *(("black", 6) if seat == focal else ("white", 2)))
-        draw.text((x, y), str(seat), "white", anchor="mm", font_size=max(6, int(1.2 * r)))
-    return np.array(image.reduce(2))
+    def subgoals(self, state):
+        """What players can go for, the items: features [B, N, M, F], and bool [B, N, M] there."""
+        relative = self.relative[state.players[:, :, None], state.items[:, None]]
+        return relative, (state.items >= 0)[:, None].expand(relative.shape[:3])
 
+    def scripted_actions(self, state, mask, kind, noisy, target, generator):
+        """Actions [B, N] and targets [B, N] (item, -1 none) of scripted players at every seat.
+        `kind` int64 [B, N] indexes `kinds` (past its end: acts at random), `noisy` bool [B, N];
+        `target` is that of the step before. Nearest is by Manhattan distance, ties uniform; a
+        target is kept while it is there."""
+        rank = self.rank[kind]  # [B, N, kinds of items]
+        walks = (rank < 0).any(2)
+        acts_at_random = (rank == 0).all(2) | (state.players < 0)
+        rank = rank[:, :, self.item_kind]  # [B, N, M]
+        distance = self.distance[state.players[:, :, None], state.items[:, None]]
+        cost = NEVER * rank + distance + 0.5 * uniform(distance.shape, generator)
+        cost = cost.masked_fill((rank <= 0) | (state.items < 0)[:, None], inf)
+        least, nearest = cost.min(2)
+        kept = (target >= 0) & (state.items.gather(1, target.clamp(min=0)) >= 0)
+        target = where(kept, target, where(least.isfinite(), nearest, -1))
+        item = target.clamp(min=0)
+        goal = state.items.gather(1, item)[:, :, None]  # [B, N, 1] cell
+        actions = arange(self.num_actions, device=self.device)
+        reach = self.distance[self.next_cell[state.players], goal]  # [B, N, A]
+        closer = reach < reach[..., STAY, None]
+        take = (state.players[:, :, None] == goal) & (self.item_action[item][:, :, None] == actions)
+        allowed = (closer | take) & (target >= 0)[:, :, None]
+        allowed[..., STAY] |= ~allowed.any(2)
+        allowed = where(walks[:, :, None], mask & (actions <= STAY), allowed)
+        noise = noisy & (uniform(kind.shape, generator) < NOISE)
+        allowed = where((noise | acts_at_random)[:, :, None], mask, allowed)
+        return random_actions(allowed, generator), target
 
-def render_text(game: GridGame, state: GameState) -> str:
-    """The one game in `state`, a row a line: S, H or D an item, the seats of the players on the cell, `.` nothing."""
-    cells, items, (time, steps_left) = state.players[0].tolist(), state.items[0].tolist(), game.clock(state)[0]
-    seats = {c: ",".join(str(seat) for seat, at in enumerate(cells) if at == c) for c in range(-1, game.num_cells)}
-    letters = {c: game.item_names[k][0].upper() for c, k in zip(items, game.item_kind.tolist(), strict=True)}
-    texts = [letters.get(c, "") + seats[c] or "." for c in range(game.num_cells)]
-    wide = max(4, max(map(len, texts)) + 1)
-    rows = ["".join(text.ljust(wide) for text in texts[c : c + game.width]) for c in range(0, len(texts), game.width)]
-    left = f", players that left: {seats[-1]}" if seats[-1] else ""
-    return "\n".join([*(row.rstrip() for row in rows), f"time {time}, {steps_left} steps left{left}"])
+    def oracle(self, state, kind, noisy, target):
+        """float32 [B, N, ..]: the truth about scripted players: kind, noise, place of target."""
+        item = state.items.gather(1, target.clamp(min=0)).masked_fill(target < 0, -1)
+        flags = stack([noisy, item >= 0], 2)
+        return cat([F.one_hot(kind, len(self.rank)), flags, self.relative[state.players, item]], 2)
 
-
-class GridParallelEnv(ParallelEnv):
-    """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` ... `player_{N-1}` in seat order. Observations
-    are {"observation": float32 [C, H, W], "action_mask": int8 [A]}; infos hold "action_mask" again and "clock", int64
-    [2]. A player that leaves the game is terminated in that step. An illegal action counts as STAY. Raises UsageError
-    for an unknown game or render mode, ValueError for an action outside the action space."""
-
-    metadata = METADATA
-
-    def __init__(self, env_id: str = "msh-4h1s", render_mode: str | None = None):
-        if render_mode not in (None, *METADATA["render_modes"]):
-            raise UsageError(f"unknown render mode {render_mode!r}: it is rgb_array, ansi or None")
-        self.game, self.render_mode, self.game_state, self.generator = GridGame(env_id), render_mode, None, Generator()
-        self.generator.seed()  # fresh entropy, until reset is given a seed
-        self.possible_agents, self.agents = [f"player_{seat}" for seat in range(self.game.num_players)], []
-        planes, num_actions = (0.0, 1.0, self.game.obs_shape, np.float32), self.game.num_actions
-        self.state_space, self.observation_spaces, self.action_spaces = spaces.Box(*planes), {}, {}
-        for agent in self.possible_agents:
-            view = {"observation": spaces.Box(*planes), "action_mask": spaces.MultiBinary(num_actions)}
-            self.observation_spaces[agent], self.action_spaces[agent] = spaces.Dict(view), spaces.Discrete(num_actions)
-
-    def observation_space(self, agent: str) -> spaces.Space:
-        return self.observation_spaces[agent]
-
-    def action_space(self, agent: str) -> spaces.Space:
-        return self.action_spaces[agent]
-
-    def views(self) -> tuple[dict, dict]:
-        """Observations and infos of the agents that are in the game."""
-        game, state, seats = self.game, self.game_state, [self.possible_agents.index(agent) for agent in self.agents]
-        planes, mask = game.observe(state)[0].numpy(), game.action_mask(state)[0].to(torch.int8).numpy()
-        infos = {f"player_{i}": {"action_mask": mask[i].copy(), "clock": game.clock(state)[0].numpy()} for i in seats}
-        return {f"player_{i}": {"observation": planes[i], "action_mask": mask[i]} for i in seats}, infos
-
-    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        self.game_state, self.agents = self.game.initial_state(1, self.generator), self.possible_agents[:]
-        return self.views()
-
-    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
-        if not self.agents:
-            raise RuntimeError("no game is being played: call reset first")
-        for agent in self.agents:
-            if not self.action_space(agent).contains(actions.get(agent)):
-                raise ValueError(f"{agent}: action {actions.get(agent)!r} is not in {self.action_space(agent)}")
-        played = [int(actions[agent]) if agent in self.agents else STAY for agent in self.possible_agents]
-        self.game_state, reward, over, cut = self.game.step(self.game_state, torch.tensor([played]))
-        over = over | (self.game_state.players[0] < 0)  # bool [N]: a player that leaves is terminated
-        by_seat = [dict(zip(self.possible_agents, x.tolist(), strict=True)) for x in (reward[0], over, cut & ~over)]
-        results, (observations, infos) = [{agent: x[agent] for agent in self.agents} for x in by_seat], self.views()
-        self.agents = [agent for agent in self.agents if not (results[1][agent] or results[2][agent])]
-        return observations, *results, infos
-
-    def state(self) -> np.ndarray:
-        """float32 [C, H, W]: a plane for each player in seat order, then one for each kind of item."""
-        return self.game.observe(self.game_state)[0, 0].numpy()  # seat 0's view is in seat order
-
-    def render(self) -> np.ndarray | str | None:
-        draw = {"rgb_array": render_frame, "ansi": render_text}.get(self.render_mode, lambda game, state: None)
-        return draw(self.game, self.game_state)
+    def draw(self, state, title, beliefs):
+        """Picture uint8 [.., .., 3] of the first game, with a line from each player to each item,
+        as wide as it is likely to be its next: `beliefs`, a list of lists [N, M], or empty."""
+        canvas = FigureCanvasAgg(Figure())
+        axes = canvas.figure.add_subplot(xlim=(-1, self.width), ylim=(self.height, -1), title=title)
+        cells = cat([state.players[0], state.items[0]])
+        y = cells // self.width
+        x = cells % self.width + arange(len(cells)) % 4 * 0.2  # who shares a cell: side by side
+        names = [*range(self.num_players), *(self.item_names[kind] for kind in self.item_kind)]
+        for k in (cells >= 0).nonzero()[:, 0].flip(0).tolist():  # items below players
+            colour = f"C{k}" if k < self.num_players else "grey"
+            axes.text(x[k], y[k], names[k], color="white", backgroundcolor=colour, ha="center")
+            for m, belief in enumerate(beliefs[k] if k < len(beliefs) else ()):
+                ends = [k, self.num_players + m]
+                axes.plot(x[ends], y[ends], colour, linewidth=5 * belief)
+        canvas.draw()
+        return np.array(canvas.buffer_rgba())[..., :3]
 
 
-parallel_env = GridParallelEnv  # parallel_env(env_id, render_mode), the name that PettingZoo's own environments have
+class ParallelState(NamedTuple):
+    """What is known of B copies of a PettingZoo environment, which lie in the game."""
+
+    observation: Tensor  # float32 [B, N, O] flattened and padded; NaN where a player has none
+    mask: Tensor  # bool [B, N, A] legal actions; the first alone for a player that is not there
+    playing: Tensor  # bool [B, N] the player is there
+    time: Tensor  # int64 [B] steps done
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Co-players
-# ---------------------------------------------------------------------------------------------------------------------
-SCRIPTED = ("random", "ns", "nh", "cleaner", "exploiter")
-SCRIPTED_OF = {"msh": ("ns", "nh", "random"), "msg": ("cleaner", "exploiter", "random")}
-NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
+class Copies:
+    """Copies of a PettingZoo environment in one process, stepped one after another. What they
+    return lies in `seen` [copies, N, O + A + 4]: observation (flattened, padded; NaN for who has
+    none), legal actions, who plays, reward, termination, truncation."""
+
+    def __init__(self, make, kwargs, count):
+        self.envs = [imported(make)(**kwargs) for _ in range(count)]
+        env = self.envs[0]
+        self.agents = list(env.possible_agents)
+        self.views = [env.observation_space(agent) for agent in self.agents]
+        self.actions = [env.action_space(agent) for agent in self.agents]
+        size = max(map(spaces.flatdim, self.views), default=9999)
+        if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
+            raise UsageError(f"{make}: needs agents, Discrete actions, at most 4096 numbers seen")
+        self.sizes = [size, max(int(space.n) for space in self.actions), 4]
+        self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
+
+    def read(self, k, observations, infos, *outcome):
+        """Takes in what copy `k` returned."""
+        size = self.sizes[0]
+        self.seen[k] = 0.0
+        for n, agent in enumerate(self.agents):
+            row = self.seen[k, n]
+            playing = agent in self.envs[k].agents
+            row[:size] = nan
+            row[-4:] = [playing, *(part.get(agent, 0) for part in outcome)]
+            if agent in observations:
+                view = observations[agent]
+                told = {**infos.get(agent, {}), **(view if isinstance(view, dict) else {})}
+                legal = told.get("action_mask", True)
+                flat = spaces.flatten(self.views[n], view)
+                row[:size] = np.pad(flat, (0, size - len(flat)))
+                row[size : size + self.actions[n].n] = np.multiply(legal, playing)
+            row[size] += not row[size:-4].any()  # nobody has no legal action
+
+    def reset(self, which, seeds):
+        """Begins copies of bool `which` anew; returns `seen`."""
+        for k in which.nonzero()[0]:
+            self.read(k, *self.envs[k].reset(seed=int(seeds[k])), {}, {}, {})
+        return self.seen
+
+    def step(self, actions):
+        """Plays int64 [copies, N]; returns `seen`."""
+        for k, env in enumerate(self.envs):
+            seats = {agent: self.agents.index(agent) for agent in env.agents}
+            chosen = {agent: self.actions[n].start + actions[k, n] for agent, n in seats.items()}
+            observations, *outcome, infos = env.step(chosen)
+            self.read(k, observations, infos, *outcome)
+        return self.seen
+
+    def render(self):
+        """Picture uint8 [.., .., 3] of the first copy."""
+        return np.array(self.envs[0].render())
 
 
-def scripted_actions(
-    game: GridGame, state: GameState, mask: Tensor, kind: Tensor, noisy: Tensor, target: Tensor, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Actions int64 [B, N] and targets int64 [B, N] (item index, -1 none) of scripted players at every seat. `kind`
-    int64 [B, N] indexes SCRIPTED (others act as `random`), `noisy` bool [B, N], `mask` bool [B, N, A]; `target` that of
-    the step before. Nearest is by Manhattan distance, ties uniform; a target is kept while it is there."""
-    ns, nh, cleaner, exploiter = (kind == k for k in range(1, 5))
-    present, left = state.items >= 0, state.players < 0  # [B, M], [B, N]
-    stags = (present & (game.item_kind == 0)).any(1, keepdim=True)
-    wanted = torch.where(cleaner | (ns & stags), 0, torch.where(ns | nh, 1, -1)).masked_fill(left, -1)  # kind of item
-    eligible = present.unsqueeze(1) & (game.item_kind == wanted.unsqueeze(2))  # [B, N, M]
-    away = game.distance[state.players.unsqueeze(2), state.items.unsqueeze(1)].masked_fill(~eligible, 1 << 20)
-    nearest = (away + 0.5 * torch.rand(away.shape, generator=generator, device=away.device)).argmin(2)
-    keep = (target >= 0) & eligible.gather(2, target.clamp(min=0).unsqueeze(2)).squeeze(2)
-    target = torch.where(keep, target, torch.where(eligible.any(2), nearest, -1))
-    item, action = target.clamp(min=0), torch.arange(game.num_actions, device=mask.device)
-    goal = state.items.gather(1, item).unsqueeze(2)  # [B, N, 1] cell
-    reach = game.distance[game.next_cell[state.players], goal]  # [B, N, A] how far it is after each action
-    take = game.item_action[item].unsqueeze(2) == action
-    allowed = torch.where(state.players.unsqueeze(2) == goal, take, reach < reach[..., STAY : STAY + 1])
-    allowed = torch.where(target.unsqueeze(2) < 0, action == STAY, allowed)
-    allowed = torch.where(exploiter.unsqueeze(2), mask & (action <= STAY), allowed)
-    noise = noisy & (torch.rand(kind.shape, generator=generator, device=kind.device) < NOISE)
-    allowed = torch.where((noise | left | ~(ns | nh | cleaner | exploiter)).unsqueeze(2), mask, allowed)
-    draw = 1.0 - torch.rand(mask.shape, generator=generator, device=mask.device)  # in (0, 1]
-    return (allowed * draw).argmax(2), target
+def imported(name):
+    """What `package.module:attribute` names, modules of the working directory included."""
+    sys.path.append(os.getcwd())
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
+BaseManager.register("Copies", Copies)  # for other processes
+
+
+class PettingZooGame:
+    """Any PettingZoo ParallelEnv with Discrete actions: B copies, here or in worker processes.
+
+    Observations are flattened, padded to one size and scaled by sign(x) log(1 + |x|); kinds of
+    agents (by their spaces) are told apart by a one-hot. Co-players' observations count as seen.
+    Raises UsageError, also for what the environment raises."""
+
+    simulates = False
+    state_type = ParallelState
+    num_items = oracle_size = 0
+    item_kind = []
+    item_counts = [0]
+    subgoal_size = 1
+    kinds = ["random"]
+
+    def __init__(self, args, device="cpu"):
+        self.name = args.env_id
+        self.make = self.name if ":" in self.name else f"{self.name}:parallel_env"
+        self.device = torch.device(device)
+        self.workers = args.env_workers
+        self.parts = []  # Copies, or proxies of those in other processes
+        with refused(f"cannot make {self.name} with {args.env_kwargs}"):
+            self.kwargs = json.loads(args.env_kwargs)
+            copies = Copies(self.make, self.kwargs, 1)
+            found = getattr(copies.envs[0].unwrapped, "max_cycles", None)
+            self.horizon = args.horizon or found
+        if not self.horizon:
+            raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
+        self.num_players = len(copies.agents)
+        self.sizes = copies.sizes
+        size, self.num_actions, _ = copies.sizes
+        self.others = co_player_seats(self.num_players).to(device)  # [N, N-1]
+        looks = [str(look) for look in zip(copies.views, copies.actions)]
+        kind = tensor([looks.index(look) for look in looks], device=device)
+        self.kind = F.one_hot(kind, self.num_players).float()  # [N, N] first agent alike
+        self.other_size = size + self.num_players
+        self.own_size = 8 + self.other_size
+        self.defaults = {**DEFAULTS["other"], "horizon": self.horizon, "co_players": "self"}
+
+    def start(self, batch, generator):
+        """Makes `batch` copies and begins an episode in each."""
+        self.parts = []
+        for part in np.array_split(range(batch), min(self.workers, batch) or 1):
+            copies = Copies
+            if self.workers:
+                manager = BaseManager(ctx=multiprocessing.get_context("spawn"))
+                manager.start()
+                copies = manager.Copies
+            with refused(f"cannot make {self.name}"):
+                self.parts.append(copies(self.make, self.kwargs, len(part)))
+        self.pool = ThreadPoolExecutor(len(self.parts))
+        return self.reset(torch.ones(batch, device=self.device).bool(), generator)
+
+    def everywhere(self, method, *arguments):
+        """Calls a method of all Copies, side by side; parts [B, N, O], [B, N, A], [B, N, 4]."""
+        arrays = [np.array_split(argument.cpu().numpy(), len(self.parts)) for argument in arguments]
+        with refused(f"{self.name} failed"):
+            seen = self.pool.map(lambda part, *a: getattr(part, method)(*a), self.parts, *arrays)
+            return tensor(np.concatenate([*seen]), device=self.device).split(self.sizes, 2)
+
+    def reset(self, which, generator):
+        """Begins the games of bool [B] `which` anew, seeded from `generator`; all states."""
+        seeds = (uniform(which.shape, generator) * 2**31).long()
+        observation, mask, outcome = self.everywhere("reset", which, seeds)
+        return ParallelState(observation, mask.bool(), outcome[:, :, 0].bool(), 0 * seeds)
+
+    def restart(self, state, ended, generator):
+        """`state` with the games of bool [B] `ended` begun anew."""
+        return replaced(state, self.reset(ended, generator), ended)
+
+    def step(self, state, actions):
+        """Steps all copies, which must be in `state`; as GridGame.step. Leaving without a flag is
+        termination; past the horizon who plays is truncated."""
+        observation, mask, outcome = self.everywhere("step", actions)
+        playing, _, terminated, truncated = outcome.bool().unbind(2)
+        time = state.time + 1
+        late = (time >= self.horizon)[:, None] & playing
+        truncated = (truncated | late) & ~terminated & state.playing
+        terminated = (terminated | ~playing) & ~truncated
+        observation = observation.masked_fill(terminated[:, :, None], nan)
+        after = ParallelState(observation, mask.bool(), ~terminated & ~truncated, time)
+        return after, outcome[:, :, 1] * state.playing, terminated, truncated
+
+    def alive(self, state):
+        return state.playing
+
+    def clock(self, state):
+        """int64 [B, 2]: steps done, steps left at most."""
+        return stack([state.time, self.horizon - state.time], 1)
+
+    def action_mask(self, state):
+        return state.mask
+
+    def idle(self, mask):
+        """int64 [..]: what an illegal action counts as: the first legal one of `mask` [.., A]."""
+        return mask.int().argmax(-1)
+
+    def observe(self, state):
+        """float32 [B, N, O]: observations as they are given, flattened, padded with 0."""
+        return state.observation.nan_to_num(0.0)
+
+    def features(self, state):
+        """Own features [B, N, X] (clock, view) and co-players' views [B, N, N-1, Y]: scaled
+        observation, kind of agent. A player that is not there has zeros."""
+        present = ~state.observation[..., :1].isnan()
+        view = state.observation.nan_to_num(0.0)
+        view = cat([view.sign() * view.abs().log1p(), self.kind * present], 2)
+        return cat([clock_features(self, state), view], 2), view[:, self.others]
+
+    def reached(self, state, actions, after, reward):
+        """int64 [B, N]: no subgoal, -1."""
+        return zeros_like(actions) - 1
+
+    def subgoals(self, state):
+        """Nothing that a player can go for is known: [B, N, 0, 1] and [B, N, 0]."""
+        nothing = state.mask[:, :, :0]
+        return nothing[..., None].float(), nothing
+
+    def scripted_actions(self, state, mask, kind, noisy, target, generator):
+        """Uniform legal actions [B, N], and the targets as they were."""
+        return random_actions(mask, generator), target
+
+    def draw(self, state, title, beliefs):
+        """Picture uint8 [.., .., 3] of the first copy."""
+        return self.parts[0].render()
+
+
+def make_game(args, device):
+    """The game that `--env-id` names. Raises UsageError."""
+    if "." in args.env_id or ":" in args.env_id:
+        return PettingZooGame(args, device)
+    return GridGame(args.env_id, device, args.horizon)
+
+
+# ---- Co-players ----------------------------------------------------------------------------------
 class CoPlayers:
-    """Who sits where in B parallel matches, and what the seats that are not the learner's play. `pool` lists co-players
-    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half seat by seat. With
-    `fixed`, `pool` has N-1 entries and each plays in every match. Seats are dealt at random at each match. Kind 0 is
-    `self`: those seats are played, and learnt from, by the learner. Raises UsageError."""
+    """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
+    (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
+    seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are
+    dealt at random at each match. Kind 0 is `self`: seats of the learner, `agents[0]`, which is set
+    by who has one (else they play anything). Raises UsageError."""
 
-    def __init__(self, game: GridGame, pool: list, batch: int, match_episodes: int, generator: Generator, fixed=False):
-        self.game, self.batch, self.match_episodes, self.generator = game, batch, match_episodes, generator
-        n, device, self.fixed = game.num_players, game.device, fixed
-        if fixed and len(pool) != n - 1:
-            raise UsageError(f"{game.id} takes {n - 1} co-players, not {len(pool)}")
-        pool = ["self", *(str(entry).strip() if isinstance(entry, str | Path) else entry for entry in pool)]
-        kinds = [entry for k, entry in enumerate(pool) if entry not in pool[:k]]  # each different one once
-        index = [kinds.index(entry) for entry in pool[1:]]
-        resolved_kinds = [resolve_co_player(game, entry) for entry in kinds]
-        self.names, self.players, script = (list(field) for field in zip(*resolved_kinds, strict=True))
-        self.memory = {k: p.moa.initial_memory(batch) for k, p in enumerate(self.players) if hasattr(p, "moa")}
-        self.objects = []  # (kind, slot, callable) of those that play
-        for k, player in enumerate(self.players):  # of a kind: None, scripted or self; an Agent; N-1 callables, by slot
-            if callable(player) and k not in self.memory:
-                with refused(f"cannot make co-player {self.names[k]!r}"):
-                    made = [player() if isinstance(player, type) else copy.deepcopy(player) for _ in range(1, n)]
-                self.objects += [(k, s, one) for s, one in enumerate(made, 1) if not fixed or index[s - 1] == k]
-                self.players[k] = made
-        self.pool = torch.tensor(index, dtype=torch.int64, device=device)  # [entries] kind
-        self.script = torch.tensor(script, device=device)  # [kinds] index into SCRIPTED, -1: not scripted
-        self.noisy = torch.tensor([name.endswith("-noisy") for name in self.names], device=device) & (self.script >= 0)
-        self.seat = self.kind = torch.zeros(batch, n, dtype=torch.int64, device=device)  # seat of slot; kind of seat
-        self.target = torch.full_like(self.kind, -1)  # [B, N] item index that a scripted player walks to
-        self.episode = self.kind[:, 0]  # [B] number within the match
-        self.start_matches(torch.ones(batch, dtype=torch.bool, device=device))
+    def __init__(self, game, pool, batch, match_episodes, generator, fixed=False):
+        self.game = game
+        self.match_episodes = match_episodes
+        self.generator = generator
+        self.fixed = fixed
+        if fixed and len(pool) != game.num_players - 1:
+            raise UsageError(f"{game.num_players - 1} co-players are wanted, not {len(pool)}")
+        entries = list(dict.fromkeys(["self", *pool]))
+        self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
+        self.callables = {}  # by number of the kind
+        self.agents = {}  # Players by number of the kind
+        scripts = [name.removesuffix("-noisy") for name in self.names]
+        for k, entry in enumerate(entries):
+            name = self.names[k]
+            if k == 0 or scripts[k] in game.kinds:
+                continue
+            if os.path.exists(name):
+                self.agents[k] = load_player(name, game, batch)
+            else:
+                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
+                    player = imported(entry) if isinstance(entry, str) else entry
+                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
+        with game.device:
+            self.pool = tensor([entries.index(entry) for entry in pool]).long()
+            # by kind: index in game.kinds (past its end: not scripted)
+            self.script = tensor([[*game.kinds, script].index(script) for script in scripts])
+            self.noisy = tensor([name.endswith("-noisy") for name in self.names])
+        self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
+        self.target = self.kind - 1  # [B, N] item that a scripted player walks to
+        self.focal = self.kind[:, 0]  # [B] a seat of the learner
+        self.episode = self.focal  # [B] number within the match
+        self.start_matches(self.episode == 0)
 
-    @property
-    def learner(self) -> Tensor:
-        """bool [B, N]: the seat is played by the learned policy."""
-        return self.kind == 0
-
-    def start_matches(self, which: Tensor) -> None:
-        """Deals seats and kinds anew in the games of bool [B] `which`; slot 0 is the focal player's, always `self`."""
-        b, n, dev, generator = self.batch, self.game.num_players, self.game.device, self.generator
-        seat, drawn = torch.rand(b, n, generator=generator, device=dev).argsort(1), self.pool.expand(b, -1)
+    def start_matches(self, which):
+        """Deals seats and kinds anew in the games of bool [B] `which`."""
+        batch, n = self.kind.shape
+        seat = uniform((batch, n), self.generator).argsort(1)
+        kinds = self.pool.expand(batch, -1)
         if not self.fixed:
-            each = torch.randint(len(self.pool), (b, n - 1), generator=generator, device=dev)
-            alike = torch.rand(b, 1, generator=generator, device=dev) < 0.5
-            drawn = self.pool[torch.where(alike, each[:, :1], each)]
-        kind, rows = torch.zeros_like(seat).scatter(1, seat[:, 1:], drawn), which.unsqueeze(1)
-        self.seat, self.kind = torch.where(rows, seat, self.seat), torch.where(rows, kind, self.kind)
-        self.target, self.episode = self.target.masked_fill(rows, -1), self.episode.masked_fill(which, 0)
-        for k, slot, player in self.objects:
+            each = (uniform((batch, n - 1), self.generator) * len(self.pool)).long()
+            alike = uniform((batch, 1), self.generator) < 0.5
+            kinds = self.pool[where(alike, each[:, :1], each)]
+        kind = zeros_like(seat).scatter(1, seat[:, 1:], kinds)
+        self.focal = where(which, seat[:, 0], self.focal)
+        self.kind = where(which[:, None], kind, self.kind)
+        self.episode = self.episode.masked_fill(which, 0)
+        for k, player in self.callables.items():
             if hasattr(player, "start_match"):
-                player.start_match(which & (self.kind.gather(1, self.seat[:, slot : slot + 1]).squeeze(1) == k))
+                player.start_match((which[:, None] & (self.kind == k)).flatten())
 
-    def act(self, state: GameState, mask: Tensor) -> Tensor:
-        """Actions int64 [B, N] of all seats but the learner's (there: arbitrary legal ones). Raises UsageError."""
-        game, generator, script, noisy = self.game, self.generator, self.script[self.kind], self.noisy[self.kind]
-        actions, self.target = scripted_actions(game, state, mask, script, noisy, self.target, generator)
-        for k, memory in self.memory.items():
-            agent, here = self.players[k], self.kind == k
-            chosen = agent.act(state, mask, memory, here, generator, self.oracle(agent, state)).action
-            actions = torch.where(here, chosen, actions)
-        for k, slot, player in self.objects:
-            seat, games = self.seat[:, slot], torch.arange(self.batch, device=game.device)
-            chosen = player(game.observe(state)[games, seat], mask[games, seat], game.clock(state), generator)
-            good = isinstance(chosen, Tensor) and chosen.shape == seat.shape and not chosen.is_floating_point()
-            if not good or ((chosen < 0) | (chosen >= game.num_actions)).any():
-                wanted = f"an integer tensor [{self.batch}] of actions in 0..{game.num_actions - 1}"
-                raise UsageError(f"co-player {self.names[k]!r} must return {wanted}")
-            here = (self.kind == k) & (torch.arange(game.num_players, device=game.device) == seat.unsqueeze(1))
-            chosen = chosen.to(actions)
-            chosen = chosen.where(mask[games, seat, chosen], STAY)  # as the game takes it: the MOA learns from these
-            actions = torch.where(here, chosen.unsqueeze(1), actions)
+    def scripted(self):
+        """[B, N] each: index in `game.kinds` (past its end: not scripted), noise, target."""
+        return self.script[self.kind], self.noisy[self.kind], self.target
+
+    def act(self, state, mask):
+        """Actions int64 [B, N] of all seats, which agents remember. Raises UsageError."""
+        game = self.game
+        actions = game.idle(mask)
+        if (self.script < len(game.kinds)).any():
+            told = (*self.scripted(), self.generator)
+            actions, self.target = game.scripted_actions(state, mask, *told)
+        for k, agent in self.agents.items():
+            seats = self.kind == k
+            actions = where(seats, agent.act(state, mask, seats, self)["action"], actions)
+        for k, player in self.callables.items():
+            observation = game.observe(state).flatten(0, 1)
+            clock = game.clock(state).repeat_interleave(game.num_players, 0)
+            with refused(f"co-player {self.names[k]!r} failed"):
+                chosen = player(observation, mask.flatten(0, 1).clone(), clock, self.generator)
+                chosen = chosen.to(actions.device).view(actions.shape)
+                chosen = where(pick(mask, chosen), chosen, game.idle(mask))
+            actions = where(self.kind == k, chosen, actions)
+        for agent in self.agents.values():
+            agent.remember(actions)
         return actions
 
-    def oracle(self, agent: "Agent", state: GameState) -> Tensor | None:
-        """[B, N, Zo] true kinds and targets of the step under way, for an agent of `--goal oracle`; else None."""
-        told = (self.script[self.kind], self.noisy[self.kind], self.target)
-        return true_goals(agent.relative, state, *told) if agent.args.goal == "oracle" else None
-
-    def observe(self, state: GameState, actions: Tensor, ended: Tensor) -> Tensor:
-        """Takes in one step (`actions` [B, N] in `state`, `ended` bool [B]); returns bool [B]: the match ended, too."""
-        self.target, self.episode = self.target.masked_fill(ended.unsqueeze(1), -1), self.episode + ended
-        match_ended = ended & (self.episode >= self.match_episodes)
-        for k, memory in self.memory.items():
-            self.memory[k] = self.players[k].remember(memory, state, actions, ended, match_ended)
+    def observe(self, ended):
+        """Takes in bool [B], which games `ended` with a step; returns bool [B]: their match ended,
+        and another began."""
+        self.target = self.target.masked_fill(ended[:, None], -1)
+        self.episode = self.episode + ended
+        match_ended = self.episode >= self.match_episodes
+        for agent in self.agents.values():
+            agent.forget(ended, match_ended)
         if match_ended.any():
             self.start_matches(match_ended)
         return match_ended
 
 
-def resolve_co_player(game: GridGame, entry: str | Callable) -> tuple[str, Callable | None, int]:
-    """Name, player (None: `self` or scripted) and index in SCRIPTED (-1: none) of one co-player. Raises UsageError."""
-    name, player = getattr(entry, "__name__", type(entry).__name__), entry
-    if isinstance(entry, str):
-        name, stem, scripted = entry, entry.removesuffix("-noisy"), SCRIPTED_OF[game.family]
-        if entry == "self" or stem in scripted:
-            return name, None, SCRIPTED.index(stem) if stem in SCRIPTED else -1
-        if stem in SCRIPTED:
-            raise UsageError(f"co-player {name!r} does not play {game.family}: {', '.join(scripted)} do")
-        if entry.endswith(".pt") or (entry and Path(entry).exists()):
-            player = load_agent(entry, game.device, env_id=game.id)
-        elif ":" in entry:
-            with refused(f"cannot import co-player {name!r}"):
-                module, attribute = entry.split(":")
-                player = getattr(importlib.import_module(module), attribute)
-    if isinstance(player, str) or not callable(player):
-        raise UsageError(f"unknown co-player {entry!r}: give a name, a checkpoint, package.module:name or a callable")
-    return name, player, -1
+class Recorded(CoPlayers):
+    """A data set [T, B, ..] of `--offline`, played over and over in place of the co-players and of
+    the game's `start`, `step` and `restart`; the learner thinks at every seat, and acts at none. By
+    name: the state's fields, and with `next_` before them the next state's; `action`, `reward`,
+    `terminated`, `truncated` [T, B, N], `match_ended` [T, B]; `env_id`. Raises UsageError."""
+
+    def __init__(self, game, args, generator):
+        like = game.start(1, generator)._asdict()
+        alive = game.alive(game.state_type(**like))
+        types = {**like, **{f"next_{name}": field for name, field in like.items()}}
+        types |= {"action": alive.long(), "reward": alive.float(), "terminated": alive}
+        types |= {"truncated": alive, "match_ended": alive[:, 0]}
+        with refused(f"cannot learn from {args.offline}"):
+            with np.load(args.offline, allow_pickle=False) as file:
+                about = [str(file["env_id"]), file.get("horizon", game.horizon)]
+                if about != [args.env_id, game.horizon]:
+                    raise UsageError(f"{args.offline} is of {about[0]}, horizon {about[1]}")
+                self.data = {k: tensor(file[k]).to(x.device, x.dtype) for k, x in types.items()}
+            steps, batch = self.data["match_ended"].shape
+            for name, value in self.data.items():
+                if value.shape != (steps, batch, *types[name].shape[1:]):
+                    raise ValueError(f"{name} has the shape {[*value.shape]}")
+            rows = {name: value.flatten(0, 1) for name, value in self.data.items()}
+            for prefix in ("next_", ""):
+                state = game.state_type(*(rows[prefix + name] for name in like))
+                game.subgoals(state)  # raises for cells that are not on the board
+            legal = pick(game.action_mask(state), rows["action"])
+            if not (legal.all() and rows["reward"].isfinite().all()):
+                raise ValueError("illegal actions, or rewards not finite")
+            self.data["truncated"][-1] = ~self.data["terminated"][-1]
+            self.data["match_ended"][-1] = True
+        super().__init__(game, ["random"], batch, 1, generator)
+        self.kind = torch.ones_like(self.kind)  # nobody is the learner
+        self.names[1] = "recorded"
+
+    def now(self, *names):
+        """What the file has, by name, at the step that is kept in place of `episode`."""
+        return [self.data[name][self.episode[0]] for name in names]
+
+    def start(self, batch, generator):
+        """The recorded state."""
+        return self.game.state_type(*self.now(*self.game.state_type._fields))
+
+    def restart(self, state, ended, generator):
+        """The recorded state."""
+        return self.start(len(ended), generator)
+
+    def step(self, state, actions):
+        """As the game's."""
+        after = self.now(*(f"next_{name}" for name in self.game.state_type._fields))
+        return self.game.state_type(*after), *self.now("reward", "terminated", "truncated")
+
+    def act(self, state, mask):
+        """Recorded actions int64 [B, N], of which the learner thinks and which it remembers."""
+        (actions,) = self.now("action")
+        self.agents[0].act(state, mask, self.kind == 1, self)
+        self.agents[0].remember(actions)
+        return actions
+
+    def observe(self, ended):
+        """As for CoPlayers: which matches ended, bool [B]. Goes on to the next step."""
+        (match_ended,) = self.now("match_ended")
+        self.agents[0].forget(ended, match_ended)
+        self.episode = (self.episode + 1) % len(self.data["action"])
+        return match_ended
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
-class RelativeFeatures:
-    """What networks read of a state: fixed functions of relative cells, summed over items of a kind. No parameters.
-    Own features [.., X]: clock, legal moves, and for each kind of item the sum over its items of R functions of the
-    cell relative to the own cell. Features of a co-player [.., Y]: the R functions of its relative cell, and what it
-    sees of the items itself. A player that has left, or an item that is gone, adds zero."""
-
-    def __init__(self, game: GridGame):
-        self.game, height, width, dev = game, game.height, game.width, game.device
-        dr = torch.arange(1 - height, height, device=dev).float().repeat_interleave(2 * width - 1)
-        dc = torch.arange(1 - width, width, device=dev).float().repeat(2 * height - 1)
-        d, size = dr.abs() + dc.abs(), max(height, width)
-        near, far = torch.exp(-d / 1.5), torch.exp(-d / 4.0)
-        functions = [d >= 0, d == 0, d == 1, d == 2, dr == 0, dc == 0, near, far]
-        functions += [x / size for x in (dr, dc, dr.abs(), dc.abs(), d)]
-        functions += [way * x for way in (dr < 0, dr > 0, dc < 0, dc > 0) for x in (near, far)]
-        self.size, self.absent = len(functions), len(d)
-        self.table = F.pad(torch.stack([f.float() for f in functions], 1), (0, 0, 0, 1))  # [relative cells + 1, R]
-        cell = torch.arange(game.num_cells, device=dev)
-        line, centre = cell // width * (2 * width - 1) + cell % width, (height - 1) * (2 * width - 1) + width - 1
-        self.line = F.pad(line, (0, 1), value=4 * self.absent)  # [S + 1] where the other cell lies
-        self.origin = F.pad(line - centre, (0, 1), value=-4 * self.absent)  # [S + 1] where the own cell lies
-        steps = torch.arange(game.horizon + 1, device=dev).float()
-        # no step begins with 0 left, so V is never trained there; at the time limit it is read as with 1 left
-        done, left = steps[:, None].expand(-1, len(steps)), steps.clamp(min=1.0).expand(len(steps), -1)
-        clock = [done / game.horizon, left / game.horizon, torch.exp(-left / 2), torch.exp(-left / 8), left <= 5]
-        clock += [left == 1, left == 2, left == 3, done + left < game.horizon, done >= 0]
-        self.clock_table = torch.stack([c.float() for c in clock], 2)  # [T + 1, T + 1, 10]
-        self.own_size = len(clock) + 5 + len(game.item_counts) * self.size  # X
-        self.other_size = (1 + len(game.item_counts)) * self.size  # Y
-        seats = torch.arange(game.num_players, device=dev)
-        self.others = (seats[:, None] + seats[1:]) % game.num_players  # [N, N-1] the co-players of each seat
-
-    def index(self, own: Tensor, other: Tensor) -> Tensor:
-        """int64 [..] row of `table` for the cells `other` relative to the cells `own` (int64, broadcast)."""
-        return (self.line[other] - self.origin[own]).clamp(max=self.absent)
-
-    def cells(self, own: Tensor, other: Tensor) -> Tensor:
-        """[.., R] functions of the cells `other` relative to the cells `own` (int64, broadcast)."""
-        return self.table[self.index(own, other)]
-
-    def items(self, own: Tensor, items: Tensor) -> Tensor:
-        """[.., kinds * R] what is seen of `items` [.., M] from the cells `own` [..]."""
-        kinds = self.index(own.unsqueeze(-1), items).flatten(0, -2).split(self.game.item_counts, 1)
-        none = self.table.new_zeros(own.numel(), self.size)
-        sums = [F.embedding_bag(kind, self.table, mode="sum") if kind.shape[1] else none for kind in kinds]
-        return torch.cat(sums, 1).unflatten(0, own.shape)
-
-    def clock_and_walls(self, own: Tensor, clock: Tensor) -> Tensor:
-        """[.., 15] functions of the `clock` [.., 2], and the legal moves at the cells `own` [..]."""
-        return torch.cat([self.clock_table[clock[..., 0], clock[..., 1]], self.game.legal_moves[own]], -1)
-
-    def __call__(self, state: GameState) -> tuple[Tensor, Tensor]:
-        """Own features [B, N, X] and co-players' features [B, N, N-1, Y] of every seat."""
-        n = self.game.num_players
-        items, clock = (x.unsqueeze(1).expand(-1, n, -1) for x in (state.items, self.game.clock(state)))
-        seen = self.items(state.players, items)
-        near = self.cells(state.players.unsqueeze(2), state.players[:, self.others])
-        own = torch.cat([self.clock_and_walls(state.players, clock), seen], 2)
-        return own, torch.cat([near, seen[:, self.others]], 3)
-
-
-def layer(inputs: int, outputs: int, gain: float = math.sqrt(2.0), bias: bool = True) -> nn.Linear:
+# ---- Networks ------------------------------------------------------------------------------------
+def layer(inputs, outputs, gain=2.0**0.5):
     """A linear layer with orthogonal weights of the given gain and zero bias."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
+    linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
-    if bias:
-        nn.init.zeros_(linear.bias)
+    nn.init.zeros_(linear.bias)
     return linear
 
 
-class RelativeNetwork(nn.Module):
+class PlayerNetwork(nn.Module):
     """out(relu(hidden(relu(own(x) + goal(g) + mix(sum over co-players of relu(other(y_j)))))))."""
 
-    def __init__(self, own: int, other: int, goal: int, outputs: int, hidden: int, gain: float):
+    def __init__(self, own, other, goal, outputs, hidden, gain=0.01):
         super().__init__()
-        self.own, self.other, self.mix = layer(own, hidden), layer(other, hidden // 2), layer(hidden // 2, hidden)
-        self.goal, self.hidden = layer(goal, hidden, bias=False), layer(hidden, hidden)
+        self.own = layer(own, hidden)
+        self.other = layer(other, hidden // 2)
+        self.mix = layer(hidden // 2, hidden)
+        self.goal = layer(goal, hidden)
+        self.hidden = layer(hidden, hidden)
         self.out = layer(hidden, outputs, gain)
 
-    def forward(self, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., outputs] of own [.., X], others [.., N-1, Y], goal [.., Z]; or [.., K, outputs] of goals [.., K, Z]."""
-        return self.head(own, F.relu(self.other(others)).sum(-2), goal)
-
-    def head(self, own: Tensor, seen: Tensor, goal: Tensor) -> Tensor:
-        """The same when what is seen of the co-players is already summed, in `seen` [.., H / 2]."""
-        first, goal = self.own(own) + self.mix(seen), self.goal(goal)
-        first = first.unsqueeze(-2) if goal.dim() > first.dim() else first
-        return self.out(F.relu(self.hidden(F.relu(first + goal))))
-
-    def other_parts(self, relative: RelativeFeatures, rest: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer `other` in two summands: one by relative cell, a row for each of `relative.table`; one of `rest`,
-        the co-players' other features [.., Y - R]."""
-        near, far = self.other.weight.tensor_split([relative.size], 1)
-        return relative.table @ near.T, F.linear(rest, far, self.other.bias)
+    def forward(self, own, others, goal):
+        """[.., outputs] of own [.., X], others [.., N-1, Y] and goal [.., Z]; leading axes are
+        broadcast."""
+        others = self.mix(F.relu(self.other(others)).sum(-2))
+        return self.out(F.relu(self.hidden(F.relu(self.own(own) + others + self.goal(goal)))))
 
 
-def masked(logits: Tensor, mask: Tensor) -> Tensor:
+def masked(logits, mask):
     """`logits` [.., A] with -1e9 where bool `mask` [.., A] is False."""
     return logits.masked_fill(~mask, -1e9)
 
 
-def sample(logits: Tensor, generator: Generator) -> Tensor:
+def pick(values, index):
+    """[..]: `values` [.., A] at int64 `index` [..]."""
+    return values.gather(-1, index[..., None]).squeeze(-1)
+
+
+def uniform(shape, generator):
+    """float32 `shape`: uniform in [0, 1)."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def sample(logits, generator):
     """int64 [..]: draws from softmax(`logits` [.., A]) (Gumbel-max)."""
-    uniform = torch.rand(logits.shape, generator=generator, device=logits.device).clamp(min=1e-20)
-    return (logits - (-uniform.log()).log()).argmax(-1)
+    noise = uniform(logits.shape, generator).clamp(min=1e-20)
+    return (logits - (-noise.log()).log()).argmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Goal model and MOA
-# ---------------------------------------------------------------------------------------------------------------------
-class Memory(NamedTuple):
-    """What a MOA has seen of every seat in the running match, as sums over steps of a joint feature of (o, a)."""
-
-    match: Tensor  # float32 [B, N, E + 1] over the match; the last entry counts steps
-    episode: Tensor  # float32 [B, N, E + 1] over the episode
+def random_actions(mask, generator):
+    """int64 [..]: uniform over the legal actions of bool `mask` [.., A]."""
+    return sample(masked(mask.float(), mask), generator)
 
 
+# ---- Goal model and MOA --------------------------------------------------------------------------
 class MOA(nn.Module):
-    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the subgoal's decoder.
-    The encoder sums a feature of each (o_j, a_j) over the match and over the episode, so it is updated step by step.
-    The subgoal of j is the item of its next successful interaction in the episode, or none (OMG, Yu et al. 2024)."""
+    """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the
+    subgoal's decoder. The encoder reads a *memory* [.., 2, E + 1]: sums over the match, and over
+    the episode, of a feature of each (o_j, a_j), the last entry counting them; so it grows by
+    steps. The subgoal of j is what it reaches next in the episode: an item, or none (OMG, Yu et al.
+    2024); on games that know no subgoals there is no such term."""
 
-    def __init__(self, relative: RelativeFeatures, hidden: int, latent: int, goal: str):
+    def __init__(self, game, args):
         super().__init__()
-        game, own, other = relative.game, relative.own_size, relative.other_size
-        seen, queries = own + relative.size, len(game.item_counts) * relative.size + 1
-        self.relative, self.goal, self.summary = relative, goal, hidden
-        self.goal_size = len(SCRIPTED) + 3 + relative.size if goal == "oracle" else latent
-        self.step_feature = layer(seen + game.num_actions, hidden, 1.0)
-        first = layer(4 * hidden + 2 + seen, 2 * hidden)
-        self.encoder = nn.Sequential(first, nn.ReLU(), layer(2 * hidden, 2 * latent, 0.1))
-        self.decoder = RelativeNetwork(own, other, self.goal_size, game.num_actions, hidden, 0.01)
-        self.subgoal = RelativeNetwork(own, other, self.goal_size, queries, hidden, 0.01)
+        hidden = args.hidden_size
+        sizes = (game.own_size, game.other_size)
+        self.goal_size = game.oracle_size if args.goal == "oracle" else args.goal_size
+        self.item_kind = game.item_kind  # [M]
+        queries = 1 + len(game.item_counts) * game.subgoal_size
+        self.memory_size = hidden + 1  # E + 1
+        self.step_feature = layer(sum(sizes) + game.num_actions, hidden, 1.0)
+        self.encoder = PlayerNetwork(*sizes, 4 * hidden + 2, 2 * args.goal_size, hidden, 0.1)
+        self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
+        self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
-    def initial_memory(self, batch: int) -> Memory:
-        """The empty memory of B matches."""
-        zeros = torch.zeros(batch, self.relative.game.num_players, self.summary + 1, device=self.relative.game.device)
-        return Memory(zeros, zeros)
+    def step_features(self, own, others, actions, active):
+        """[.., E + 1]: what one step adds to the memory; 0 where bool `active` [..] is False."""
+        seen = cat([own, others.sum(-2), F.one_hot(actions, self.decoder.out.out_features)], -1)
+        feature = self.step_feature(seen).tanh()
+        return F.pad(feature, (0, 1), value=1.0) * active[..., None]
 
-    def seen(self, own: Tensor, others: Tensor) -> Tensor:
-        """[.., X + R] own features beside the sum over co-players of their relative cells' functions."""
-        return torch.cat([own, others[..., : self.relative.size].sum(-2)], -1)
+    def subgoal_logits(self, own, others, goal, features, present):
+        """[.., M + 1]: logits of what is reached next, from candidates' features [.., M, F] and
+        bool [.., M] whether they are there (else -1e9); the last is none."""
+        query = self.subgoal(own, others, goal)
+        by_kind = query[..., 1:].unflatten(-1, (-1, features.shape[-1]))
+        scores = (by_kind[..., self.item_kind, :] * features).sum(-1)
+        return cat([masked(scores, present), query[..., :1]], -1)
 
-    def features(self, seen: Tensor, actions: Tensor, active: Tensor) -> Tensor:
-        """[.., E + 1] what one step adds to the memory; 0 where bool `active` [..] is False."""
-        chosen = F.one_hot(actions, self.relative.game.num_actions)
-        feature = torch.tanh(self.step_feature(torch.cat([seen, chosen], -1)))
-        return F.pad(feature, (0, 1), value=1.0) * active.unsqueeze(-1)
-
-    def encode(self, memory: Memory, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation [.., Z] of q_phi(z | h): sums [.., E + 1] of `memory`, o now in `seen`."""
-        inputs = [seen]
-        for total in memory:
-            sums, count = total[..., :-1], total[..., -1:]
-            inputs += [sums / (1.0 + count), sums / (10.0 + 0.2 * count), torch.log1p(count) / 4.0]
-        mean, log_std = self.encoder(torch.cat(inputs, -1)).chunk(2, -1)
+    def encode(self, memory, own, others):
+        """Mean and log standard deviation [.., Z] of q_phi(z | h), by memory and features now."""
+        sums, count = memory.split([memory.shape[-1] - 1, 1], -1)
+        scaled = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), count.log1p() / 4.0]
+        mean, log_std = self.encoder(own, others, cat(scaled, -1).flatten(-2)).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
-    def subgoal_logits(self, cells: Tensor, items: Tensor, own: Tensor, others: Tensor, goal: Tensor) -> Tensor:
-        """[.., M + 1] of the next item of players at `cells` [..] among `items` [.., M]; last: none. -1e9 if gone."""
-        relative, game = self.relative, self.relative.game
-        out = self.subgoal(own, others, goal)
-        query = out[..., :-1].unflatten(-1, (len(game.item_counts), relative.size))[..., game.item_kind, :]
-        scores = (query * relative.cells(cells.unsqueeze(-1), items)).sum(-1)
-        return torch.cat([masked(scores, items >= 0), out[..., -1:]], -1)
+
+MOA_MATCHES = 8  # matches in a minibatch of the MOA, each seen whole
+MOA_ROWS = 4096  # steps of players in them that it predicts
 
 
-def true_goals(relative: RelativeFeatures, state: GameState, script: Tensor, noisy: Tensor, target: Tensor) -> Tensor:
-    """float32 [B, N, Z]: what `--goal oracle` tells of every seat. All arguments but `relative` are [B, N].
-    The kind (`script` indexes SCRIPTED, -1: not scripted; bool `noisy`), and the relative cell of the item that the
-    player walks to (`target`, -1: none)."""
-    item = state.items.gather(1, target.clamp(min=0)).masked_fill((target < 0) | (script < 0), -1)
-    kind, flags = F.one_hot(script + 1, len(SCRIPTED) + 1), torch.stack([noisy, item >= 0], 2)
-    return torch.cat([kind, flags, relative.cells(state.players, item)], 2)
+def moa_loss(agent, batch, pretraining, generator):
+    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction on what a
+    MatchBuffer read, and its terms in nats a step. `pretraining` leaves the first term out: the VAE
+    alone."""
+    moa = agent.moa
+    args = agent.args
+    index = batch["weight"].flatten().nonzero()[:, 0]
+    index = index[uniform(index.shape, generator).argsort()[:MOA_ROWS]]
+    rows = {name: value.flatten(0, 2)[index] for name, value in batch.items()}  # [R, ..]
+    seen = (rows["own"], rows["others"])
+    goal = rows.get("goals", seen[0].new_zeros(len(index), moa.goal_size))
+    kl = tensor(0.0)
+    if args.goal == "inferred":
+        step = moa.step_features(*map(batch.get, "own others action active".split()))
+        before = step.cumsum(1) - step  # [.., L, N, E + 1] sums strictly before each step
+        within = before - before.take_along_dim(batch["first"][..., None], 1)
+        mean, log_std = moa.encode(stack([before, within], 3).flatten(0, 2)[index], *seen)
+        goal = gaussian(mean, log_std, generator)
+        kl = (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(1).mean() / 2
+    nll = F.cross_entropy(masked(moa.decoder(*seen, goal), rows["mask"]), rows["action"])
+    logits = moa.subgoal_logits(*seen, goal, rows["features"], rows["present"])
+    subgoal = rows["subgoal"] % logits.shape[1]  # -1: none, the last
+    recon = (F.cross_entropy(logits, subgoal, reduction="none") * rows["ended"]).mean()
+    loss = args.moa_alpha * kl + args.subgoal_coef * recon + (0.0 if pretraining else nll)
+    return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
 
 
-def moa_loss(moa: MOA, batch, alpha, subgoal_coef, pretraining: bool, generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction over the steps of a MatchBatch, and its
-    terms in nats a step. `pretraining` leaves the first term out: the VAE alone."""
-    own, others = moa.relative(batch.state)
-    mask, active = moa.relative.game.action_mask(batch.state), batch.active.flatten(0, 1)
-    rows = active.flatten().nonzero(as_tuple=True)[0]  # [R] of S * L * N
-    weight = batch.weight.flatten()[rows]
-    weight = weight / weight.sum().clamp(min=1e-9)
-    if moa.goal == "inferred":
-        seen = moa.seen(own, others)
-        step = moa.features(seen, batch.actions.flatten(0, 1), active).unflatten(0, batch.start.shape)
-        before = step.cumsum(1) - step  # [S, L, N, E + 1] sums over the match, strictly before each step
-        within = before - before.gather(1, batch.start[..., None, None].expand_as(before))
-        history = Memory(*(total.flatten(0, 2)[rows] for total in (before, within)))
-        mean, log_std = moa.encode(history, seen.flatten(0, 1)[rows])
-        goal = mean + log_std.exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
-        kl = 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std).sum(-1)
-    else:
-        goal = own.new_zeros(len(rows), moa.goal_size) if batch.oracle is None else batch.oracle.flatten(0, 2)[rows]
-        kl = own.new_zeros(len(rows))
-    own, others, mask = (x.flatten(0, 1)[rows] for x in (own, others, mask))
-    logits = masked(moa.decoder(own, others, goal), mask)
-    nll = F.cross_entropy(logits, batch.actions.flatten()[rows], reduction="none")
-    items = batch.state.items[rows // moa.relative.game.num_players]
-    subgoals = moa.subgoal_logits(batch.state.players.flatten()[rows], items, own, others, goal)
-    recon = F.cross_entropy(subgoals, batch.subgoal.flatten()[rows], reduction="none")
-    nll, kl, recon = ((weight * term).sum() for term in (nll, kl, recon))
-    loss = alpha * kl + subgoal_coef * recon + (0.0 if pretraining else nll)
-    return loss, {"moa/nll": nll.detach(), "moa/kl": kl.detach(), "moa/recon": recon.detach()}
+# ---- Match buffer --------------------------------------------------------------------------------
+HISTORY = 512  # steps of a match that are read at most
+STORED = "action alive reward reached goals".split()  # of a step, beside the state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Agent
-# ---------------------------------------------------------------------------------------------------------------------
-class Latent(NamedTuple):
-    """zs: a token for the player itself, for every co-player and for every item, of L numbers each."""
+class MatchBuffer:
+    """The last C steps of B games, as one ring. Every step knows when its match and its episode
+    began, in steps since the run began. `--moa-buffer positive` learns from a player's episodes
+    with reward > 0 alone (as HOP does); the others still serve as history."""
 
-    own: Tensor  # float32 [.., L]
-    others: Tensor  # float32 [.., N-1, L]
-    items: Tensor  # float32 [.., M, L]
+    def __init__(self, game, args):
+        self.game = game
+        self.positive = args.moa_buffer == "positive"
+        self.stored = STORED if args.goal == "oracle" else STORED[:-1]
+        self.size = max(args.moa_capacity // args.num_envs, HISTORY)  # C
+        self.ring = {}  # by name [C, B, ..]
+        self.now = 0  # steps ever added
+        self.match_start = arange(args.num_envs, device=game.device) * 0  # [B]
+        self.episode_start = self.match_start  # [B]
 
-    def at(self, *index: Tensor | None) -> "Latent":
-        """The rows at `index` of the leading dimensions."""
-        return Latent(*(token[index] for token in self))
+    def add(self, state, step, ended, match_ended):
+        """Takes a `step` of all games in `state`, by name [B, N, ..], and bool [B] which episodes
+        and matches ended with it."""
+        values = {name: step[name] for name in self.stored}
+        starts = {"match": self.match_start, "episode": self.episode_start}
+        for name, value in {**state._asdict(), **values, **starts}.items():
+            if name not in self.ring:
+                self.ring[name] = value.new_zeros(self.size, *value.shape)
+            self.ring[name][self.now % self.size] = value
+        self.now += 1
+        self.episode_start = self.episode_start.masked_fill(ended, self.now)
+        self.match_start = self.match_start.masked_fill(match_ended, self.now)
+
+    def sample(self, count, generator):
+        """`count` matches or parts of them, with replacement, each as often as it is long."""
+        oldest = max(0, self.now - self.size)
+        time, game = uniform((2, count), generator)
+        time = oldest + (time * (self.now - oldest)).long()
+        game = (game * len(self.match_start)).long()
+        start = self.ring["match"][time % self.size, game]
+        return self.read(game, start.maximum(time - HISTORY + 1).clamp(min=oldest))
+
+    def read(self, number, start):
+        """Of matches in the games int64 [R] `number`, L <= HISTORY steps from step [R] `start`:
+        tensors [R, L, N, ..] by name."""
+        steps = start[:, None] + arange(HISTORY, device=start.device)
+        match = self.ring["match"][steps % self.size, number[:, None]]
+        inside = (match == match[:, :1]) & (steps < self.now)  # [R, HISTORY]
+        length = int(inside.sum(1).max())
+        steps = steps[:, :length]
+        inside = inside[:, :length, None]
+        part = {k: ring[steps % self.size, number[:, None]] for k, ring in self.ring.items()}
+        active = part["alive"] & inside
+        episode = part["episode"][:, :, None].expand_as(active)
+        first = (episode - start[:, None, None]).clamp(0, length - 1)  # of the same episode
+        reached = part["reached"].masked_fill(~inside, -1)
+        coming = where(reached >= 0, arange(length, device=start.device)[:, None], length - 1)
+        coming = coming.flip(1).cummin(1).values.flip(1)
+        same = episode.gather(1, coming) == episode
+        ended = episode < self.episode_start[number][:, None, None]
+        if length == HISTORY:  # what the last episode of a match that is cut reaches is not seen
+            ended = ended & (episode != episode[:, -1:])
+        weight = active
+        if self.positive:
+            earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
+            weight = active & (earned.gather(1, first) > 0)
+        game = self.game
+        state = game.state_type(*(part[k].flatten(0, 1) for k in game.state_type._fields))
+        seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
+        names = "own others mask features present".split()
+        return {
+            **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
+            **{name: part[name] for name in self.stored},
+            "active": active,  # bool: the step is within the match, the player in the game
+            "first": first,  # int64: the first step of the same episode
+            "ended": ended,  # bool: the subgoal is known
+            "subgoal": where(same, reached.gather(1, coming), -1),  # int64; -1: none
+            "weight": weight,  # bool: the step is learnt from
+        }
 
 
-class View(NamedTuple):
-    """What the decoder tells of an observation, lengths in units of 4 cells: where the walls are, and where everything
-    else is, seen from the own cell. A length counts only where its owner is (first entry), as in the empty plane."""
-
-    own: Tensor  # float32 [.., 7] the game goes on for the player; cells above, below, left, right; steps done, left
-    others: Tensor  # float32 [.., N-1, 3] in the game; rows and columns away
-    items: Tensor  # float32 [.., M, 3] there; rows and columns away
-
-
+# ---- Latent world model --------------------------------------------------------------------------
 class LatentModel(nn.Module):
-    """Encoder zs = enc(o), dynamics zs' = f(zs, a_i, a_-i), decoder dec(zs'), reward r_hat(zs, a_i, a_-i) and value
-    V(zs) of one player. Weights are shared by all co-players and by all items, and what they send each other is summed:
-    no seat is special, and none depends on sizes. An action selects a block of a layer's weights, so that a sampled
-    joint action costs a sum of rows. An item's token hears from every co-player and its action (is it on the
-    same cell, and does it interact?): so who takes what, and what it pays, is a sum over items."""
+    """zs = enc(o) of player i: a latent [.., L] for itself, and by shared weights one [.., N-1, L]
+    for each co-player. f(zs, a_i, a_-i) adds to them what the joint action changes; an action
+    selects a block of a layer's outputs. dec tells the features that zs stands for, and whether the
+    player plays on; r_hat the reward; V the value."""
 
-    def __init__(self, relative: RelativeFeatures, latent: int, hidden: int):
+    def __init__(self, game, goal, size):
         super().__init__()
-        actions, kinds = relative.game.num_actions, len(relative.game.item_counts)
-        half, few = max(1, hidden // 2), max(1, hidden // 8)
-        self.relative, self.num_actions, self.sizes = relative, actions, [hidden, half]
-        inputs = relative.own_size + 8, relative.other_size, 2 * relative.size + kinds
-        encoders = [nn.Sequential(layer(x, hidden), nn.ReLU(), layer(hidden, latent, 1.0)) for x in inputs]
-        self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(layer(latent, x, 1.0) for x in (7, 3, 3))
-        # dynamics and reward: tokens, then a block for each action
-        self.own, self.own_action = layer(latent, hidden), layer(hidden, actions * hidden)
-        self.other, self.other_action = layer(latent, half), layer(half, actions * (hidden + half))
-        self.item, self.item_action, self.shift = layer(latent, half), layer(half, actions * half), layer(actions, half)
-        self.pair_other, self.pair_item = layer(latent, half), layer(latent, half)
-        self.message, self.hear = layer(half, actions * few), layer(few, half)
-        self.hidden, self.tell = layer(hidden, hidden), layer(hidden + half, half)
-        self.next_own, self.next_other, self.next_item = (layer(x, latent, 0.1) for x in (hidden + half, half, half))
-        self.reward, self.item_reward = layer(hidden, 1, 0.1), layer(half, 1, 0.1)
-        # value
-        self.value_own, self.value_mix = layer(latent, hidden), layer(2 * half, hidden)
-        self.value_other, self.value_item = layer(latent, half), layer(latent, half)
-        self.value_hidden, self.value_out = layer(hidden, hidden), layer(hidden, 1, 0.1)
-
-    def encode(self, state: GameState, own: Tensor, others: Tensor) -> Latent:
-        """enc(o) [B, N, ..] of every seat, given its own and co-players' features of `state`."""
-        relative, game = self.relative, self.relative.game
-        row, column = state.players // game.width, state.players % game.width
-        walls = torch.stack([row, game.height - 1 - row, column, game.width - 1 - column], 2).clamp(min=0)
-        walls = torch.cat([walls / 4.0, torch.exp(-walls.float())], 2)  # [B, N, 8]
-        pair = relative.cells(state.items.unsqueeze(2), state.players.unsqueeze(1)).transpose(1, 2)  # [B, N, M, R]
-        seen = relative.cells(state.players.unsqueeze(2), state.items.unsqueeze(1))
-        kind = F.one_hot(game.item_kind, len(game.item_counts)).expand(*seen.shape[:3], -1)
-        items = torch.cat([seen, pair.sum(1, keepdim=True) - pair, kind], 3)
-        inputs = torch.cat([own, walls], 2), others[..., : relative.other_size], items
-        return Latent(*(encoder(x) for encoder, x in zip(self.encoders, inputs, strict=True)))
-
-    def view(self, state: GameState, goes_on: Tensor) -> View:
-        """The decoder's target [B, N, ..] for every seat; bool `goes_on` [B, N]."""
-        game = self.relative.game
-        row, column = state.players // game.width, state.players % game.width
-        walls = torch.stack([row, game.height - 1 - row, column, game.width - 1 - column], 2) / 4.0
-        clock = game.clock(state).unsqueeze(1).expand(-1, game.num_players, -1) / game.horizon
-        cells = torch.cat(
-            [
-                state.players[:, self.relative.others],
-                state.items.unsqueeze(1).expand_as(walls[:, :, :1].expand(-1, -1, game.num_items)),
-            ],
-            2,
+        self.size = size
+        self.num_actions = game.num_actions
+        self.other_size = game.other_size
+        inputs = (game.own_size, game.other_size + goal)
+        self.encoders = nn.ModuleList(
+            nn.Sequential(layer(x, size), nn.ReLU(), layer(size, size, 1.0)) for x in inputs
         )
-        away = cells // game.width - row.unsqueeze(2), cells % game.width - column.unsqueeze(2)
-        seen = torch.stack([cells >= 0, *(x / 4.0 for x in away)], 3)  # [B, N, N-1 + M, 3]
-        own = torch.cat([goes_on.unsqueeze(2), walls, clock], 2)
-        return View(own, *seen.split([game.num_players - 1, game.num_items], 2))
+        self.own_decoder = layer(size, game.own_size + 1, 1.0)  # the last: plays on
+        self.other_decoder = layer(size, game.other_size, 1.0)
+        self.own_blocks = layer(size, self.num_actions * 2 * size, 0.1)
+        self.other_blocks = layer(size, self.num_actions * 2 * size, 0.1)
+        self.whole = PlayerNetwork(size, size, self.num_actions, 2 * size + 1, size, 0.1)
+        self.change = layer(size, size, 0.1)
+        self.value = PlayerNetwork(size, size, goal, 1, size, 1.0)
 
-    def decode(self, latent: Latent) -> View:
-        """dec(zs)."""
-        return View(*(decoder(token) for decoder, token in zip(self.decoders, latent, strict=True)))
+    def encode(self, own, others):
+        """zs of own features [.., X] and co-players' with their goals [.., N-1, Y + Z]."""
+        return self.encoders[0](own), self.encoders[1](others)
 
-    def cells(self, view: View) -> tuple[Tensor, Tensor]:
-        """Cells of the players (own first) int64 [.., N], and of the items [.., M], that `view` shows; -1 gone."""
-        game, away = self.relative.game, torch.cat([view.others, view.items], -2)
-        near = (4.0 * view.own[..., 1:5]).round().long()
-        row, column = near[..., 0].clamp(0, game.height - 1), near[..., 2].clamp(0, game.width - 1)
-        rows = (row.unsqueeze(-1) + (4.0 * away[..., 1]).round().long()).clamp(0, game.height - 1)
-        columns = (column.unsqueeze(-1) + (4.0 * away[..., 2]).round().long()).clamp(0, game.width - 1)
-        cells = (rows * game.width + columns).masked_fill(away[..., 0] < 0.5, -1)
-        others, items = cells.split([game.num_players - 1, game.num_items], -1)
-        return torch.cat([(row * game.width + column).unsqueeze(-1), others], -1), items
+    def decode(self, own, others):
+        """Features [.., X] and [.., N-1, Y] of zs, and whether the player plays on [..]."""
+        own = self.own_decoder(own)
+        return own[..., :-1], self.other_decoder(others), own[..., -1]
 
-    def heads(self, latent: Latent) -> tuple[tuple[nn.Linear, Tensor], ...]:
-        """The layers whose blocks of weights actions select, each with its input: the own action for the player [.., H]
-        and for each item [.., M, H / 2], a co-player's for itself and the player [.., N-1, H / 2] and for its message
-        to each item [.., N-1, M, H / 2]."""
-        own, others, items = self.own(latent.own), self.other(latent.others), self.item(latent.items)
-        pair = self.pair_other(latent.others).unsqueeze(-2) + self.pair_item(latent.items).unsqueeze(-3)
-        layers = self.own_action, self.item_action, self.other_action, self.message
-        return tuple(zip(layers, map(F.relu, (own, items, others, pair)), strict=True))
+    def forward(self, own, others, action, other_actions):
+        """zs' and the reward [..] of zs, actions [..] and [.., N-1]; leading axes broadcast."""
+        step, shift = self.chosen(self.own_blocks(own), action)
+        steps, heard = self.chosen(self.other_blocks(others), other_actions)
+        action = F.one_hot(action, self.num_actions).float()
+        change, told, reward = self.whole(own, heard, action).split([self.size, self.size, 1], -1)
+        others = others + steps + shift[..., None, :]
+        others = others + self.change(F.relu(heard + told[..., None, :]))
+        return own + step + change, others, reward.squeeze(-1)
 
-    def parts(self, latent: Latent) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """First-layer rows of every action: the own ones [.., A, H] and [.., A, M, H / 2] at the items, every
-        co-player's [.., N-1, A, 3H / 2], and its messages to the items [.., N-1, A, M * H / 8]."""
-        rows = (linear(x).unflatten(-1, (self.num_actions, -1)) for linear, x in self.heads(latent))
-        mine, items, theirs, message = rows
-        return mine, items.transpose(-3, -2), theirs, F.relu(message).transpose(-3, -2).flatten(-2)
-
-    def chosen(self, linear: nn.Linear, x: Tensor, action: Tensor) -> Tensor:
-        """[.., H]: of `linear(x)` [.., A * H] the block of `action` [..] alone: rows are sorted by action for it."""
-        shape, x, action = action.shape, x.reshape(-1, x.shape[-1]), action.reshape(-1)
-        order, counts = action.argsort(), torch.bincount(action, minlength=self.num_actions).tolist()
-        blocks = (parameter.unflatten(0, (self.num_actions, -1)) for parameter in (linear.weight, linear.bias))
-        rows = [F.linear(*row) for row in zip(x[order].split(counts), *blocks, strict=True)]
-        return torch.cat(rows)[order.argsort()].unflatten(0, shape) if shape else torch.cat(rows)[0]
-
-    def company(self, theirs: Tensor, message: Tensor, other_actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What K joint actions of the co-players, int64 [.., K, N-1], select and add up: [.., K, H] for the player,
-        [.., K, N-1, H / 2] for the co-players, [.., K, M, H / 2] for the items."""
-        taken = other_actions.transpose(-1, -2).unsqueeze(-1)  # [.., N-1, K, 1]
-        theirs = theirs.gather(-2, taken.expand(*taken.shape[:-1], theirs.shape[-1]))
-        message = message.gather(-2, taken.expand(*taken.shape[:-1], message.shape[-1])).sum(-3)
-        first, others = theirs.split(self.sizes, -1)
-        heard = self.hear(message.unflatten(-1, (-1, self.hear.in_features)))
-        return first.sum(-3), others.transpose(-3, -2), heard
-
-    def outcome(self, latent: Latent, first: Tensor, others: Tensor, items: Tensor) -> tuple[Latent, Tensor]:
-        """zs' and reward of zs, which broadcasts, from sums of rows [.., H], [.., N-1, H / 2] and [.., M, H / 2]."""
-        whole, items = F.relu(self.hidden(F.relu(first))), F.relu(items)
-        reward = (self.reward(whole) + self.item_reward(items).sum(-2)).squeeze(-1)
-        whole = torch.cat([whole, items.sum(-2)], -1)
-        others = F.relu(others + self.tell(whole).unsqueeze(-2))
-        change = self.next_own(whole), self.next_other(others), self.next_item(items)
-        return Latent(*(old + new for old, new in zip(latent, change, strict=True))), reward
-
-    def forward(self, latent: Latent, action: Tensor, other_actions: Tensor) -> tuple[Latent, Tensor]:
-        """zs' and reward [..] for `action` [..] and `other_actions` [.., N-1] in zs [.., ..]."""
-        taken = action, action.unsqueeze(-1), other_actions, other_actions.unsqueeze(-1)
-        rows = zip(self.heads(latent), taken, strict=True)
-        mine, items, theirs, message = (self.chosen(one, x, a.expand(x.shape[:-1])) for (one, x), a in rows)
-        first, others = theirs.split(self.sizes, -1)
-        shift = self.shift(F.one_hot(action, self.num_actions).float()).unsqueeze(-2)
-        heard = self.hear(F.relu(message).sum(-3))
-        return self.outcome(latent, mine + first.sum(-2), others + shift, items + heard)
-
-    def value(self, latent: Latent) -> Tensor:
-        """V(zs) [..] of returns times reward_scale."""
-        others, items = F.relu(self.value_other(latent.others)).sum(-2), F.relu(self.value_item(latent.items)).sum(-2)
-        first = F.relu(self.value_own(latent.own) + self.value_mix(torch.cat([others, items], -1)))
-        return self.value_out(F.relu(self.value_hidden(first))).squeeze(-1)
-
-    def goes_on(self, latent: Latent) -> Tensor:
-        """What dec(zs) tells of the game going on, in 0..1: after an end V counts for nothing."""
-        return F.linear(latent.own, self.decoders[0].weight[:1], self.decoders[0].bias[:1]).squeeze(-1).clamp(0.0, 1.0)
+    def chosen(self, blocks, action):
+        """Two parts [.., L] of that of the `blocks` [.., A * 2 L] which `action` [..] selects."""
+        blocks = blocks.unflatten(-1, (self.num_actions, -1))
+        action = action.expand(torch.broadcast_shapes(action.shape, blocks.shape[:-2]))
+        return blocks.take_along_dim(action[..., None, None], -2).squeeze(-2).chunk(2, -1)
 
 
-def learnt_reward(data: dict[str, Tensor], args: Args) -> Tensor:
-    """[.., N] what is learnt to be expected of the rewards in `data`: mixed by `--prosocial`, times reward_scale."""
-    reward = data["reward"]
-    return ((1.0 - args.prosocial) * reward + args.prosocial * reward.mean(-1, keepdim=True)) * args.reward_scale
+LATENT_SIZE = 96  # L
+MODEL_COEFS = {"observation": 1.0, "reward": 1.0, "value": 1.0, "consistency": 1.0}  # lo lr lv lc
 
 
-def model_loss(model: LatentModel, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The four terms of the latent model over G game steps seen by each of the N players, and their weighted sum. Rows
-    of players that have left carry nothing. Where the step was the player's last, o' is what it leaves behind: there
-    only the flag that its game goes on is reconstructed if it has left. V learns from rows of bool `recent` [G], and at
-    f(zs, a_i, a_-i) too, where the planner reads it: to be there what it is at enc(o')."""
-    state, after = states_of(batch)
-    actions, here, stays = batch["actions"].long(), state.players >= 0, after.players >= 0
-    latent = model.encode(state, *model.relative(state))
-    following = model.encode(after, *model.relative(after))
-    predicted, reward_hat = model(latent, actions, actions[:, model.relative.others])
-    reward, goes_on = learnt_reward(batch, args), ~batch["done"]
-    shown, true = model.decode(predicted), model.view(after, goes_on)
-    own, *seen = ((a - b).square() for a, b in zip(shown, true, strict=True))
-    seen = sum((e[..., 0] + e[..., 1:].sum(-1) * t[..., 0]).sum(-1) for e, t in zip(seen, true[1:], strict=True))
-    observation = own[..., 0] + (own[..., 1:].sum(-1) + seen) * stays
-    values = [model.value(zs) for zs in (latent, following, predicted)]
-    target = reward + args.gamma * goes_on * values[1 if args.td_target == "observed" else 2]
-    ahead = (values[2] - values[1].detach()).square() * goes_on
-    terms = (
-        observation,
-        (reward_hat - reward).square(),
-        (values[0] - target.detach()).square() + ahead,
-        sum((a - b).square().flatten(2).mean(2) for a, b in zip(predicted, following, strict=True) if a.numel()),
-    )
-    weights = here, here, here * batch["recent"].unsqueeze(1), stays
-    terms = [(term * w).sum() / w.sum().clamp(min=1) for term, w in zip(terms, weights, strict=True)]
-    coefs = args.observation_coef, args.reward_coef, args.value_coef, args.consistency_coef
-    names = "observation", "reward", "value", "consistency"
-    loss = sum(coef * term for coef, term in zip(coefs, terms, strict=True))
-    return loss, {f"model/{name}_loss": term.detach() for name, term in zip(names, terms, strict=True)}
+def model_loss(agent, rows):
+    """Weighted sum of the four losses of the latent model on rows [R, ..], and these terms. After
+    the player's last step o' counts for nothing. The TD target of V is of the planner's policy, not
+    of the one that played: by E_pi Q - Q(a), in `shift`. V is also drawn, at f(zs, ..), to what it
+    is at enc(o'): there the planner reads it."""
+    model = agent.model
+    args = agent.args
+    goals = rows["others"][..., model.other_size :]
+    zs = model.encode(rows["own"], rows["others"])
+    after = model.encode(rows["next_own"], cat([rows["next_views"], goals], 2))
+    *ahead, reward = model(*zs, rows["action"], rows["other_actions"])
+    own, views, plays_on = model.decode(*ahead)
+    goes_on = (~rows["terminated"]).float()
+    now, then, planned = (model.value(*x, goals.sum(1))[:, 0] for x in (zs, after, ahead))
+    target = then if args.td_target == "observed" else planned
+    target = rows["reward"] + args.gamma * goes_on * target + rows["shift"]
+    seen = (own - rows["next_own"]).square().sum(1)
+    seen = seen + (views - rows["next_views"]).square().sum((1, 2))
+    apart = [(x - y).square().sum(-1) for x, y in zip(ahead, after)]
+    value = (now - target.detach()).square() * rows["valued"]
+    terms = {
+        "observation": seen * goes_on + (plays_on - goes_on).square(),
+        "reward": (reward - rows["reward"]).square(),
+        "value": value + (planned - then.detach()).square() * goes_on,
+        "consistency": (apart[0] + apart[1].sum(1)) * goes_on,
+    }
+    terms = {name: term.mean() for name, term in terms.items()}
+    loss = sum(MODEL_COEFS[name] * term for name, term in terms.items())
+    return loss, {f"model/{name}": term for name, term in terms.items()}
 
 
-def centred(q_plan: Tensor, mask: Tensor) -> Tensor:
-    """`q_plan` [.., A] less its mean over the legal actions of bool `mask` [.., A]; 0 for the others."""
-    return (q_plan - (q_plan * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)) * mask
-
-
-def root_mean_square(q_plan: Tensor, mask: Tensor) -> Tensor:
-    """Root mean square of centred `q_plan` [.., A], over legal actions where there is a choice."""
-    choice = mask.sum(-1) > 1
-    squares = centred(q_plan, mask)[choice].square().sum()
-    return (squares / mask[choice].sum().clamp(min=1)).sqrt().clamp(min=1e-3)
-
-
-class Decision(NamedTuple):
-    """What the policy of every seat saw, thought and did in one step of B games."""
-
-    action: Tensor  # int64 [B, N]
-    log_prob: Tensor  # float32 [B, N] of the action, under the policy that acted
-    value: Tensor  # float32 [B, N] of returns times reward_scale
-    own: Tensor  # float32 [B, N, X]
-    others: Tensor  # float32 [B, N, N-1, Y]
-    goal: Tensor  # float32 [B, N, Z] inferred of every seat
-    mask: Tensor  # bool [B, N, A]
-    q_plan: Tensor  # float32 [B, N, A] the planner's scores of legal actions; 0 where it did not run
-    offset: Tensor  # float32 [B, N, A] beta * (q_plan - its mean over legal actions): the planner in the logits
-    prior: Tensor  # float32 [B, N, A] log pi_theta, without the offset
-
-
-# method: the model's options
-PLAYED = """plan_update plan_beta plan_samples plan_depth plan_company
-    plan_greedy""".split()  # options that may change when an agent is played
-
-
-# method: plans in a latent model
+# ---- Agent and planner ---------------------------------------------------------------------------
 class Agent(nn.Module):
-    """The learned player, for every seat of B games at once: policy, value, MOA, and what chooses with them."""
+    """The learned player: its networks."""
 
-    # method: a latent model in place of a transition network
-    def __init__(self, game: GridGame, args: Args):
+    def __init__(self, game, args):
         super().__init__()
-        self.game, self.args, self.relative = game, args, RelativeFeatures(game)
-        company = args.plan_company
-        if company != "moa" and company.removesuffix("-noisy") not in SCRIPTED_OF[game.family]:
-            raise UsageError(f"--plan-company must be moa or a scripted kind of {game.family}, not {company!r}")
-        own, hidden, actions = self.relative.own_size, args.hidden_size, game.num_actions
-        self.moa = MOA(self.relative, args.moa_hidden_size, args.goal_size, args.goal)
-        other, goal = self.relative.other_size + self.moa.goal_size, self.moa.goal_size
-        self.actor = RelativeNetwork(own, other, goal, actions, hidden, 0.01)
-        self.critic = RelativeNetwork(own, other, goal, 1, hidden, 1.0)
-        self.model = LatentModel(self.relative, args.latent_size, hidden)
-        self.register_buffer("plan_slope", torch.tensor(0.0))  # running regression of (return - V) on Q_plan
-        self.register_buffer("plan_rms", torch.tensor(0.1))  # running root mean square of centred Q_plan
-        self.plan_mode, self.timer = args.plan_update, Timer(False)  # the mode is "none" after --plan-until
+        self.game = game
+        self.args = args
+        self.moa = MOA(game, args)
+        goal = self.moa.goal_size
+        other = game.other_size + goal
+        actions = game.num_actions
+        self.actor = PlayerNetwork(game.own_size, other, goal, actions, args.hidden_size)
+        self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
+        self.model = LatentModel(game, goal, LATENT_SIZE)  # ours: the planner's
+        self.exact = False  # what it plans with is learnt
+        self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
+        self.plan_mode = args.plan_update  # "none" after --plan-until
         self.to(game.device)
 
-    @property
-    def uses_moa(self) -> bool:
-        """Whether anything reads the MOA: its goals, or the co-players' actions that it predicts."""
-        return self.args.goal == "inferred" or self.args.plan_update != "none"
+    def inputs(self, views, goals):
+        """What policy and value read beside own features: the co-players' with their goals
+        [B, N, N-1, Y + Z], and the sum of these goals [B, N, Z]."""
+        theirs = goals[:, self.game.others]
+        return cat([views, theirs], -1), theirs.sum(-2)
 
-    # method: greedy, too
-    @property
-    def plan_beta(self) -> Tensor:
-        """What multiplies centred q_plan: `--plan-beta` over its root mean square, times the slope clipped to 0..1;
-        with `--plan-greedy` so much that the best score wins."""
-        if self.args.plan_greedy:
-            return torch.full_like(self.plan_rms, 1e6)
-        return self.args.plan_beta * self.plan_slope.clamp(0.0, 1.0) / self.plan_rms
 
-    # method: the latent model turns as well
-    def on_game(self, env_id: str) -> GridGame:
-        """Turns to another game of the same family: no network depends on sizes or counts. Raises UsageError."""
-        game = GridGame(env_id, self.game.device)
-        if game.family != self.game.family:
-            raise UsageError(f"the checkpoint was trained on {self.game.id}; it cannot play {game.id}")
-        self.game, self.relative = game, RelativeFeatures(game)
-        self.moa.relative = self.model.relative = self.relative
-        return game
+class Player:
+    """An agent that plays B games, with the MOA's memory of the running matches."""
 
-    def turn_planner(self, mode: str) -> None:
-        """Sets the planner's mode, to play. One that was off is trusted (slope 1), and the root mean square of its
-        scores is measured in 16 games that pi_theta plays with itself."""
-        was, self.plan_mode = self.plan_mode, mode
-        if mode == "none" or was != "none":
-            return
-        self.plan_mode = "offset"
-        self.plan_slope.fill_(1.0)
-        self.plan_rms.fill_(1e9)  # the scores are looked at, and do not count
-        game, generator, seen = self.game, Generator(self.game.device).manual_seed(0), []
-        state, memory = game.initial_state(16, generator), self.moa.initial_memory(16)
-        for _ in range(game.horizon):
-            mask, every = game.action_mask(state), torch.ones_like(state.players, dtype=torch.bool)
-            decision = self.act(state, mask, memory, every, generator, None)
-            after, _, terminated, truncated = game.step(state, decision.action)
-            memory = self.remember(memory, state, decision.action, *[terminated | truncated] * 2)
-            state = after.replaced(terminated | truncated, game.initial_state(16, generator))
-            seen.append((decision.q_plan, mask))
-        self.plan_mode = mode
-        self.plan_rms.copy_(root_mean_square(*(torch.stack(x) for x in zip(*seen, strict=True))))
+    def __init__(self, agent, batch):
+        self.agent = agent
+        shape = (batch, agent.game.num_players, 2, agent.moa.memory_size)
+        self.memory = torch.zeros(shape).to(agent.game.device)
 
-    @torch.no_grad()
-    def remember(self, memory: Memory, state: GameState, actions: Tensor, ended: Tensor, match_ended: Tensor) -> Memory:
-        """The memory after `actions` [B, N] in `state`; emptied where the episode or the match ended (bool [B])."""
-        if self.args.goal != "inferred":
-            return memory
-        step = self.moa.features(self.moa.seen(*self.relative(state)), actions, state.players >= 0)
-        clear = [which.view(-1, 1, 1) for which in (match_ended, ended)]
-        return Memory(*((total + step).masked_fill(c, 0.0) for total, c in zip(memory, clear, strict=True)))
+    def infer(self, state, co_players):
+        """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; of every seat the goal [B, N, Z]
+        and how sure it is, as MOA.encode has them."""
+        agent = self.agent
+        own, others = agent.game.features(state)
+        if agent.args.goal == "inferred":
+            return own, others, *agent.moa.encode(self.memory, own, others)
+        goals = own.new_zeros(*own.shape[:2], agent.moa.goal_size)
+        if agent.args.goal == "oracle":
+            goals = agent.game.oracle(state, *co_players.scripted())
+        return own, others, goals, zeros_like(goals) - 30.0
 
-    def infer(self, memory: Memory, own: Tensor, others: Tensor, oracle: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation [B, N, Z] of every seat's goal: inferred, zero, or the truth `oracle`."""
-        if self.args.goal == "inferred":
-            return self.moa.encode(memory, self.moa.seen(own, others))
-        goal = own.new_zeros(*own.shape[:2], self.moa.goal_size) if oracle is None else oracle
-        return goal, torch.full_like(goal, -30.0)
-
-    def with_goals(self, others: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-        """Co-players' features with their goals [.., N, N-1, Y + Z], and the goals' sum over co-players [.., N, Z]."""
-        theirs = goal[..., self.relative.others, :]
-        return torch.cat([others, theirs], -1), theirs.sum(-2)
-
-    @torch.no_grad()
-    def value(self, state: GameState, memory: Memory, oracle: Tensor | None) -> Tensor:
+    def value(self, state, co_players):
         """V [B, N] of every seat."""
-        own, others = self.relative(state)
-        return self.critic(own, *self.with_goals(others, self.infer(memory, own, others, oracle)[0])).squeeze(-1)
+        own, views, goals, _ = self.infer(state, co_players)
+        return self.agent.critic(own, *self.agent.inputs(views, goals)).squeeze(-1)
 
-    # method: the planner scores in the latent model
-    @torch.no_grad()
-    def act(self, state: GameState, mask, memory: Memory, seats, generator, oracle: Tensor | None) -> Decision:
-        """A Decision for every seat of `state`; the planner runs only where bool `seats` [B, N] is True. bool `mask`
-        [B, N, A] has the legal actions; `memory` is this agent's; `oracle` [B, N, Z] is for `--goal oracle`."""
-        with self.timer("goal inference"):
-            own, others = self.relative(state)
-            goal, log_std = self.infer(memory, own, others, oracle)
-        with self.timer("policy and value"):
-            joined, total = self.with_goals(others, goal)
-            prior = masked(self.actor(own, joined, total), mask).log_softmax(-1)
-            value = self.critic(own, joined, total).squeeze(-1)
-        q_plan = torch.zeros_like(prior)
-        if self.plan_mode != "none":
-            with self.timer("planner"):
-                games, seat = (seats & (state.players >= 0) & (mask.sum(-1) > 1)).nonzero(as_tuple=True)  # D decisions
-                with self.timer("MOA sampling"):
-                    if self.args.plan_company == "moa":
-                        joint = self.sample_joint_actions(own, others, goal, log_std, mask, generator)
-                    else:
-                        joint = self.rule_actions(state, mask, self.args.plan_samples, generator)
-                latent = self.model.encode(state, own, others)
-                q_plan[games, seat] = self.score_latent(latent, mask, goal, joint, games, seat, generator)
-        offset = self.plan_beta * centred(q_plan, mask)
-        policy = masked(offset if self.plan_mode == "hop" else prior + offset, mask).log_softmax(-1)
-        action = sample(policy, generator)
-        log_prob = policy.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        return Decision(action, log_prob, value, own, others, goal, mask, q_plan, offset, prior)
+    def act(self, state, mask, seats, co_players):
+        """What every seat sees, thinks and does, by name; what counts is that of the learner's
+        `seats`, bool [B, N]."""
+        agent = self.agent
+        alive = agent.game.alive(state)
+        with record_function("goal inference"):
+            seen = self.infer(state, co_players)
+            own, views, goals, _ = seen
+        with record_function("policy and value"):
+            others, goal = agent.inputs(views, goals)
+            value = agent.critic(own, others, goal).squeeze(-1)
+            prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
+        q_plan = zeros_like(prior)
+        offset = q_plan
+        if agent.plan_mode != "none":
+            with record_function("planner"):
+                chosen = (seats & alive).nonzero(as_tuple=True)  # games and seats of D decisions
+                q_plan[chosen] = scores(agent, state, seen, chosen, co_players.generator)
+                mean = (q_plan * mask).sum(-1, True) / mask.sum(-1, True)
+                slope = agent.plan_slope.clamp(0.0, 1.0)
+                offset = agent.args.plan_beta * slope * (q_plan - mean) * mask
+        logits = offset if agent.plan_mode == "hop" else prior + offset
+        policy = masked(logits, mask).log_softmax(-1)
+        action = sample(policy, co_players.generator)
+        self.decision = {
+            "action": action,  # int64 [B, N]
+            "log_prob": pick(policy, action),  # [B, N] under the policy that acts
+            "value": value,  # [B, N] of returns times reward_scale
+            "own": own,  # [B, N, X]
+            "views": views,  # [B, N, N-1, Y] co-players' features
+            "others": others,  # [B, N, N-1, Y + Z] these and their goals
+            "goals": goals,  # [B, N, Z] of every seat
+            "goal": goal,  # [B, N, Z] sum of the co-players'
+            "mask": mask,  # bool [B, N, A]
+            "alive": alive,  # bool [B, N]
+            "q_plan": q_plan,  # [B, N, A]; 0 where the planner did not run
+            "expected": (policy.exp() * q_plan).sum(-1),  # [B, N] of the policy that acts
+            "offset": offset,  # [B, N, A] the planner in the logits
+            "prior": prior,  # [B, N, A] log pi_theta
+        }
+        return self.decision
 
-    def sample_goals(self, goal: Tensor, log_std: Tensor, samples: int, generator: Generator) -> Tensor:
-        """float32 [B, N, K, Z]: K draws of every seat's z ~ q, whose mean is `goal`."""
-        shape = (*goal.shape[:2], samples, goal.shape[2])
-        noise = torch.randn(shape, generator=generator, device=goal.device)
-        return goal.unsqueeze(2) + noise * log_std.exp().unsqueeze(2)
+    def remember(self, actions):
+        """Adds the step of the last decision, in which `actions` [B, N] were played."""
+        if self.agent.args.goal == "inferred":
+            own, views, alive = map(self.decision.get, "own views alive".split())
+            step = self.agent.moa.step_features(own, views, actions, alive)
+            self.memory = self.memory + step[:, :, None]
 
-    def sample_joint_actions(self, own, others, goal, log_std, mask, generator) -> Tensor:
-        """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat. One set of samples serves every
-        own action (common random numbers) and every observer, since what is inferred of j is the same for all."""
-        goals = self.sample_goals(goal, log_std, self.args.plan_samples, generator)
-        return sample(masked(self.moa.decoder(own, others, goals), mask.unsqueeze(2)), generator).transpose(1, 2)
-
-    def chunks(self, count: int) -> tuple[Tensor, ...]:
-        """Indices 0..count-1 of rows of K samples, in parts: on a CPU few enough at a time to stay in its cache."""
-        size = max(1, 4096 // self.args.plan_samples) if self.game.device.type == "cpu" else max(1, count)
-        return torch.arange(count, device=self.game.device).split(size)
-
-    def rule_actions(self, state: GameState, mask: Tensor, samples: int, generator: Generator) -> Tensor:
-        """int64 [B, K, N]: K draws of what every seat would play by the rule of `--plan-company`."""
-        rows = torch.arange(len(mask), device=mask.device).repeat_interleave(samples)
-        state, mask = state.rows(rows), mask[rows]
-        kind = torch.full_like(state.players, SCRIPTED.index(self.args.plan_company.removesuffix("-noisy")))
-        noisy = torch.full_like(kind, self.args.plan_company.endswith("-noisy"), dtype=torch.bool)
-        target = torch.full_like(kind, -1)
-        return scripted_actions(self.game, state, mask, kind, noisy, target, generator)[0].unflatten(0, (-1, samples))
-
-    def score_latent(self, latent: Latent, mask, goal, joint, games, seat, generator) -> Tensor:
-        """[D, A]: mean over the K joint actions of r_hat + gamma V(f(zs, a_i, a_-i)), all in the latent model; `latent`
-        [B, N, ..]. What depends on the own action or on the sampled ones alone is computed once for each."""
-        model, here = self.model, latent.at(games, seat)
-        slots = self.relative.others[seat]  # [D, N-1]
-        mine, own_items, theirs, message = model.parts(here)
-        taken = joint[games].gather(2, slots.unsqueeze(1).expand(-1, joint.shape[1], -1))  # [D, K, N-1]
-        first, others, heard = model.company(theirs, message, taken)
-        shift = model.shift.weight.T + model.shift.bias  # [A, H / 2]
-        goal = goal[games.unsqueeze(1), torch.cat([seat.unsqueeze(1), slots], 1)]  # [D, N, Z] own first
-        which, action = mask[games, seat].nonzero(as_tuple=True)  # P legal (decision, action) pairs
-        scores = mask.new_zeros(len(games), self.game.num_actions, dtype=heard.dtype)
-        for p in self.chunks(len(which)):
-            d, a = which[p], action[p]
-            inputs = mine[d, a].unsqueeze(1) + first[d], others[d] + shift[a][:, None, None], heard[d]
-            following, reward = model.outcome(here.at(d, None), *inputs[:2], inputs[2] + own_items[d, a].unsqueeze(1))
-            value = self.look_ahead(following, goal[d].unsqueeze(1), self.args.plan_depth - 1, generator)
-            scores[d, a] = (reward + self.args.gamma * value).mean(1)
-        return scores
-
-    def look_ahead(self, latent: Latent, goal: Tensor, depth: int, generator: Generator) -> Tensor:
-        """[P, K]: value of the latents [P, K, ..] after `depth` further steps, 0 where the game is over: the best own
-        action among those legal in what dec(zs) shows, against co-players' actions predicted there: one draw for each
-        latent, known before the choice (an optimistic E[max]), at the mean goals `goal` [P, 1, N, Z], own first (the
-        first step draws them). Latents roll on; cells are decoded to predict actions and to see which are legal."""
-        model, goes_on = self.model, self.model.goes_on(latent)
-        if depth == 0:
-            return goes_on * model.value(latent)
-        shape = latent.own.shape[:2]
-        flat = Latent(*(token.flatten(0, 1) for token in latent))
-        state = self.decoded(flat)
-        mask, (own, others) = self.game.action_mask(state), self.relative(state)
-        if self.args.plan_company == "moa":
-            logits = self.moa.decoder(own, others, goal.expand(*shape, -1, -1).flatten(0, 1))
-            actions = sample(masked(logits, mask), generator)
-        else:
-            actions = self.rule_actions(state, mask, 1, generator).squeeze(1)
-        scores = []
-        for action in range(self.game.num_actions):
-            following, reward = model(flat, torch.full_like(actions[:, 0], action), actions[:, 1:])
-            following = Latent(*(token.unflatten(0, shape) for token in following))
-            value = self.look_ahead(following, goal, depth - 1, generator)
-            scores.append(reward.unflatten(0, shape) + self.args.gamma * value)
-        return goes_on * masked(torch.stack(scores, -1), mask[:, 0].unflatten(0, shape)).amax(-1)
-
-    def decoded(self, latent: Latent) -> GameState:
-        """The state of R games, the own seat first, that dec(zs) shows of zs [R, ..]."""
-        view, horizon = self.model.decode(latent), self.game.horizon
-        done, left = (view.own[:, 5:] * horizon).round().long().clamp(0, horizon).unbind(1)
-        early = horizon - done - left  # steps that the game ends before the horizon; off by one or two without a hunt
-        hunted = (early > 3) | ((early > 0) & (left <= COUNTDOWN))
-        first_hunt = torch.where(hunted & (self.game.family == "msh"), done + left.clamp(max=COUNTDOWN) - COUNTDOWN, 0)
-        first_hunt = first_hunt.clamp(min=0)
-        return GameState(*self.model.cells(view), done, first_hunt)
+    def forget(self, ended, match_ended):
+        """Empties the memory of episodes and of matches that ended, bool [B]."""
+        over = stack([match_ended, ended], 1)
+        self.memory = self.memory.masked_fill(over[:, None, :, None], 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Buffer
-# ---------------------------------------------------------------------------------------------------------------------
-class MatchBatch(NamedTuple):
-    """S matches of L steps for the MOA."""
-
-    state: GameState  # of S * L games
-    actions: Tensor  # int64 [S, L, N]
-    active: Tensor  # bool [S, L, N] the step is within the match and the player has not left
-    start: Tensor  # int64 [S, L] index of the first step of the same episode
-    subgoal: Tensor  # int64 [S, L, N] item of the next successful interaction, M for none
-    weight: Tensor  # float32 [S, L, N] what the rule of collection gives the step's loss
-    oracle: Tensor | None  # float32 [S, L, N, Zo] true goals
+def gaussian(mean, log_std, generator):
+    """float32 [..]: draws by reparametrisation."""
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return mean + log_std.exp() * noise
 
 
-class MOABuffer:
-    """Whole episodes, match by match, for the MOA; and the running matches of B games, from which memories are
-    rebuilt. Rules of collection (`--moa-buffer`), each for a player's episode: `all` keeps every one; `positive`
-    those with reward > 0, as the original does; `balanced` keeps every one, and weighs its steps by how rare its class
-    of outcome is (nothing taken, an item of the first kind, of the second; for drifts: none, one, more), by at most a
-    factor `most`: each class has the same weight in episodes, and a longer episode has more steps of that weight. Those
-    that are not kept still serve as history of the others. A match in which none is kept is not stored."""
-
-    def __init__(self, game: GridGame, batch: int, capacity: int, match_episodes: int, rule: str, most: float = 4.0):
-        self.game, self.batch, self.capacity, self.episodes = game, batch, capacity, match_episodes
-        self.rule, self.most, self.stored = rule, most, 0  # matches ever stored
-        self.kept, self.offered = 0, 0  # players' episodes ever kept, and ever played
-        n, length = game.num_players, match_episodes * game.horizon
-        shapes = {"script": (n,), "length": (), "born": (), "episode_reward": (match_episodes, n)}
-        shapes["taken"] = (match_episodes, n, 2)  # items of the first kind, and of the other
-        shapes |= dict.fromkeys(("players", "actions", "subgoal", "target"), (length, n))
-        shapes |= {**dict.fromkeys(("time", "first_hunt", "episode"), (length,)), "items": (length, game.num_items)}
-        wide = {"length": torch.int64, "born": torch.int64, "episode_reward": torch.float32}
-        rows = batch + capacity  # the first B rows hold the running matches, the others a ring of ended ones
-        zeros = {name: torch.zeros(rows, *shape, device=game.device) for name, shape in shapes.items()}
-        self.data = {name: zero.to(wide.get(name, torch.int16)) for name, zero in zeros.items()}
-
-    def add(self, state: GameState, actions: Tensor, co_players: CoPlayers, reward: Tensor, after: GameState):
-        """Takes one step of the B running matches; call before `co_players.observe`."""
-        data, games, episode = self.data, torch.arange(self.batch, device=self.game.device), co_players.episode
-        wins = self.game.hits(state, actions) & (after.items < 0).unsqueeze(1)  # [B, N, M]
-        subgoal, first = torch.where(wins.any(2), wins.int().argmax(2), -1), (wins & (self.game.item_kind == 0)).sum(2)
-        values = {**state._asdict(), "actions": actions, "episode": episode, "subgoal": subgoal}
-        for name, value in {**values, "target": co_players.target}.items():
-            data[name][games, data["length"][games]] = value.short()
-        data["script"][games] = (co_players.script + len(SCRIPTED) * co_players.noisy)[co_players.kind].short()
-        data["episode_reward"][games, episode] += reward
-        data["taken"][games, episode] += torch.stack([first, wins.sum(2) - first], 2).short()
-        data["length"][games] += 1
-
-    def end(self, ended: Tensor, step: int) -> None:
-        """Stores the running matches of bool [B] `ended`, played until game step `step`, by the rule of collection."""
-        data, rows = self.data, ended.nonzero(as_tuple=True)[0]
-        keep = self.keep(rows).flatten(1)
-        kept = rows[keep.any(1)][-self.capacity :]
-        self.offered, self.kept = self.offered + keep.numel(), self.kept + int(keep.sum())
-        if len(kept):
-            slots = self.batch + (self.stored + torch.arange(len(kept), device=rows.device)) % self.capacity
-            self.stored += len(kept)
-            data["born"][kept] = step
-            for value in data.values():
-                value[slots] = value[kept]
-            # the next successful interaction at or after each step, if it lies in the same episode
-            event, episode = data["subgoal"][slots], data["episode"][slots].unsqueeze(2)
-            steps = torch.arange(event.shape[1], device=rows.device).view(1, -1, 1)
-            live = (event >= 0) & (steps < data["length"][slots].view(-1, 1, 1))
-            coming = torch.where(live, steps, event.shape[1]).flip(1).cummin(1).values.flip(1)
-            at = coming.clamp(max=event.shape[1] - 1)
-            same = (coming == at) & (episode.expand_as(event).gather(1, at) == episode)
-            data["subgoal"][slots] = torch.where(same, event.gather(1, at), self.game.num_items).short()
-        for name in ("length", "episode_reward", "taken"):
-            data[name][rows] = 0
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """bool [rows, episodes, N]: which players' episodes the rule keeps."""
-        return (self.data["episode_reward"][rows] > 0) | (self.rule != "positive")
-
-    def weights(self, rows: Tensor) -> Tensor:
-        """float32 [rows, episodes, N]: the weight of each player's episode in the loss."""
-        if self.rule != "balanced":
-            return self.keep(rows).float()
-        held = self.batch + torch.arange(len(self), device=rows.device)
-        count = torch.bincount(self.outcome(held).flatten(), minlength=3).float()
-        weight = (count.sum() / ((count > 0).sum() * count.clamp(min=1))).clamp(max=self.most)
-        return weight[self.outcome(rows)]
-
-    def outcome(self, rows: Tensor) -> Tensor:
-        """int64 [rows, episodes, N] in 0..2: class of the outcome of each player's episode."""
-        first, other = self.data["taken"][rows].long().unbind(-1)
-        return torch.where(first > 0, 1, 2 * (other > 0)) if self.game.family == "msh" else first.clamp(max=2)
-
-    def __len__(self) -> int:
-        return min(self.stored, self.capacity)
-
-    def statistics(self, step: int) -> dict[str, float]:
-        """Fill (players' episodes held, of what would fit), their share of those played, mean age in game steps."""
-        held = self.batch + torch.arange(len(self), device=self.game.device)
-        fill = float(self.keep(held).sum()) / (self.capacity * self.episodes * self.game.num_players)
-        age = float((step - self.data["born"][held].float()).mean()) if len(self) else 0.0
-        return {"moa/buffer_fill": fill, "moa/buffer_kept": self.kept / max(1, self.offered), "moa/buffer_age": age}
-
-    def sample(self, matches: int, relative: RelativeFeatures, oracle: bool, generator: Generator) -> MatchBatch:
-        """`matches` ended matches, uniformly, with replacement."""
-        rows = torch.randint(len(self), (matches,), generator=generator, device=self.game.device)
-        return self.batch_of(self.batch + rows, relative, oracle)
-
-    def batch_of(self, rows: Tensor, relative: RelativeFeatures, oracle: bool = False) -> MatchBatch:
-        """The matches at `rows`, cut to the longest of them."""
-        data, length, goals = self.data, self.data["length"][rows], None
-        most = max(1, int(length.max()))
-        part = {k: data[k][rows, :most].long() for k in (*GameState._fields, "actions", "episode", "subgoal", "target")}
-        state = GameState(*(part[k].flatten(0, 1) for k in GameState._fields))
-        steps = torch.arange(most, device=rows.device)
-        active = (steps < length.unsqueeze(1)).unsqueeze(2) & (part["players"] >= 0)
-        start = torch.where(part["time"] == 0, steps, 0).cummax(1).values
-        weight = self.weights(rows).gather(1, part["episode"].unsqueeze(2).expand_as(active)) * active
-        if oracle:
-            script = data["script"][rows].long().unsqueeze(1).expand_as(active).flatten(0, 1)
-            known = torch.where(script < 0, -1, script % len(SCRIPTED))
-            goals = true_goals(relative, state, known, script >= len(SCRIPTED), part["target"].flatten(0, 1))
-            goals = goals.unflatten(0, (-1, most))
-        return MatchBatch(state, part["actions"], active, start, part["subgoal"], weight, goals)
-
-    @torch.no_grad()
-    def memory(self, moa: MOA, episode: Tensor) -> Memory:
-        """The memory of the B running matches, in their `episode` [B], under the present parameters of `moa`."""
-        parts = []
-        for rows in torch.arange(self.batch, device=self.game.device).split(64):  # all at once can take gigabytes
-            batch = self.batch_of(rows, moa.relative)
-            own, others = moa.relative(batch.state)
-            step = moa.features(moa.seen(own, others), batch.actions.flatten(0, 1), batch.active.flatten(0, 1))
-            step = step.unflatten(0, batch.start.shape)  # [rows, L, N, E + 1]
-            running = self.data["episode"][rows, : step.shape[1]] == episode[rows].unsqueeze(1)
-            parts.append((step.sum(1), (step * running[..., None, None]).sum(1)))
-        return Memory(*(torch.cat(part) for part in zip(*parts, strict=True)))
+def rule_actions(agent, state, generator):
+    """As sample_joint_actions, by the scripted kind --co-player-model at every seat."""
+    game = agent.game
+    copies = type(state)(*(x.repeat_interleave(agent.args.plan_samples, 0) for x in state))
+    mask = game.action_mask(copies)
+    zero = zeros_like(mask[..., 0]).long()
+    kind = zero + [*game.kinds].index(agent.args.co_player_model)
+    actions, _ = game.scripted_actions(copies, mask, kind, zero > 0, zero - 1, generator)
+    return actions.unflatten(0, (-1, agent.args.plan_samples))
 
 
-STORED = {  # what a data set holds of T steps of B games: dtype and shape of each entry besides [T, B]
-    "players": ("int16", "N"),  # o: cells of the players, -1 left
-    "items": ("int16", "M"),  # cells of the items, -1 gone
-    "time": ("int16", ""),  # steps done
-    "first_hunt": ("int16", ""),  # step of the first hunt
-    "actions": ("int16", "N"),  # a_i of every seat
-    "reward": ("float32", "N"),  # r of every seat
-    "next_players": ("int16", "N"),  # o': the same after the step, also where the game ended in it
-    "next_items": ("int16", "M"),
-    "next_first_hunt": ("int16", ""),
-    "done": ("bool", "N"),  # the player left, or the game terminated; not when it was truncated
-    "episode": ("int16", ""),  # number of the episode within its match
-    "match_ended": ("bool", ""),  # the step was the match's last
-    "kind": ("int16", "N"),  # behaviour at each seat, an index into the header's "kinds"; not learnt from
-}
-LEARNT_FROM = tuple(STORED)[:10]  # what the latent model learns from
+def sample_joint_actions(agent, mask, seen, generator):
+    """int64 [B, K, N]: z_j ~ q, then a_j ~ pi_hat(. | o_j, t, z_j) for every seat, as `seen` by
+    Player.infer. One set of samples serves every own action (common random numbers) and every
+    observer, since what is inferred of j is the same for all."""
+    own, views, mean, log_std = (x[:, :, None] for x in seen)
+    goals = gaussian(mean.expand(-1, -1, agent.args.plan_samples, -1), log_std, generator)
+    logits = agent.moa.decoder(own, views, goals)
+    return sample(masked(logits, mask[:, :, None]), generator).transpose(1, 2)
 
 
-def transition_of(state: GameState, actions, reward, after: GameState, terminated: Tensor) -> dict[str, Tensor]:
-    """One step of B games as the first ten entries of STORED [B, ..]: all that its N transitions (o, a_i, a_-i, r, o',
-    done) are made of, in cells rather than planes."""
-    changed = {f"next_{name}": getattr(after, name) for name in ("players", "items", "first_hunt")}
-    values = {**state._asdict(), "actions": actions, "reward": reward, **changed}
-    values["done"] = terminated.unsqueeze(1) | (after.players < 0)
-    return {name: values[name].to(getattr(torch, STORED[name][0])) for name in LEARNT_FROM}
+def outcome(model, own, others, other_actions, action):
+    """Reward [..] and next value [..] that the latent model predicts, from own features [.., X],
+    co-players' [.., N-1, Y + Z] and actions [.., N-1], and the own action [..]."""
+    # ours: by zs
+    *ahead, reward = model(*model.encode(own, others), action, other_actions)
+    plays_on = model.decode(*ahead)[2].clamp(0.0, 1.0)
+    value = model.value(*ahead, others[..., model.other_size :].sum(-2)).squeeze(-1)
+    return reward, plays_on * value
 
 
-def states_of(data: dict[str, Tensor]) -> tuple[GameState, GameState]:
-    """The states before and after the steps in `data` [G, ..]."""
-    before = [data[name].long() for name in GameState._fields]
-    after = [data["next_players"].long(), data["next_items"].long(), before[2] + 1, data["next_first_hunt"].long()]
-    return GameState(*before), GameState(*after)
+def scores(agent, state, seen, chosen, generator):
+    """[D, A]: mean over K joint actions of r + gamma V', for every own action, of D decisions: the
+    games and seats `chosen`, of which Player.infer has `seen` this."""
+    own, views, goals, _ = seen
+    games, seats = chosen
+    if agent.args.co_player_model == "moa":
+        joint = sample_joint_actions(agent, agent.game.action_mask(state), seen, generator)
+    else:  # ours: a rule
+        joint = rule_actions(agent, state, generator)
+    joint = joint[games[:, None], :, agent.game.others[seats]].transpose(1, 2)  # [D, K, N-1]
+    others, _ = agent.inputs(views, goals)
+    seen = (x[chosen][:, None, None] for x in (own, others))
+    actions = arange(agent.game.num_actions, device=own.device)
+    reward, value = outcome(agent.model, *seen, joint[:, :, None], actions)
+    return (reward + agent.args.gamma * value).mean(1)
 
 
-Seats = collections.namedtuple("Seats", "episode target script noisy kind")  # of a CoPlayers, what MOABuffer.add reads
+def calibration(rows):
+    """Slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how far the planner is to be
+    trusted."""
+    gain = pick(rows["q_plan"], rows["action"]) - rows["expected"]
+    return (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
 
 
-def save_dataset(path: str | Path, header: dict, data: dict[str, Tensor]) -> None:
-    """Writes `data` (STORED, [T, B, ..]) and `header` (JSON) as a compressed npz, without pickles; replaces `path`."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, header=np.array(json.dumps(header)), **{k: v.cpu().numpy() for k, v in data.items()})
-    temporary.replace(path)
+RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
+REPLAY = 16_384  # latest transitions that are learnt from
+MODEL_LEARNING_RATE = 5e-3  # at the start
+MODEL_UPDATES = 32  # minibatches an iteration
+MODEL_BATCH = 1024  # rows of each, a quarter of them from the reservoir
+# ours: more of each
+TRANSITION = """own others other_actions action reward shift valued terminated next_own
+    next_views""".split()
 
 
-def load_dataset(path: str | Path, game: GridGame) -> tuple[dict, dict[str, Tensor]]:
-    """Header and data [T, B, ..] of a file of `--collect`. Raises UsageError if it is none, or of another game."""
-    if not Path(path).is_file():
-        raise UsageError(f"no data set at {path}")
-    with refused(f"cannot read data set {path}"):
-        with np.load(path, allow_pickle=False) as file:
-            header, arrays = json.loads(str(file["header"])), {name: file[name] for name in STORED}
-        if header["format"] != "hop-plus transitions 1" or header["game"] != game.id:
-            raise UsageError(f"{path} has {header['format']} of {header['game']}, not of {game.id}")
-        steps, sizes = arrays["time"].shape, {"N": (game.num_players,), "M": (game.num_items,), "": ()}
-        lengths = {name: int(header[name]) for name in ("num_envs", "match_episodes")}
-        ranges = dict.fromkeys(("first_hunt", "next_first_hunt"), (0, game.horizon if game.family == "msh" else 0))
-        ranges |= {"reward": (-1e4, 1e4), "actions": (0, game.num_actions - 1), "time": (0, game.horizon - 1)}
-        ranges |= {"episode": (0, lengths["match_episodes"] - 1)}
-        for name, (dtype, size) in STORED.items():
-            low, high = ranges.get(name, (-1, 2**15))
-            high = game.num_cells - 1 if name.endswith(("players", "items")) else high
-            array, good = arrays[name], arrays[name].dtype == dtype and arrays[name].shape == (*steps, *sizes[size])
-            if not good or not array.size or not ((array >= low) & (array <= high)).all():
-                raise UsageError(f"{path}: {name} does not fit {game.id}")
-        if min(steps) < 1 or steps[0] < 10 or (arrays["kind"] >= len(header["kinds"])).any():
-            raise UsageError(f"{path}: fewer than 10 steps, or unknown behaviours")
-        data = {name: torch.from_numpy(array).to(game.device) for name, array in arrays.items()}
-        (state, after), episode, over = states_of(data), data["episode"], data["match_ended"]
-        new = state.time[1:] == 0  # [T-1, B] an episode ended
-        good = new | ((state.time[1:] == after.time[:-1]) & (state.first_hunt[1:] == after.first_hunt[:-1]))
-        good &= over[:-1] == new & (episode[:-1] == lengths["match_episodes"] - 1)
-        good &= episode[1:] == torch.where(over[:-1], 0, episode[:-1] + new)
-        hunts = (state.first_hunt <= state.time) & (game.clock(state)[:, 1] > 0) & (game.clock(after)[:, 1] >= 0)
-        if steps[1] != lengths["num_envs"] or not good.all() or not hunts.all():
-            raise UsageError(f"{path}: games, times, episodes and matches do not fit together")
-    return {**header, **lengths}, data
+def surprising(network, rows, reservoir, generator):
+    """The reservoir of transitions, by name [RESERVOIR, ..], with those in `rows` [R, ..] offered:
+    weighted by the squared error of the reward (A-Res, Efraimidis and Spirakis 2006). Joint hunts
+    are too rare at first to be learnt as they come."""
+    error = (outcome(network, *map(rows.get, TRANSITION[:4]))[0] - rows["reward"]).square() + 1e-9
+    key = uniform(error.shape, generator).clamp(min=1e-20).log() / error
+    pool = {k: cat([reservoir.get(k, new[:0]), new]) for k, new in {**rows, "key": key}.items()}
+    keep = pool["key"].topk(min(len(pool["key"]), RESERVOIR)).indices
+    return {name: value[keep] for name, value in pool.items()}
 
 
-def coverage(header: dict, data: dict[str, Tensor], game: GridGame) -> dict[str, float]:
-    """What the behaviours in `data` [T, B, ..] cover: seats' steps by kind, actions, cells visited, rewarded steps."""
-    here, kinds = data["players"] >= 0, header["kinds"]
-    shares = {f"data/{name}": data["kind"][here] == k for k, name in enumerate(kinds)}
-    shares |= {f"data/{name}": data["actions"][here] == k for k, name in enumerate(game.action_names)}
-    shares["data/rewarded"] = data["reward"][here] != 0
-    visited = len(data["players"][here].unique()) / game.num_cells
-    return {**{name: float(share.float().mean()) for name, share in shares.items()}, "data/cells_visited": visited}
+def model_batch(recent, reservoir, generator):
+    """Rows [MODEL_BATCH, ..] drawn from both; V does not learn from the reservoir's."""
+    few = MODEL_BATCH // 4
+    late = (uniform((MODEL_BATCH - few,), generator) * len(recent["reward"])).long()
+    early = (uniform((few,), generator) * len(reservoir["reward"])).long()
+    batch = {k: cat([recent[k][late], reservoir[k][early]]) for k in TRANSITION}
+    batch["valued"][-few:] = False
+    return batch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO
-# ---------------------------------------------------------------------------------------------------------------------
-def generalised_advantages(rewards, values, next_values, goes_on, gamma: float, gae_lambda: float) -> Tensor:
-    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments [T, B, N].
-    `next_values`: V of the player's next state; 0 where the player left or the game terminated; V of the final state if
-    it was truncated. bool `goes_on`: the next row continues the player's episode."""
+# ---- PPO -----------------------------------------------------------------------------------------
+def generalised_advantages(rewards, values, next_values, goes_on, gamma, gae_lambda):
+    """Advantages [T, B, N] of every player by itself (GAE, Schulman et al. 2016, eq. 16); arguments
+    [T, B, N]. `next_values`: V of the player's next state; 0 where it was terminated; V of the
+    final state if it was truncated. bool `goes_on`: the next row continues the player's episode."""
     advantages = rewards + gamma * next_values - values
     for t in reversed(range(len(advantages) - 1)):
         advantages[t] += gamma * gae_lambda * goes_on[t] * advantages[t + 1]
     return advantages
 
 
-def ppo_loss(actor, critic, rows, args: Args, ent_coef: Tensor, imitate: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a minibatch of R rows, and its terms [R]. Clipped PPO on the policy that acted: log pi_theta plus the
-    planner's stored offset, so that the ratio is exact. Where the planner acted alone, `imitate`: cross-entropy towards
-    its policy (HOP, Huang et al. 2024)."""
-    own, others, goal, mask, offset = (rows[name] for name in ("own", "others", "goal", "mask", "offset"))
-    prior = masked(actor(own, others, goal), mask)
+def ppo_loss(agent, rows, ent_coef):
+    """Loss of a minibatch [R, ..], and its terms. Clipped PPO on the policy that acted: log
+    pi_theta plus the planner's stored offset, so that the ratio is exact. Where the planner acts
+    alone: cross-entropy towards its policy (HOP, Huang et al. 2024)."""
+    args = agent.args
+    mask = rows["mask"]
+    inputs = (rows["own"], rows["others"], rows["goal"])
+    prior = masked(agent.actor(*inputs), mask)
+    offset = rows["offset"]
+    imitate = agent.plan_mode == "hop"
     log_policy = (prior if imitate else prior + offset).log_softmax(-1)
-    entropy = -(log_policy.exp() * log_policy).sum(-1)
-    terms = {"value": 0.5 * (critic(own, others, goal).squeeze(-1) - rows["return"]).square(), "entropy": entropy}
+    entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
+    value_loss = 0.5 * (agent.critic(*inputs).squeeze(-1) - rows["return"]).square().mean()
+    terms = {"losses/value": value_loss, "losses/entropy": entropy}
+    advantage = rows["advantage"]
+    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
     if imitate:
-        terms["policy"] = -(masked(offset, mask).softmax(-1) * log_policy).sum(-1)
+        policy_loss = -(masked(offset, mask).softmax(-1) * log_policy).sum(-1).mean()
+        entropy = 0.0
     else:
-        log_ratio = log_policy.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - rows["log_prob"]
-        ratio, advantage = log_ratio.exp(), rows["advantage"]
-        if args.norm_adv:
-            advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+        ratio = (pick(log_policy, rows["action"]) - rows["log_prob"]).exp()
         clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
-        terms["policy"] = -torch.minimum(advantage * ratio, advantage * clipped)
-        terms |= {"approx_kl": ratio - 1.0 - log_ratio, "clip_fraction": ((ratio - 1.0).abs() > args.clip_coef).float()}
-    loss = terms["policy"].mean() + args.vf_coef * terms["value"].mean()
-    return loss if imitate else loss - ent_coef * entropy.mean(), {name: term.detach() for name, term in terms.items()}
+        policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
+        terms["losses/approx_kl"] = (ratio - 1.0 - ratio.log()).mean()
+    terms["losses/policy"] = policy_loss
+    return policy_loss + args.vf_coef * value_loss - ent_coef * entropy, terms
 
 
-def minibatches(rows: dict[str, Tensor], epochs: int, parts: int, generator: Generator) -> Iterator[dict[str, Tensor]]:
-    """`epochs` passes over `rows` [R, ..], each in `parts` random parts."""
-    some = next(iter(rows.values()))
+LEARNT = """own others goal mask offset q_plan expected action log_prob advantage
+    return""".split()  # of a rollout, what PPO reads
+
+
+def minibatches(rows, epochs, parts, generator):
+    """`epochs` passes over `rows`, by name [R, ..], each in `parts` random parts."""
+    count = len(next(iter(rows.values())))
     for _ in range(epochs):
-        order = torch.randperm(len(some), generator=generator, device=some.device)
-        for index in filter(len, order.tensor_split(parts)):
-            yield {name: value.index_select(0, index) for name, value in rows.items()}
+        for index in uniform((count,), generator).argsort().tensor_split(parts):
+            if len(index):
+                yield {name: value.index_select(0, index) for name, value in rows.items()}
 
 
-# method: the replay of the latent model
-KEPT = {  # attributes in a checkpoint besides weights, games and matches
-    "trainer": ["returns", "recent", "surprising", "global_step", "iteration", "pretrained"],
-    "co_players": ["seat", "kind", "target", "episode"],
-    "buffer": ["stored", "kept", "offered"],
-}
-# method: collecting data
-FREE = """total_timesteps checkpoint_every capture_video save_model profile resume track compile wandb_project_name
-    wandb_entity exp_name evaluate eval_episodes collect dataset""".split()  # options that a resumed run may change
+def descend(optimizer, group, loss, max_norm, terms, sums):
+    """One step of the optimiser on its parameter group `group`, whose gradient is clipped; adds
+    `terms` to the lists `sums` by name."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[group]["params"], max_norm)
+    optimizer.step()
+    for name, term in terms.items():
+        sums[name].append(term.detach())
 
 
-# method: trains a latent model, online or from a file
-class Trainer:
-    """All that changes in a run: agent, optimisers, games, co-players, memories, buffer, generator, counters."""
-
-    # method: the latent model, its replay, and offline data
-    def __init__(self, args: Args):
-        if args.dataset:
-            raise UsageError("--dataset goes with --collect or --evaluate; a run learns from a file by --offline")
-        self.args, self.device = args, torch.device("cuda" if args.cuda else "cpu")
-        torch.manual_seed(args.seed)
-        self.game = game = GridGame(args.env_id, self.device)
-        self.generator = Generator(self.device).manual_seed(args.seed)
-        self.agent = agent = Agent(game, args)
-        nets = {"policy": nn.ModuleList([agent.actor, agent.critic]), "moa": agent.moa, "model": agent.model}
-        lr = {"policy": args.learning_rate, "moa": args.moa_learning_rate, "model": args.model_learning_rate}
-        self.optimizers = {k: torch.optim.Adam(net.parameters(), lr[k], eps=1e-5) for k, net in nets.items()}
-        pool = args.co_players.split(",")
-        self.co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, self.generator)
-        self.buffer = MOABuffer(game, args.num_envs, args.moa_capacity, args.match_episodes, args.moa_buffer)
-        self.state = game.initial_state(args.num_envs, self.generator)
-        self.memory = agent.moa.initial_memory(args.num_envs)
-        self.returns = torch.zeros(args.num_envs, game.num_players, device=self.device)  # of the running episodes
-        self.global_step, self.iteration, self.pretrained = 0, 0, 0
-        self.log: dict[str, list[float]] = collections.defaultdict(list)  # of the episodes that ended in this iteration
-        self.fresh: list[dict[str, Tensor]] = []  # transitions of the last rollout, a step of all games each
-        self.recent: dict[str, Tensor] = {}  # the last transitions, [rows, ..]
-        self.surprising: dict[str, Tensor] = {}  # transitions of the whole run that were predicted badly, [rows, ..]
-        if args.offline:
-            self.learn_from(args.offline)
-        self.ppo_loss = ppo_loss
-        hot = [(self, "ppo_loss"), (agent.critic, "head"), (agent.model, "outcome")]
-        for owner, name in [*hot, *((game, name) for name in ("step", "hits", "action_mask"))] if args.compile else []:
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=True))
-
-    # method: transitions are noted for the latent model
-    def rollout(self) -> dict[str, Tensor]:
-        """Plays `--num-steps` steps of every game, ended ones anew; fields of Decision and more, [T, B, N, ..]."""
-        args, game, agent, timer, co_players = self.args, self.game, self.agent, self.agent.timer, self.co_players
-        steps: list[dict[str, Tensor]] = []
-        self.fresh = []
-        if args.goal == "inferred" and not args.freeze_moa:
-            with timer("memory"):
-                self.memory = self.buffer.memory(agent.moa, co_players.episode)
-        for _ in range(args.num_steps):
-            state, learner, mask = self.state, co_players.learner, game.action_mask(self.state)
-            with timer("co-players"):
-                actions = co_players.act(state, mask)
-            with timer("compute_action"):
-                oracle = co_players.oracle(agent, state)
-                decision = agent.act(state, mask, self.memory, learner, self.generator, oracle)
-            actions = torch.where(learner, decision.action, actions)
-            with timer("game"):
-                after, reward, terminated, truncated = game.step(state, actions)
-            ended, here, stays = terminated | truncated, state.players >= 0, after.players >= 0
-            self.fresh.append(transition_of(state, actions, reward, after, terminated))
-            match_ended, final_value = ended & (co_players.episode + 1 >= args.match_episodes), torch.zeros_like(reward)
-            if truncated.any():
-                with timer("compute_action"):
-                    memory = agent.remember(self.memory, state, actions, *[torch.zeros_like(ended)] * 2)
-                    oracle = co_players.oracle(agent, after)
-                    final_value = agent.value(after, memory, oracle) * (truncated.unsqueeze(1) & stays)
-            with timer("memory"):
-                self.memory = agent.remember(self.memory, state, actions, ended, match_ended)
-            if agent.uses_moa:
-                with timer("MOA buffer"):
-                    self.buffer.add(state, actions, co_players, reward, after)
-                    self.buffer.end(match_ended, self.global_step + self.pretrained)
-            mixed = (1.0 - args.prosocial) * reward + args.prosocial * reward.mean(1, keepdim=True)
-            fields = {**decision._asdict(), "action": actions, "other_actions": actions[:, agent.relative.others]}
-            fields |= {"reward": mixed * args.reward_scale, "goes_on": stays & ~ended.unsqueeze(1), "active": here}
-            steps.append({**fields, "learner": learner & here, "final_value": final_value})
-            self.state, self.returns, self.global_step = after, self.returns + reward, self.global_step + args.num_envs
-            if ended.any():
-                self.record(ended)
-                self.state = after.replaced(ended, game.initial_state(args.num_envs, self.generator))
-            co_players.observe(state, actions, ended)
-        with timer("compute_action"):
-            last = agent.value(self.state, self.memory, co_players.oracle(agent, self.state))
-        rows = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
-        following = torch.cat([rows["value"][1:], last.unsqueeze(0)])  # [T, B, N]
-        return {**rows, "next_value": torch.where(rows["goes_on"], following, rows["final_value"])}
-
-    def record(self, ended: Tensor) -> None:
-        """Notes the returns of episodes that ended, in games bool [B] `ended`, by kind and by the learner's seat."""
-        seats = torch.arange(self.game.num_players, device=self.device).expand_as(self.returns)
-        columns = (x[ended].flatten().tolist() for x in (self.co_players.kind, seats, self.returns))
-        for kind, seat, total in zip(*columns, strict=True):
-            own = [f"returns/seat_{seat}", "charts/episodic_return"] if kind == 0 else []
-            for name in (f"returns/{self.co_players.names[kind]}", *own):
-                self.log[name].append(total)
-        self.log["charts/episodic_length"].extend(self.state.time[ended].tolist())
-        self.returns = self.returns.masked_fill(ended.unsqueeze(1), 0.0)
-
-    # method: the latent model is updated; offline, it and the MOA alone
-    def iterate(self) -> dict[str, Tensor]:
-        """One iteration, rollout and updates; returns metrics."""
-        args, agent, timer = self.args, self.agent, self.agent.timer
-        done = self.global_step / args.total_timesteps
-        self.optimizers["model"].param_groups[0]["lr"] = args.model_learning_rate * (1.0 - done if args.anneal else 1.0)
-        if args.offline:
-            return self.iterate_offline()
-        agent.plan_mode = agent.plan_mode if done < args.plan_until else "none"  # and stays off if a run is made longer
-        rate = args.learning_rate * (1.0 - done if args.anneal else 1.0)
-        ent_coef = args.ent_coef * (max(1.0 - done, args.ent_floor) if args.anneal else 1.0)
-        self.optimizers["policy"].param_groups[0]["lr"] = rate
-        metrics = {"charts/learning_rate": torch.tensor(rate)}
-        with timer("rollout"):
-            rows = self.rollout()
-        with timer("update"):
-            if agent.uses_moa:
-                metrics |= self.buffer.statistics(self.global_step + self.pretrained)
-                with timer("MOA"):
-                    metrics |= {} if args.freeze_moa else self.update_moa(pretraining=False)
-            rows["others"], rows["goal"] = agent.with_goals(rows["others"], rows["goal"])
-            if agent.plan_mode != "none":
-                with timer("latent model"):
-                    metrics |= self.update_model({k: torch.cat([row[k] for row in self.fresh]) for k in LEARNT_FROM})
-            with timer("PPO"):
-                metrics |= self.update_policy(rows, ent_coef)
-        self.iteration += 1
-        return metrics
-
-    def descend(self, name: str, loss: Tensor, max_norm: float) -> Tensor:
-        """One step of the optimiser `name`, its gradient clipped; returns the gradient's norm."""
-        optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
-        optimizer.step()
-        return norm
-
-    def update_policy(self, rows: dict[str, Tensor], ent_coef: float) -> dict[str, Tensor]:
-        """PPO, or imitation of the planner, on the learner's rows in a rollout; means over minibatches, and by seat."""
-        args, agent, n = self.args, self.agent, self.game.num_players
-        steps = (rows[name] for name in ("reward", "value", "next_value", "goes_on"))
-        rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
-        rows["return"] = rows["advantage"] + rows["value"]
-        rows["seat"] = torch.arange(n, device=self.device).expand(rows["value"].shape)
-        if not rows["learner"].any():
-            return {}
-        unused = ("learner", "active", "goes_on", "final_value", "next_value", "other_actions", "reward")
-        rows = {name: value[rows["learner"]] for name, value in rows.items() if name not in unused}  # [R, ..]
-        metrics = {} if agent.plan_mode == "none" else self.calibrate(rows)
-        residual, spread = rows["advantage"].var(correction=0), rows["return"].var(correction=0).clamp(min=1e-9)
-        metrics["losses/explained_variance"] = 1.0 - residual / spread
-        if imitate := agent.plan_mode == "hop":
-            expected = (masked(rows["offset"], rows["mask"]).softmax(-1) * rows["q_plan"]).sum(-1)
-            rows["return"] = torch.where(rows["mask"].sum(-1) > 1, 0.5 * (rows["return"] + expected), rows["return"])
-        sums: dict[str, Tensor | float] = collections.defaultdict(float)  # [2, N]: sums and counts by seat
-        for part in minibatches(rows, args.update_epochs, args.num_minibatches, self.generator):
-            loss, terms = self.ppo_loss(agent.actor, agent.critic, part, args, torch.tensor(ent_coef), imitate)
-            terms["grad_norm"] = self.descend("policy", loss, args.max_grad_norm).expand(len(part["seat"]))
-            seats = F.one_hot(part["seat"], n).float()
-            for name, term in terms.items():
-                sums[name] = sums[name] + torch.stack([term @ seats, seats.sum(0)])
-        metrics |= {f"losses/{name}": total[0].sum() / total[1].sum() for name, total in sums.items()}
-        by_seat = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in ("policy", "value")}  # [N] each
-        return metrics | {f"losses/{name}_seat_{i}": mean[i] for name, mean in by_seat.items() for i in range(n)}
-
-    def calibrate(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Regression of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows, and Q_plan's scale; both set beta."""
-        agent, q_plan, mask = self.agent, rows["q_plan"], rows["mask"]
-        choice = mask.sum(-1) > 1
-        policy = masked(rows["offset"] + (0.0 if agent.plan_mode == "hop" else rows["prior"]), mask).softmax(-1)
-        gain = q_plan.gather(1, rows["action"].unsqueeze(1)).squeeze(1) - (policy * q_plan).sum(-1)
-        slope = (gain * rows["advantage"])[choice].sum() / gain[choice].square().sum().clamp(min=1e-9)
-        rms = root_mean_square(q_plan, mask)
-        agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
-        agent.plan_rms.lerp_(rms, 0.2)
-        return {"losses/plan_slope": slope, "losses/plan_rms": rms, "losses/plan_beta": agent.plan_beta.clone()}
-
-    def update_model(self, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Judges the latent model on the transitions `fresh` [rows, ..], which it has not seen yet, then trains it on
-        the recent ones and on surprising ones of the whole run: a weighted reservoir (Efraimidis and Spirakis 2006,
-        A-Res) weighted by squared errors of rewards. Joint hunts are too rare at first to be learnt as they come."""
-        args, agent, sums, metrics = self.args, self.agent, collections.Counter(), {}
-        if fresh:
-            judged = judge(agent, fresh)
-            error, metrics = judged.pop("error") + 1e-9, summary(judged)
-            draw = torch.rand(error.shape, generator=self.generator, device=self.device).clamp(min=1e-20)
-            pool = {"key": draw.log() / error, **fresh}
-            pool = {name: torch.cat([self.surprising.get(name, value[:0]), value]) for name, value in pool.items()}
-            keep = pool["key"].topk(min(len(pool["key"]), args.replay_surprising)).indices
-            self.surprising = {name: value[keep] for name, value in pool.items()}
-            size = len(error) if args.offline else args.replay_size
-            self.recent = {name: torch.cat([self.recent.get(name, v[:0]), v])[-size:] for name, v in fresh.items()}
-        some = math.ceil(args.model_batch / 4)
-        for _ in range(args.model_updates):
-            parts = [(self.recent, args.model_batch - some), (self.surprising, some)]
-            rows = [torch.randint(len(x["done"]), (k,), generator=self.generator, device=self.device) for x, k in parts]
-            batch = {
-                name: torch.cat([x[name][r] for (x, _), r in zip(parts, rows, strict=True)]) for name in self.recent
-            }
-            batch["recent"] = torch.arange(args.model_batch, device=self.device) < args.model_batch - some
-            loss, terms = model_loss(agent.model, batch, args)
-            self.descend("model", loss, 10.0)
-            sums.update({**terms, "model/loss": loss.detach()})
-        return metrics | {name: total / args.model_updates for name, total in sums.items()}
-
-    def learn_from(self, path: str) -> None:
-        """Takes in a data set [T, B, ..]: the first nine tenths of its steps for the latent model and, as matches, for
-        the MOA; the last tenth, `held_out`, is only judged by. Raises UsageError."""
-        args, agent = self.args, self.agent
-        header, data = load_dataset(path, self.game)
-        for name in ("num_envs", "match_episodes"):
-            if header[name] != getattr(args, name):
-                raise UsageError(f"--{name.replace('_', '-')} was {header[name]} when {path} was collected")
-        if args.goal == "oracle" or args.plan_update == "none" or args.pretrain_moa_steps:
-            raise UsageError(
-                "--offline goes without --goal oracle (no truth in it), --plan-update none and --pretrain-moa-steps"
-            )
-        steps = len(data["time"]) * 9 // 10
-        self.held_out = {name: value[steps:] for name, value in data.items()}
-        self.fresh = [{name: data[name][:steps].flatten(0, 1) for name in LEARNT_FROM}]
-        self.covered = {name: torch.tensor(share) for name, share in coverage(header, data, self.game).items()}
-        agent.plan_slope.fill_(1.0)  # nothing to calibrate on
-        blank = torch.full_like(self.co_players.kind, -1)
-        for t in tqdm(range(steps if agent.uses_moa else 0), unit="step", desc="matches"):
-            step = {name: value[t] for name, value in data.items()}
-            (state, after), kind, none = states_of(step), torch.zeros_like(blank), torch.zeros(1, dtype=torch.bool)
-            seats = Seats(step["episode"].long(), blank, blank[0, :1], none.to(self.device), kind)
-            self.buffer.add(state, step["actions"].long(), seats, step["reward"], after)
-            self.buffer.end(step["match_ended"], self.args.num_envs * t)
-        if agent.uses_moa and not args.freeze_moa and not len(self.buffer):
-            raise UsageError(f"{path}: no match ends in its first nine tenths, so the MOA has nothing to learn from")
-
-    def iterate_offline(self) -> dict[str, Tensor]:
-        """One iteration on offline data alone: latent model and MOA; no game is stepped."""
-        args, agent = self.args, self.agent
-        with self.agent.timer("update"):
-            metrics = self.update_model(self.fresh[0] if self.iteration == 0 else {}) | self.covered
-            metrics |= {} if args.freeze_moa or not agent.uses_moa else self.update_moa(pretraining=False)
-        if self.iteration % 10 == 0 or self.global_step + 2 * args.num_envs * args.num_steps > args.total_timesteps:
-            metrics |= {name: torch.tensor(value) for name, value in diagnose(agent, self.held_out).items()}
-            agent.plan_rms.copy_(self.spread_of_scores())
-        self.iteration, self.global_step = self.iteration + 1, self.global_step + args.num_envs * args.num_steps
-        return metrics
-
-    @torch.no_grad()
-    def spread_of_scores(self) -> Tensor:
-        """Root mean square of centred Q_plan on some held-out states, as `calibrate` takes it from a rollout."""
-        state = states_of({name: value.flatten(0, 1) for name, value in self.held_out.items()})[0]
-        rows = torch.randint(len(state.time), (512,), generator=self.generator, device=self.device)
-        state, agent = state.rows(rows), self.agent
-        mask, everyone = self.game.action_mask(state), torch.ones_like(state.players, dtype=torch.bool)
-        decision = agent.act(state, mask, agent.moa.initial_memory(512), everyone, self.generator, None)
-        choice = (mask.sum(-1) > 1) & (state.players >= 0)
-        square = centred(decision.q_plan, mask)[choice].square().sum()
-        return (square / mask[choice].sum().clamp(min=1)).sqrt().clamp(min=1e-3)
-
-    def update_moa(self, pretraining: bool) -> dict[str, Tensor]:
-        """`--moa-updates` minibatches of matches from the buffer; returns means over them."""
-        args, moa, sums = self.args, self.agent.moa, collections.Counter()
-        for _ in range(args.moa_updates if len(self.buffer) else 0):
-            batch = self.buffer.sample(args.moa_matches, self.agent.relative, args.goal == "oracle", self.generator)
-            loss, terms = moa_loss(moa, batch, args.moa_alpha, args.subgoal_coef, pretraining, self.generator)
-            self.descend("moa", loss, 1.0)
-            sums.update(terms)
-        return {name: total / args.moa_updates for name, total in sums.items()}
-
-    def pretrain(self, stop: list) -> None:
-        """Plays `--pretrain-moa-steps` game steps with the first policy, and trains the VAE alone on them; ends early
-        when `stop` is no longer empty."""
-        while self.agent.uses_moa and self.pretrained < self.args.pretrain_moa_steps and not stop:
-            self.rollout()
-            self.update_moa(pretraining=True)
-            if self.args.goal == "inferred":
-                self.memory = self.buffer.memory(self.agent.moa, self.co_players.episode)
-            self.pretrained += self.args.num_envs * self.args.num_steps
-            self.global_step = 0
-        if self.pretrained and not len(self.buffer):
-            print("--pretrain-moa-steps: no match has ended, so nothing was learnt; take more", file=sys.stderr)
-        self.log.clear()
-
-    def load_moa(self, path: str) -> None:
-        """Takes the MOA (encoder, decoder, subgoals) of a checkpoint. Raises UsageError."""
-        content = load_checkpoint(path, self.device)
-        weights, args, goal = content["agent"].items(), content["args"], self.args.goal
-        if args["goal"] != goal or (goal != "inferred" and args.get("plan_update", "none") == "none"):
-            raise UsageError(f"--load-moa: {path} has no MOA that was trained with --goal {goal}")
-        try:
-            self.agent.moa.load_state_dict({k[len("moa.") :]: v for k, v in weights if k.startswith("moa.")})
-        except RuntimeError:
-            raise UsageError(f"--load-moa: the MOA of {path} is of another game, goal or size") from None
-
-    def model(self) -> dict:
-        """What a checkpoint needs to be played."""
-        head = {"script": SCRIPT, "game": self.game.id, "args": dataclasses.asdict(self.args)}
-        return {**head, "plan_mode": self.agent.plan_mode, "agent": self.agent.state_dict()}
-
-    def content(self) -> dict:
-        """All that the run needs to go on as if it had not stopped: tensors and plain Python values. What callable
-        co-players remember by themselves is not in it."""
-        held, parts = self.args.num_envs + len(self.buffer), {part: getattr(self, part, self) for part in KEPT}
-        return self.model() | {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "generator": self.generator.get_state(),
-            "kept": {part: {name: getattr(parts[part], name) for name in names} for part, names in KEPT.items()},
-            "games": [list(self.state), list(self.memory)],
-            "co_player_memory": {k: list(memory) for k, memory in self.co_players.memory.items()},
-            "matches": {name: value[:held].clone() for name, value in self.buffer.data.items()},
-        }
-
-    def load(self, content: dict) -> None:
-        """Goes on from a checkpoint's `content`. Raises UsageError if it is no checkpoint.pt or the options differ."""
-        if "optimizers" not in content or content["script"] != SCRIPT:
-            raise UsageError(f"--resume needs a checkpoint.pt of {SCRIPT}; a model.pt can only be played")
-        for name, value in dataclasses.asdict(self.args).items():
-            same_game = name == "env_id" and content["game"] == self.game.id  # in another spelling
-            if name not in FREE and content["args"][name] != value and not same_game:
-                raise UsageError(f"--resume: --{name.replace('_', '-')} was {content['args'][name]!r} in that run")
-        self.agent.load_state_dict(content["agent"])
-        self.agent.plan_mode = content["plan_mode"]
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(content["optimizers"][name])
-        self.generator.set_state(content["generator"].cpu())
-        for part in KEPT:
-            vars(getattr(self, part, self)).update(content["kept"][part])  # "trainer" is this object itself
-        self.state, self.memory = GameState(*content["games"][0]), Memory(*content["games"][1])
-        for k, memory in self.co_players.memory.items():  # of this script, or of another
-            self.co_players.memory[k] = type(memory)(*content["co_player_memory"][k])
-        for name, value in content["matches"].items():
-            self.buffer.data[name][: len(value)] = value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def play_matches(agent: Agent, co_players: CoPlayers, generator: Generator, watch: Callable | None = None) -> Tensor:
-    """Returns [B, episodes, N], by seat, of one match in each game. `watch(state, memory, episode)` sees each step."""
-    game, batch, episodes = co_players.game, co_players.batch, co_players.match_episodes
-    state, memory = game.initial_state(batch, generator), agent.moa.initial_memory(batch)
-    returns = torch.zeros(batch, episodes, game.num_players, device=game.device)
-    games, playing = torch.arange(batch, device=game.device), torch.ones(batch, dtype=torch.bool, device=game.device)
-    while playing.any():
-        episode, learner, mask = co_players.episode, co_players.learner, game.action_mask(state)
-        if watch is not None:
-            watch(state, memory, episode)
-        actions = co_players.act(state, mask)
-        seats, oracle = learner & playing.unsqueeze(1), co_players.oracle(agent, state)
-        actions = torch.where(learner, agent.act(state, mask, memory, seats, generator, oracle).action, actions)
-        after, reward, terminated, truncated = game.step(state, actions)
-        returns[games, episode] += reward * playing.unsqueeze(1)
-        ended = terminated | truncated
-        match_ended = co_players.observe(state, actions, ended)
-        memory = agent.remember(memory, state, actions, ended, match_ended)
-        state, playing = after.replaced(ended, game.initial_state(batch, generator)), playing & ~match_ended
-    return returns
-
-
-def evaluate(
-    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1, device="cpu", **play
-) -> dict[str, float | list[float]]:
-    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players. Raises UsageError.
-    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of them, or N-1 of
-    them (a list, or separated by commas). `env_id`: by default the game trained on; another of its family will do.
-    Actions are drawn from the policy, with the planner if the checkpoint had it on; `play` (options in PLAYED) replaces
-    the checkpoint's. Returns, undiscounted sums of rewards: `focal_return`, the mean of `focal_returns` [episodes] in
-    the order of matches, `co_player_return` (mean), and `by_episode` [match_episodes], the focal mean at the k-th
-    episode of a match."""
-    if min(episodes, num_envs, match_episodes) < 1:
-        raise UsageError("episodes, num_envs and match_episodes must be at least 1")
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {device}: no CUDA device is available")
-    agent = load_agent(checkpoint, device, play, env_id)
-    game, entries = agent.game, co_players.split(",") if isinstance(co_players, str) else co_players
-    entries = list(entries) if isinstance(entries, list | tuple) else [entries]
-    entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
-    matches, generator = math.ceil(episodes / match_episodes), Generator(device).manual_seed(seed)
-    returns, seats = [], []
-    for _ in range(math.ceil(matches / num_envs)):
-        players = CoPlayers(game, entries, min(num_envs, matches), match_episodes, generator, fixed=True)
-        seats.append(players.seat[:, :1])
-        returns.append(play_matches(agent, players, generator))
-    returns, seats = torch.cat(returns)[:matches], torch.cat(seats)[:matches]  # [matches, episodes, N], [matches, 1]
-    focal = returns.gather(2, seats.unsqueeze(1).expand(-1, match_episodes, 1)).squeeze(2)
-    company = (returns.sum(2) - focal) / max(1, game.num_players - 1)
-    kept = focal.flatten()[:episodes].tolist()
-    result = {"focal_return": float(np.mean(kept)), "focal_returns": kept, "by_episode": focal.mean(0).tolist()}
-    return {**result, "co_player_return": float(company.flatten()[:episodes].mean())}
-
-
-def record_episode(agent: Agent, co_players: CoPlayers, generator: Generator, path: Path) -> None:
-    """A GIF of a match's last episode: all players, the items, and what the focal player believes of the others."""
-    frames, focal = [], int(co_players.seat[0, 0])
-    kinds = [co_players.names[k] for k in co_players.kind[0].tolist()]
-    title = "  ".join(f"{seat}: {'focal' if seat == focal else kind}" for seat, kind in enumerate(kinds))
-
-    def watch(state: GameState, memory: Memory, episode: Tensor) -> None:
-        if int(episode[0]) < co_players.match_episodes - 1:
-            return
-        own, others = agent.relative(state)
-        goal, _ = agent.infer(memory, own, others, co_players.oracle(agent, state))
-        items = state.items.unsqueeze(1).expand(-1, agent.game.num_players, -1)
-        probs = agent.moa.subgoal_logits(state.players, items, own, others, goal).softmax(-1)[0].tolist()
-        frames.append(Image.fromarray(render_frame(agent.game, state, {"focal": focal, "probs": probs}, title)))
-
-    play_matches(agent, co_players, generator, watch)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
-
-
-def in_view(agent: Agent, players: Tensor, items: Tensor) -> Tensor:
-    """[G, N, N + M]: what is given of players [G, N] and items [G, M], as each seat lists it: itself first."""
-    seats = torch.arange(agent.game.num_players, device=players.device).unsqueeze(1)
-    order = torch.cat([seats, agent.relative.others], 1)
-    return torch.cat([players[:, order], items.unsqueeze(1).expand(-1, players.shape[1], -1)], 2)
-
-
-@torch.no_grad()
-def judge(agent: Agent, data: dict[str, Tensor], steps: int = 1) -> dict[str, Tensor]:
-    """How right the latent model is on the last of `steps` steps, rolled on without looking, given the joint actions.
-    `data` [rows, ..], or [rows, steps, ..] of as many consecutive steps. Sums and counts [rows, 2] of each figure, and
-    the rewards' squared error [rows] in units of learning."""
-    model, result = agent.model, []
-    names = "reward_error reward_recall no_reward_recall cells views ends_recall goes_on_recall".split()
-    rewards = learnt_reward(data if steps == 1 else {k: value[:, -1] for k, value in data.items()}, agent.args).abs()
-    least = 0.5 * rewards[rewards > 0].min() if rewards.any() else 1.0  # what counts as paid
-    for part in torch.arange(len(data["done"]), device=agent.game.device).split(1024):
-        rows = {name: value[part] if steps > 1 else value[part].unsqueeze(1) for name, value in data.items()}
-        at = [{name: value[:, k] for name, value in rows.items()} for k in range(steps)]
-        state, after = states_of(at[0])[0], states_of(at[-1])[1]
-        last = at[-1]["players"] >= 0  # [G, N]
-        latent = model.encode(state, *model.relative(state))
-        for step in at:
-            actions = step["actions"].long()
-            latent, reward_hat = model(latent, actions, actions[:, model.relative.others])
-        true, error = learnt_reward(at[-1], agent.args), reward_hat - learnt_reward(at[-1], agent.args)
-        paid, goes_on = true != 0, ~at[-1]["done"]
-        seen = in_view(agent, after.players, after.items) == torch.cat(model.cells(model.decode(latent)), 2)
-        moved = in_view(agent, state.players, state.items) >= 0  # what is there to be told of
-        moved = moved & (last & (after.players >= 0)).unsqueeze(2)
-        told = (model.goes_on(latent) > 0.5) == goes_on
-        pairs = (error.abs() / agent.args.reward_scale, last), ((reward_hat.abs() > least), last & paid)
-        pairs += (reward_hat.abs() <= least, last & ~paid), (seen, moved), ((seen | ~moved).all(2), moved.any(2))
-        pairs += (told, last & ~goes_on), (told, last & goes_on)
-        sums = [torch.stack([(x * w).flatten(1).sum(1), w.flatten(1).sum(1)], 1) for x, w in pairs]
-        result.append({**dict(zip(names, sums, strict=True)), "error": (error.square() * last).sum(1)})
-    return {name: torch.cat([one[name] for one in result]) for name in result[0]}
-
-
-def summary(judged: dict[str, Tensor], prefix: str = "model/") -> dict[str, Tensor]:
-    """Means of what `judge` counted, where there was anything to count."""
-    totals = {name: value.sum(0) for name, value in judged.items() if name != "error"}
-    return {prefix + name: total[0] / total[1] for name, total in totals.items() if total[1] > 0}
-
-
-@torch.no_grad()
-def diagnose(agent: Agent, data: dict[str, Tensor]) -> dict[str, float]:
-    """The latent model on held-out `data` [T, B, ..]: rewards (mean absolute error, share of the paid and of the unpaid
-    found), cells (share right of everything in the game), whole views, ends; the cells five steps ahead, open loop;
-    V against discounted returns of episodes that were seen to their end (undone `reward_scale`)."""
-    args, whole = agent.args, len(data["time"])
-    flat = {name: data[name].flatten(0, 1) for name in LEARNT_FROM}
-    result = summary(judge(agent, flat), "held_out/")
-    starts = torch.arange(max(0, whole - 4), device=agent.game.device)[::2]
-    if len(starts):
-        windows = {
-            k: data[k][starts.unsqueeze(1) + torch.arange(5, device=starts.device)].transpose(1, 2) for k in LEARNT_FROM
-        }
-        windows = {k: value.flatten(0, 1) for k, value in windows.items()}  # [rows, 5, ..]
-        unbroken = windows["time"][:, 4] == windows["time"][:, 0] + 4
-        ahead = judge(agent, {k: value[unbroken] for k, value in windows.items()}, 5) if unbroken.any() else {}
-        result |= summary(
-            {k: ahead[k] for k in ahead if k in ("cells", "views", "reward_error")}, "held_out/five_steps_"
-        )
-    state = states_of(flat)[0]
-    parts = torch.arange(len(flat["time"]), device=starts.device).split(1024)
-    encoded = (agent.model.encode(state.rows(p), *agent.relative(state.rows(p))) for p in parts)
-    value = torch.cat([agent.model.value(latent) for latent in encoded]).unflatten(0, (whole, -1))  # [T, B, N]
-    reward, known = learnt_reward(data, args), data["done"].clone()
-    for t in reversed(range(whole - 1)):
-        follows = ((data["time"][t + 1] == data["time"][t] + 1).unsqueeze(1)) & ~data["done"][t]
-        reward[t] += args.gamma * follows * reward[t + 1]
-        known[t] |= follows & known[t + 1]
-    known &= data["players"] >= 0
-    value, reward = value[known] / args.reward_scale, reward[known] / args.reward_scale
-    if len(value):
-        spread = reward.var(correction=0).clamp(min=1e-9)
-        result["held_out/value_bias"] = (value - reward).mean()
-        result["held_out/value_explained"] = 1.0 - (reward - value).var(correction=0) / spread
-        slope = ((value - value.mean()) * (reward - reward.mean())).mean() / value.var(correction=0).clamp(min=1e-9)
-        result["held_out/value_slope"] = slope  # regression of returns on V: 1 is calibrated
-    return {name: float(x) for name, x in result.items()}
-
-
-def render_prediction(agent: Agent, data: dict[str, Tensor], path: Path) -> None:
-    """Writes a picture of one paid step of `data` [T, B, ..]: the state before, the true one after, and the one that
-    the decoder shows of the latent that a player at random predicted, given the joint action."""
-    flat = {name: data[name].flatten(0, 1) for name in LEARNT_FROM}
-    paid = (flat["reward"] != 0).any(1) & (flat["next_players"] >= 0).any(1)
-    row = int(paid.int().argmax())
-    state, after = states_of({name: value[row : row + 1] for name, value in flat.items()})
-    seat = int((after.players[0] >= 0).int().argmax())
-    actions = flat["actions"][row : row + 1].long()
-    with torch.no_grad():
-        latent = agent.model.encode(state, *agent.relative(state))
-        latent, _ = agent.model(latent, actions, actions[:, agent.relative.others])
-    shown = agent.decoded(Latent(*(token[:, seat] for token in latent)))
-    shown = shown._replace(players=shown.players.roll(seat, 1))  # listed from the player on, as the others are
-    played = " ".join(agent.game.action_names[a] for a in actions[0].tolist())
-    titles = f"before: {played}", "after", f"after, predicted by player {seat}"
-    frames = [render_frame(agent.game, s, None, t) for s, t in zip((state, after, shown), titles, strict=True)]
-    Image.fromarray(np.concatenate(frames, 1)).save(path)
-
-
-def collect(args: Args) -> None:
-    """`--collect`: plays the mixture `--co-players` at all seats and writes `--dataset`. Raises UsageError."""
-    args = resolved(
-        dataclasses.replace(args, co_players=args.co_players or ",".join(SCRIPTED_OF[GridGame(args.env_id).family]))
-    )
-    pool, game, generator = args.co_players.split(","), GridGame(args.env_id), Generator().manual_seed(args.seed)
-    if args.dataset is None or not Path(args.dataset).parent.is_dir() or Path(args.dataset).is_dir():
-        raise UsageError(f"--collect needs --dataset, a file in a folder that is there, not {args.dataset}")
-    if "self" in pool:
-        raise UsageError("--collect: there is no `self` yet; give the checkpoint of a trained player by its path")
-    players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
-    if any(isinstance(player, list) for player in players.players):  # there is one for each seat but the learner's
-        raise UsageError("--collect takes names and checkpoints, no callables")
-    state, steps, length = game.initial_state(args.num_envs, generator), [], math.ceil(args.collect / args.num_envs)
-    for _ in tqdm(range(max(10, length)), unit="step", desc="collecting"):
-        drawn = players.pool[torch.randint(len(players.pool), players.kind.shape, generator=generator)]
-        players.kind = torch.where(players.learner, drawn, players.kind)  # no seat is a learner's
-        kind, episode = players.kind, players.episode
-        actions = players.act(state, game.action_mask(state))
-        after, reward, terminated, truncated = game.step(state, actions)
-        ended = terminated | truncated
-        match_ended = players.observe(state, actions, ended)
-        more = {"episode": episode.short(), "match_ended": match_ended, "kind": kind.short()}
-        steps.append({**transition_of(state, actions, reward, after, terminated), **more})
-        state = after.replaced(ended, game.initial_state(args.num_envs, generator))
-    data = {name: torch.stack([step[name] for step in steps]) for name in STORED}
-    header = {"format": "hop-plus transitions 1", "game": game.id, "seed": args.seed, "kinds": players.names}
-    header |= {"num_envs": args.num_envs, "match_episodes": args.match_episodes}
-    save_dataset(args.dataset, header, data)
-    print(f"{data['done'].numel():,} transitions in {args.dataset}")
-    print("\n".join(f"{name:24} {value:.3f}" for name, value in coverage(header, data, game).items()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and logging
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
+PLAYED = (
+    "plan_update plan_beta plan_samples co_player_model".split()
+)  # ours: what `evaluate` changes
+EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
-class Timer:
-    """`with timer("name"):` sums seconds and calls by nested path; a disabled timer does nothing."""
-
-    def __init__(self, enabled: bool, cuda: bool = False):
-        self.enabled, self.synchronize = enabled, torch.cuda.synchronize if cuda else lambda: None
-        self.seconds, self.calls = collections.Counter(), collections.Counter()  # by path: names, outermost part first
-        self.path: tuple[str, ...] = ()  # of the part that is running
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        if not self.enabled:
-            yield
-            return
-        outer, self.path = self.path, (*self.path, name)
-        self.synchronize()
-        start = time.perf_counter()
-        yield
-        self.synchronize()
-        self.seconds[self.path] += time.perf_counter() - start
-        self.calls[self.path] += 1
-        self.path = outer
-
-    def tree(self) -> str:
-        """Seconds, share of the whole and calls of every part, as an indented table."""
-        lines = [f"{'part':40}   seconds  share    calls"]
-        whole = sum(seconds for path, seconds in self.seconds.items() if len(path) == 1)
-        for path in sorted(self.seconds, key=lambda p: [(-self.seconds[p[: k + 1]], p[k]) for k in range(len(p))]):
-            label, seconds = "  " * (len(path) - 1) + path[-1], self.seconds[path]
-            lines.append(f"{label:40} {seconds:9.2f} {seconds / whole:6.1%} {self.calls[path]:8}")
-        return "\n".join(lines)
+def checkpoint_path(run):
+    """The checkpoint of a run's folder, or the path itself."""
+    return f"{run}/checkpoint.pt" if os.path.isdir(run) else f"{run}"
 
 
-@contextlib.contextmanager
-def refused(what: str):
-    """Turns whatever is raised inside (a damaged file and an import can raise anything) into a UsageError, one line."""
-    try:
-        yield
-    except Exception as error:
-        text = f"{what} ({' '.join(f'{type(error).__name__} {error}'.split())[:160]})"
-        raise UsageError(str(error) if type(error).__name__ == "UsageError" else text) from None  # of any script
-
-
-def save_atomically(content: dict, path: Path) -> None:
-    """torch.save to a temporary file beside `path`, then renamed: a killed run leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(content, temporary)
-    temporary.replace(path)
-
-
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """The content of a checkpoint of this script or of one beside it, or of its run's folder. Raises UsageError."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UsageError(f"no checkpoint at {path}")
-    with refused(f"cannot read checkpoint {path}"), warnings.catch_warnings(action="ignore"):
+def load_checkpoint(run, device="cpu"):
+    """The content of a checkpoint, or of that in a run's folder. Raises UsageError."""
+    path = checkpoint_path(run)
+    if not os.path.isfile(path):
+        raise UsageError(f"no checkpoint at {path[:200]!r}")
+    with refused(f"cannot read checkpoint {path}"):  # all its parts are there
         content = torch.load(path, map_location=device, weights_only=True)
-    script = content.get("script", "another program") if isinstance(content, dict) else "another program"
-    if not re.fullmatch(r"\w+", str(script)) or not Path(__file__).with_name(f"{script}.py").is_file():
-        raise UsageError(f"{path} is a file of {script}, not a checkpoint of {SCRIPT} or of a script beside it")
+        dict(content["args"], **content["played"], of=[content["agent"], content["script"]])
     return content
 
 
-def load_agent(path: str | Path, device="cpu", options: dict | None = None, env_id: str | None = None) -> Agent:
-    """The agent of a checkpoint, ready to play `env_id` (default: the game trained on), with `options` (of PLAYED, by
-    name) in place of the checkpoint's; that of another script plays by that script. Raises UsageError."""
-    content, options = load_checkpoint(path, device), options or {}
-    if content["script"] != SCRIPT:
-        with refused(f"cannot import {content['script']}, whose checkpoint {path} is"):
-            return importlib.import_module(content["script"]).load_agent(path, device, options, env_id)
-    if set(options) - set(PLAYED):
-        raise UsageError(f"options that may change when an agent is played: {', '.join(PLAYED)}")
-    with refused(f"checkpoint {path} does not fit this version"):
-        args = resolved(Args(**{**content["args"], **options, "cuda": False}))  # `device` may be another one
-        agent = Agent(GridGame(content["game"], device), args)
-        agent.load_state_dict(content["agent"])
-        agent.plan_mode = content["plan_mode"]
-    mode, was = options.get("plan_update", agent.plan_mode), content["args"]
-    planned = was["plan_update"] != "none" and was["plan_until"] > 0
-    simulated = was["goal"] == "inferred" and vars(args).get("transition") == "simulator"
-    if mode != "none" and not (planned or simulated):
-        raise UsageError(f"{path} was trained without a planner: it has not learnt what one needs")
-    agent.on_game(env_id or agent.game.id)
-    agent.eval()
-    agent.turn_planner(mode)
-    return agent
+def load_player(path, game, batch, **play):
+    """The agent of a checkpoint, for B games of `game`, with options `play` in place of its own;
+    by this script if its networks fit, else by the one beside it that wrote it; UsageError."""
+    content = load_checkpoint(path, game.device)
+    options = {**content["args"], **content["played"], **play}
+    with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
+        try:
+            agent = Agent(game, Args(**options))
+            agent.load_state_dict(content["agent"])
+        except (TypeError, RuntimeError):
+            if content["script"] == SCRIPT:
+                raise
+            return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
+    never_on = agent.plan_mode != "none" and agent.plan_slope == 0.0
+    simulated = content["args"].get("transition") == "simulator"
+    if never_on and agent.args.goal != "inferred" or not agent.exact and (never_on or simulated):
+        raise UsageError(f"{path} has not learnt what this planner needs: it was never on")
+    agent.plan_slope += never_on
+    return Player(agent, batch)
 
 
-def played(content: dict) -> dict:
-    """The values of the options PLAYED with which a checkpoint's `content` is played."""
-    values = {**content["args"], "plan_update": content["plan_mode"]}
-    return {name: values[name] for name in PLAYED if name in values}
+@no_grad()
+def evaluate(
+    checkpoint, co_players, *, env_id=None, episodes=200, num_envs=64, match_episodes=10, seed=1,
+    device="cpu", watch=None, **play
+):  # fmt: skip
+    """Few-shot evaluation: one learned player, at a random seat each match, with N-1 co-players.
+
+    `checkpoint`: its path, or its run's folder. `co_players`: one name, path or callable for all of
+    them, or N-1 of them (a list, or separated by commas). `env_id`: by default the game trained on.
+    The agent plays as at the end of its training, but for the options `play` (of those in PLAYED).
+    Returns undiscounted sums of rewards of `episodes` episodes: `focal_return`, the mean of
+    `focal_returns` [episodes] in the order of matches, `co_player_return` (mean), and `by_episode`
+    [match_episodes], the focal mean at the k-th episode of a match. `watch(**locals())` sees every
+    state, the last of an episode included. Raises UsageError."""
+    if min(episodes, num_envs, match_episodes) < 1:
+        raise UsageError("episodes, --num-envs, --match-episodes: at least 1")
+    with refused(f"{checkpoint} is a run of other options"):
+        args = Args(**load_checkpoint(checkpoint, device)["args"] | play)
+    if env_id not in (None, args.env_id):
+        args = dataclasses.replace(args, env_id=env_id, horizon=None)
+    game = make_game(args, device)
+    checked(args, game)
+    if watch and not game.simulates:
+        game.kwargs["render_mode"] = "rgb_array"
+    entries = co_players.split(",") if isinstance(co_players, str) else co_players
+    entries = entries if isinstance(entries, list | tuple) else [entries]
+    if len(entries) == 1:
+        entries = entries * (game.num_players - 1)
+    generator = Generator(device).manual_seed(seed)
+    batch = min(num_envs, ceil(episodes / match_episodes))
+    players = CoPlayers(game, entries, batch, match_episodes, generator, fixed=True)
+    player = players.agents[0] = load_player(checkpoint, game, batch, **play)
+    state = game.start(batch, generator)
+    returns = game.alive(state) * 0.0
+    totals = torch.zeros(2, episodes, device=device)  # of the focal player, of the others
+    match = arange(batch, device=device)  # number of the running match
+    number = match * match_episodes  # of the running episode
+    bar = tqdm(desc=args.env_id, total=episodes, unit="episode")
+    while (number < episodes).any():
+        if watch:
+            watch(**locals())
+        actions = players.act(state, game.action_mask(state))
+        state, reward, terminated, truncated = game.step(state, actions)
+        returns = returns + reward
+        ended = (terminated | truncated).all(1)
+        if watch and ended.any():
+            watch(**locals())
+        own = pick(returns, players.focal)
+        company = (returns.sum(1) - own) / max(1, game.num_players - 1)
+        counted = ended & (number < episodes)
+        totals[:, number[counted]] = stack([own, company])[:, counted]
+        bar.update(int(counted.sum()))
+        match = match + batch * players.observe(ended)
+        number = match * match_episodes + players.episode
+        returns = returns.masked_fill(ended[:, None], 0.0)
+        state = game.restart(state, ended, generator)
+    bar.close()
+    focal, others = totals
+    by_episode = [float(focal[k::match_episodes].mean()) for k in range(match_episodes)]
+    return {
+        "focal_return": float(focal.mean()),
+        "focal_returns": focal.tolist(),
+        "co_player_return": float(others.mean()),
+        "by_episode": by_episode[:episodes],
+    }
 
 
-# method: data, too
-EVALUATED = """evaluate eval_episodes env_id co_players match_episodes num_envs seed cuda dataset
-    capture_video""".split()  # options that `--evaluate` reads, besides PLAYED
+def print_evaluation(args):
+    """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
+    company = args.co_players or "self"
+    options = {name: getattr(args, name) for name in EVALUATED}
+    device = "cuda" if args.cuda else "cpu"
+    result = evaluate(args.evaluate, company, episodes=args.eval_episodes, device=device, **options)
+    returns = np.array(result["focal_returns"])
+    ends = range(args.match_episodes, len(returns), args.match_episodes)
+    means = [match.mean() for match in np.split(returns, ends)]
+    error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else inf
+    print(f"focal return      {returns.mean():7.3f} +- {1.96 * error:.3f}, {len(returns)} episodes")
+    print(f"co-player return  {result['co_player_return']:7.3f} of {company}")
+    print(f"by episode of a match {np.round(result['by_episode'], 2)}")
+    if args.capture_video:
+        record_video(args.evaluate, company, args.match_episodes, **options)
 
 
-# method: the latent model is judged, too
-def print_evaluation(args: Args) -> None:
-    """`--evaluate`: plays the checkpoint on `--env-id` and prints the returns with 95 % intervals over matches."""
-    if args.capture_video and not args.dataset:
-        raise UsageError("--evaluate has no use for --capture-video without --dataset")
-    if args.dataset:
-        agent = load_agent(args.evaluate, "cuda" if args.cuda else "cpu")
-        if not isinstance(agent, Agent):
-            raise UsageError(f"--dataset judges a latent model: {args.evaluate} is of another script and has none")
-        data = load_dataset(args.dataset, agent.game)[1]
-    sizes = {"episodes": args.eval_episodes, "num_envs": args.num_envs, "match_episodes": args.match_episodes}
-    co_players, device = args.co_players or "self", "cuda" if args.cuda else "cpu"
-    before = {**vars(Args()), **played(load_checkpoint(args.evaluate))}
-    options = {name: getattr(args, name) for name in PLAYED if getattr(args, name) not in (None, before[name])}
-    result = evaluate(args.evaluate, co_players, env_id=args.env_id, **sizes, seed=args.seed, device=device, **options)
-    returns, length = result["focal_returns"], args.match_episodes
-    matches = [np.mean(returns[k : k + length]) for k in range(0, len(returns), length)]
-    error = 1.96 * np.std(matches, ddof=1) / math.sqrt(len(matches)) if len(matches) > 1 else math.nan
-    print(f"focal return      {np.mean(returns):7.3f} +- {error:.3f}  ({len(returns)} episodes, with {co_players})")
-    print(f"co-player return  {result['co_player_return']:7.3f}")
-    print("by episode of a match " + " ".join(f"{value:.2f}" for value in result["by_episode"]))
-    if args.dataset:
-        held_out = {name: value[len(data["time"]) * 9 // 10 :] for name, value in data.items()}
-        print("\n".join(f"{name:32} {value:.4f}" for name, value in diagnose(agent, held_out).items()))
-        if args.capture_video:
-            folder = Path(args.evaluate)
-            render_prediction(agent, held_out, (folder if folder.is_dir() else folder.parent) / "prediction.png")
+def record_video(run, company, episodes, **play):
+    """episode.gif in the run's folder: the last episode of a match, and what is believed of all."""
+    frames = []
+
+    def watch(game, player, players, state, returns, number, **rest):
+        if number < episodes - 1:
+            return
+        agent = player.agent
+        beliefs = []
+        if game.num_items and agent.args.goal == "inferred":
+            *seen, _ = player.infer(state, players)
+            logits = agent.moa.subgoal_logits(*seen, *game.subgoals(state))
+            beliefs = logits[0].softmax(1)[:, :-1].tolist()
+        title = f"focal player {int(players.focal)}, others {company}, last episode of a match"
+        title += f"\nstep {int(state.time[0])}, rewards {returns[0].tolist()}"
+        frames.append(Image.fromarray(game.draw(state, title, beliefs)))
+
+    with refused(f"no video of {run}"):
+        play |= {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
+        evaluate(run, company, watch=watch, **play)
+        path = os.path.join(os.path.dirname(checkpoint_path(run)), "episode.gif")
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
-def start_run(args: Args, step: int) -> tuple[Path, SummaryWriter]:
-    """The run's folder (that of `--resume`, or a new one), its args.json, and its TensorBoard writer from `step` on."""
-    with refused("--track needs wandb: pip install wandb"):
-        track = importlib.import_module("wandb").init if args.track else None
-    options, name = dataclasses.asdict(args), f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    folder = Path(args.resume or f"runs/{name}")
-    folder = folder.parent if folder.is_file() else folder
-    while True:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            break
-        folder = folder.with_name(folder.name + "+")
-    (folder / "args.json").write_text(json.dumps(options, indent=2) + "\n")
-    if track:
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-        track(**names, dir=str(folder), config=options, sync_tensorboard=True, reinit="finish_previous")
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-    table = "".join(f"\n|{name}|{value}|" for name, value in options.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|{table}")
-    return folder, writer
+# ---- Training ------------------------------------------------------------------------------------
+# what may differ from the run that `--resume` goes on with
+FREE = """total_timesteps checkpoint_every capture_video profile resume init load_moa track compile
+    wandb_project_name wandb_entity cuda exp_name evaluate eval_episodes env_workers""".split()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-def train(args: Args) -> dict[str, float]:
-    """The whole run; returns the final metrics, and `run`, its folder. Raises UsageError before anything is written."""
-    args = resolved(args)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=args.cuda)  # CUDA lacks some of them
-    if ":" in args.co_players:  # callables: others of their kind try one step, before anything is written
-        game, pool = GridGame(args.env_id, "cuda" if args.cuda else "cpu"), args.co_players.split(",")
-        with refused(f"co-players {args.co_players} cannot play"):
-            state, generator = game.initial_state(args.num_envs), Generator(game.device)
-            players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
-            players.act(state, game.action_mask(state))
-    trainer, metrics, stop, per_iteration = Trainer(args), {}, [], args.num_envs * args.num_steps
-    if args.pretrain_moa_steps and args.goal != "inferred":
-        raise UsageError(f"--pretrain-moa-steps trains nothing that is read with --goal {args.goal}")
-    if (args.freeze_moa or args.load_moa) and not trainer.agent.uses_moa:
-        raise UsageError(f"--{'freeze' if args.freeze_moa else 'load'}-moa: nothing in this run reads the MOA")
-    with refused(f"checkpoint {args.resume or args.load_moa} does not fit this version"):
-        if args.resume:
-            trainer.load(load_checkpoint(args.resume, trainer.device))
-        elif args.load_moa:
-            trainer.load_moa(args.load_moa)
-    folder, writer = start_run(args, trainer.global_step)
+def report_profile(folder, profiler):
+    """Writes trace.json, and prints the labels: seconds, and shares of the iterations."""
+    profiler.export_chrome_trace(f"{folder}/trace.json")
+    times = {}  # microseconds
+    for event in profiler.key_averages():
+        if event.is_user_annotation and event.cpu_time_total:  # 0: the same label on the GPU
+            times[event.key] = event.cpu_time_total
+    for name, duration in times.items():
+        print(f"{name:20} {duration / 1e6:8.3f} s {duration / max(times.values()):6.1%}")
 
-    def on_signal(number: int, frame: object) -> None:
-        stop.append(signal.signal(number, signal.default_int_handler))  # after the iteration; a second Ctrl-C at once
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    trainer.agent.timer = timer = Timer(args.profile, args.cuda)
-    bar = tqdm(total=args.total_timesteps, initial=trainer.global_step, unit="step", unit_scale=True, desc=args.env_id)
+def train(args, watch=None):
+    """The whole run; returns the last metrics, and `run`, its folder. `watch(**locals())` is called
+    after every iteration. Raises UsageError before anything is written, or later if a co-player or
+    an environment fails."""
+    # ---- SETUP
+    device = torch.device("cuda" if args.cuda else "cpu")
+    resumes = args.resume is not None
+    source = args.resume if resumes else args.init
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: no CUDA device is available")
+    content = source and load_checkpoint(source, device)
+    game = make_game(args, device)
+    args = checked(args, game)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.manual_seed(args.seed)
+    generator = Generator(device).manual_seed(args.seed)
+    agent = Agent(game, args)
+    learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
+    moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
+    recent = {}  # transitions to learn from
+    model = {"params": agent.model.parameters(), "lr": MODEL_LEARNING_RATE}
+    optimizer = torch.optim.Adam([learnt, moa, model], args.learning_rate, eps=1e-5)
+    reservoir = {}  # surprising transitions
+    reads_moa = args.goal == "inferred" or args.plan_update != "none"
+    loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
+    pool = args.co_players.split(",")
+    world = game  # ours: or a file
+    if args.offline is None:
+        co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
+    else:
+        world = co_players = Recorded(game, args, generator)
+        args.num_envs = len(co_players.kind)
+        checked(args, game)  # are there enough steps for one iteration?
+    state = world.start(args.num_envs, generator)
+    if co_players.callables:  # copies of them try one step, before anything is written
+        CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
+    buffer = MatchBuffer(game, args)
+    player = co_players.agents[0] = Player(agent, args.num_envs)
+    returns = game.alive(state) * 0.0  # [B, N] of running episodes
+    per_iteration = args.num_envs * args.num_steps
+    global_step = 0
+    iteration = 0
+    tracking_id = None
+    moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
+    if args.load_moa is not None and not resumes:
+        weights = load_checkpoint(args.load_moa, device)["agent"]
+        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
+            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
+    with refused(f"{source} does not fit this run"):
+        if source is not None:
+            agent.load_state_dict(content["agent"])
+        if resumes:
+            for name, value in vars(args).items():
+                if name not in FREE and content["args"][name] != value:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"--resume: {option} was {content['args'][name]!r} there")
+            global_step, iteration, tracking_id = content["progress"]
+            optimizer.load_state_dict(content["optimizer"])
+            if content["args"]["cuda"] == args.cuda:
+                generator.set_state(content["generator"].cpu())
+            torch.set_rng_state(content["torch_generator"].cpu())
+            co_players.focal, co_players.kind, co_players.target = content["seats"]
+            co_players.episode = content["episode"]
+            for k, other in co_players.agents.items():
+                other.memory = content["memory"][k]
+            buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
+            recent, reservoir = content["replay"]
+            agent.plan_mode = content["played"]["plan_update"]
+            if game.simulates or args.offline:
+                state = type(state)(*content["state"])
+                returns = content["returns"]
+            else:
+                print("--resume: episodes of this environment begin anew")
+    if args.offline:
+        agent.plan_slope.fill_(1.0)  # nothing to calibrate it on
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+    tracker = None  # a W&B run
+    with refused("--track"):
+        if args.track:
+            import wandb
+
+            names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
+            tracker = wandb.init(**names, id=tracking_id, resume="allow", config=vars(args))
+    folder = f"runs/{name}"
+    if resumes:
+        folder = os.path.dirname(checkpoint_path(args.resume)) or "."
+    with refused(f"cannot write {folder}, or another process does"):
+        while os.path.exists(folder) and not resumes:
+            folder += "+"
+        os.makedirs(folder, exist_ok=True)
+        lock = open(f"{folder}/.lock", "w")  # noqa: SIM115 (held as long as the run goes)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not resumes:
+        Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
+    writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)
+    bar = tqdm(desc=args.env_id, total=args.total_timesteps, unit="step", initial=global_step)
+    profiler = None
+    if args.profile:
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=0, active=3, repeat=1),
+            on_trace_ready=lambda profiler: report_profile(folder, profiler),
+        )
+        profiler.start()
+    metrics = {}
+    saved = 0.0  # when the last checkpoint was written
+    stop = []  # the number of a signal
+    handlers = {}
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.default_int_handler)  # a second one ends at once
+        print("ends after this iteration, with a checkpoint", file=sys.stderr)
+
     try:
-        with timer("pretraining"):
-            trainer.pretrain(stop)
-        save_atomically(trainer.content(), folder / "checkpoint.pt")
-        while trainer.global_step + per_iteration <= args.total_timesteps and not stop:
-            trainer.log.clear()
-            start = time.perf_counter()
-            with timer("iteration"):
-                metrics = {name: float(value) for name, value in trainer.iterate().items()}
-            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - start)
-            metrics |= {name: float(np.mean(values)) for name, values in trainer.log.items()}
-            metrics |= {"/".join(("time", *path)): seconds for path, seconds in timer.seconds.items()}
+        with contextlib.suppress(ValueError):  # outside of the main thread
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, on_signal)
+        while True:
+            # ---- CHECKPOINT
+            last = stop or global_step + per_iteration > args.total_timesteps
+            if last or iteration % args.checkpoint_every == 0 or time.time() > saved + 60:
+                checkpoint = {
+                    "script": SCRIPT,
+                    "args": vars(args),
+                    "agent": agent.state_dict(),
+                    "progress": [global_step, iteration, tracker.id if tracker else tracking_id],
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "torch_generator": torch.get_rng_state(),
+                    "seats": [co_players.focal, co_players.kind, co_players.target],
+                    "episode": co_players.episode,
+                    "memory": {k: other.memory for k, other in co_players.agents.items()},
+                    "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
+                    "replay": [recent, reservoir],
+                    "played": {"plan_update": agent.plan_mode},  # options as they are now
+                    "state": [*state],
+                    "returns": returns,
+                }
+                torch.save(checkpoint, f"{folder}/.checkpoint.pt")  # whole, then renamed
+                os.replace(f"{folder}/.checkpoint.pt", f"{folder}/checkpoint.pt")
+                saved = time.time()
+            if last:
+                break
+
+            # ---- SCHEDULES
+            started = time.perf_counter()
+            pretraining = global_step < args.pretrain_moa_steps
+            done = global_step / args.total_timesteps
+            left = 1.0 - done if args.anneal else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+            ent_coef = tensor(args.ent_coef * max(left, 0.1))
+            if done >= args.plan_until:
+                agent.plan_mode = "none"  # and stays off if the run is made longer
+
+            # ---- ROLLOUT
+            storage = defaultdict(list)  # [T, B, N, ..]
+            sums = defaultdict(list)  # terms of the losses, by minibatch
+            finished = []  # length, kinds and returns of episodes that ended
+            with no_grad(), record_function("rollout"):
+                for _ in range(args.num_steps):
+                    kind = co_players.kind
+                    with record_function("players"):
+                        actions = co_players.act(state, game.action_mask(state))
+                    with record_function("game"):
+                        after, reward, terminated, truncated = world.step(state, actions)
+                    final_value = zeros_like(reward)
+                    if truncated.any():
+                        final_value = player.value(after, co_players) * truncated
+                    transition = {
+                        **player.decision,
+                        "action": actions,
+                        "other_actions": actions[:, game.others],
+                        "reward": reward,
+                        "reached": game.reached(state, actions, after, reward),
+                        "goes_on": ~(terminated | truncated),
+                        "final_value": final_value,
+                        "learner": (kind == 0) & game.alive(state),
+                        "terminated": terminated,
+                    }
+                    if agent.plan_mode != "none":
+                        transition["next_own"], transition["next_views"] = game.features(after)
+                    for name, value in transition.items():
+                        storage[name].append(value)
+                    ended = (terminated | truncated).all(1)
+                    match_ended = co_players.observe(ended)
+                    if reads_moa:
+                        buffer.add(state, transition, ended, match_ended)
+                    returns = returns + reward
+                    state = after
+                    if ended.any():
+                        length = after.time.unsqueeze(1).expand_as(kind)
+                        finished.append(stack([length, kind, returns])[:, ended])
+                        returns = returns.masked_fill(ended.unsqueeze(1), 0.0)
+                        state = world.restart(after, ended, generator)
+                rows = {name: stack(values) for name, values in storage.items()}
+                if args.reward_scale is None:  # environments: by the first rollout
+                    spread = rows["reward"].sum(0).std(correction=0)
+                    largest = spread.maximum(rows["reward"].abs().max())
+                    args.reward_scale = 1.0 / (float(largest) or 1.0)
+                shared = rows["reward"].mean(2, keepdim=True)
+                rows["reward"] = args.reward_scale * rows["reward"].lerp(shared, args.prosocial)
+                last_value = player.value(state, co_players)
+                following = cat([rows["value"][1:], last_value[None]])
+                rows["next_value"] = where(rows["goes_on"], following, rows["final_value"])
+            global_step += per_iteration
+            iteration += 1
+
+            # ---- MOA
+            with record_function("MOA"):
+                for _ in range(moa_updates):
+                    batch = buffer.sample(MOA_MATCHES, generator)
+                    if batch["weight"].any():
+                        loss, terms = moa_loss(agent, batch, pretraining, generator)
+                        descend(optimizer, 1, loss, 1.0, terms, sums)
+
+            # ---- LATENT MODEL
+            with record_function("latent model"):
+                temperature = 0.0
+                if agent.plan_mode == "hop" and args.plan_beta and not args.offline:
+                    temperature = (1.0 - done / args.plan_until) / args.plan_beta
+                if agent.plan_mode != "none" and not pretraining:
+                    rest = 1.0 - done / args.plan_until if args.anneal else 1.0
+                    optimizer.param_groups[2]["lr"] = MODEL_LEARNING_RATE * rest
+                    rows["shift"] = rows["expected"] - pick(rows["q_plan"], rows["action"])
+                    rows["shift"] -= temperature * rows["log_prob"]
+                    rows["valued"] = rows["learner"] | (args.offline is not None)
+                    moves = {name: rows[name][rows["alive"]] for name in TRANSITION}
+                    with no_grad():
+                        reservoir = surprising(agent.model, moves, reservoir, generator)
+                    recent = {k: cat([recent.get(k, x[:0]), x])[-REPLAY:] for k, x in moves.items()}
+                    for _ in range(MODEL_UPDATES):
+                        batch = model_batch(recent, reservoir, generator)
+                        loss, terms = model_loss(agent, batch)
+                        descend(optimizer, 2, loss, 10.0, terms, sums)
+
+            # ---- PPO
+            with record_function("PPO"):
+                rows["reward"] -= temperature * rows["log_prob"]  # soft V (SAC, eq. 3)
+                steps = map(rows.get, "reward value next_value goes_on".split())
+                rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
+                rows["return"] = rows["advantage"] + rows["value"]
+                rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
+                if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
+                    slope = calibration(rows)
+                    agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
+                    sums["losses/plan_slope"].append(slope)
+                    if agent.plan_mode == "hop":  # V towards the mean of both
+                        rows["return"] = 0.5 * (rows["return"] + rows["expected"])
+                epochs = 0 if pretraining else args.update_epochs
+                for part in minibatches(rows, epochs, args.num_minibatches, generator):
+                    loss, terms = loss_of(agent, part, ent_coef)
+                    descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
+
+            # ---- LOG
+            metrics = {name: float(stack(terms).mean()) for name, terms in sums.items()}
+            metrics["charts/learning_rate"] = args.learning_rate * left
+            metrics["charts/SPS"] = per_iteration / (time.perf_counter() - started)
+            metrics["moa/buffer_fill"] = min(1.0, buffer.now / buffer.size)
+            if finished:
+                lengths, kinds, totals = cat(finished, 1)  # [episodes, N]
+                own = totals.masked_fill(kinds != 0, nan)
+                seats = {f"returns/seat_{i}": x for i, x in enumerate(own.T)}
+                names = {f"returns/{x}": totals[kinds == k] for k, x in enumerate(co_players.names)}
+                means = {"charts/episodic_length": lengths, "charts/episodic_return": own}
+                for name, values in {**means, **names, **seats}.items():
+                    if values.isfinite().any():
+                        metrics[name] = float(values.nanmean())
             for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"{name} is {value} at step {trainer.global_step}, see {folder}")
-                writer.add_scalar(name, value, trainer.global_step)
-            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', math.nan):.2f}", refresh=False)
+                if not isfinite(value):
+                    raise FloatingPointError(f"{name} is {value} at step {global_step} of {folder}")
+                writer.add_scalar(name, value, global_step)
+            if tracker:
+                tracker.log(metrics, step=global_step)
+            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', nan):.2f}")
             bar.update(per_iteration)
-            if trainer.iteration % args.checkpoint_every == 0:
-                save_atomically(trainer.content(), folder / "checkpoint.pt")
-        save_atomically(trainer.content(), folder / "checkpoint.pt")
-        if args.save_model:
-            save_atomically(trainer.model(), folder / "model.pt")
-        if args.capture_video and not stop:
-            generator = Generator(trainer.device).manual_seed(args.seed)
-            players = CoPlayers(trainer.game, args.co_players.split(","), 1, args.match_episodes, generator)
-            with timer("video"):
-                record_episode(trainer.agent.eval(), players, generator, folder / "episode.gif")
+            if profiler:
+                profiler.step()
+            if watch:
+                watch(**locals())
     finally:
         bar.close()
         writer.close()
+        lock.close()
+        if profiler:
+            profiler.stop()
+        if tracker:
+            tracker.finish()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if args.profile:
-        print(timer.tree())
-    print(f"{'stopped' if stop else 'done'} at step {trainer.global_step}: {folder}")
-    return {**metrics, "run": str(folder)}
+    if stop:
+        print(f"stopped at step {global_step}: {folder}")
+        raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
+    print(f"done at step {global_step}: {folder}")
+    if args.capture_video:
+        record_video(folder, pool[-1], args.match_episodes)  # with the last kind of the list
+    return {**metrics, "run": folder}
 
 
-def parse_arguments(arguments: list[str]) -> Args:
-    """Args from the command line, over the options of a run to resume or the game of one to play. Raises UsageError."""
-
-    def parse(default: Args) -> Args:
-        captured = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(captured):
-                return tyro.cli(Args, args=arguments, default=default, description=__doc__)
-        except SystemExit as stop:
-            if not stop.code:  # --help
-                raise
-            # tyro's box: a title, the message, then hints, with rules or empty lines between them
-            text = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", captured.getvalue()).partition("\n")[2]
-            blocks = [" ".join(block.split()) for block in re.split(r"(?m)^[ ─-]*$", text)]
-            raise UsageError(next(filter(None, blocks), "bad command line")) from None
-
-    args = parse(Args())
-    path = args.evaluate or args.resume
-    if path is None:
-        return args
-    content = load_checkpoint(path)
-    with refused(f"checkpoint {path} does not fit this version"):
-        default = Args(env_id=content["game"], **played(content)) if args.evaluate else Args(**content["args"])
-    args = parse(default)
-    given = [name for name, value in vars(args).items() if value != getattr(default, name)]
-    read = *EVALUATED, *(PLAYED if vars(args).get("plan_update") != "none" else ["plan_update"])
-    idle = [f"--{name.replace('_', '-')}" for name in given if args.evaluate and name not in read]
-    if idle:
-        raise UsageError(f"--evaluate has no use for {', '.join(idle)}")
+def parse_arguments(arguments):
+    """Args from the command line, over the options of a run to resume, start from or play; `--flag
+    False` is read as `--no-flag`. Raises UsageError; tyro itself exits with status 2."""
+    line = re.sub(r"(?i)--([^\0]+)\0false(?=\0|$)", r"--no-\1", "\0".join(arguments))
+    words = re.findall(r"[^\0]+", re.sub(r"(?i)\0true(?=\0|$)", "", line))
+    args = tyro.cli(Args, args=words, description=__doc__)
+    for path in (args.evaluate, args.resume, args.init):
+        if path is not None:
+            content = load_checkpoint(path)
+            options = content["args"]
+            if args.init is not None:
+                options |= {"resume": None, "load_moa": None, "pretrain_moa_steps": 0}
+                options["offline"] = None  # ours: goes on with games
+            with refused(f"{path} is a run of other options"):
+                if args.evaluate is not None:
+                    options = {name: options[name] for name in ("env_id", *PLAYED)}
+                    options |= content["played"]
+                return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
     return args
 
 
-# method: collects data, too, and plays what was learnt offline
-def main() -> None:
-    """Command line: trains, or evaluates with `--evaluate`. Exit status 2 and one line for what cannot be done."""
+def main():
+    """Command line: trains, or evaluates with `--evaluate`."""
     try:
         args = parse_arguments(sys.argv[1:])
-        if args.collect:
-            collect(args)
-        elif args.evaluate:
-            print_evaluation(args)
+        if args.evaluate is None:
+            train(args)
         else:
-            if args.offline:  # nobody plays in training; afterwards these do
-                args.co_players = args.co_players or "self"
-                game, entries = GridGame(args.env_id), args.co_players.split(",")
-                entries = entries * (game.num_players - 1) if len(entries) == 1 else entries
-                CoPlayers(game, entries, 1, 1, Generator(), fixed=True)
-            run, last = train(args)["run"], args.total_timesteps - args.num_envs * args.num_steps
-            if args.offline and load_checkpoint(run)["kept"]["trainer"]["global_step"] > last:  # it was not stopped
-                print_evaluation(dataclasses.replace(args, evaluate=run, dataset=args.offline, capture_video=True))
+            print_evaluation(args)
     except (UsageError, FloatingPointError) as error:
-        print(f"{SCRIPT}.py: error: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

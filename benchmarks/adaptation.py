@@ -25,7 +25,7 @@ measured in the same way; it is trained by few steps, so above 1 is possible. Th
 the same: beside three `cleaner`s on `msg` a random learner gets nearly the most there is, and only helping costs.
 Kinds are averaged first, so that none is trimmed; interquartile means are over games and seeds, as in `learning.py`.
 
-Players that hop_onestep.py cannot load are left out: at present, those of latent_world_model.py.
+Players that hop_onestep.py cannot load are left out.
 
 Cross-play: one player of each method with three of each method, all trained in self-play, of different seeds where
 there are several, all with their planners: mean return of the one, in matches of ten episodes.

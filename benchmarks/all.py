@@ -4,9 +4,8 @@
     python benchmarks/all.py --fresh     # measures anew: about five hours on two cores; stop it and start it at will
     python benchmarks/all.py --report    # tables and pictures of the results in the repository
 
-Every benchmark starts no further run after two hours: what is left then, the next start runs. With `--scripts` also the
-figures of the single scripts. Other options are handed on to every part; README.md in this folder has the parts one by
-one.
+Every benchmark starts no further run after two hours: what is left then, the next start runs. Options are
+handed on to every part; README.md in this folder has the parts one by one.
 """
 
 import signal
@@ -16,23 +15,17 @@ import sys
 from runs import ROOT
 
 COMPARISON = ("learning", "adaptation", "scaling", "goals")  # of all scripts; what asks for time
-SCRIPTS = {"latent_model": ("selfplay", "offline")}
 
 
 def main(words: list[str]) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    parts = [[name] for name in COMPARISON]
-    if "--scripts" in words:  # a report is of all parts
-        cut = 1 if "--report" in words else None
-        parts += [[name, "--part", part] for name, several in SCRIPTS.items() for part in several[:cut]]
-    words = [word for word in words if word != "--scripts"]
     codes: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for name, *options in parts:
-        print(f"\n## benchmarks/{name}.py {' '.join(options)}", flush=True)
-        with subprocess.Popen([sys.executable, f"benchmarks/{name}.py", *options, *words], cwd=ROOT) as process:
+    for name in COMPARISON:
+        print(f"\n## benchmarks/{name}.py", flush=True)
+        with subprocess.Popen([sys.executable, f"benchmarks/{name}.py", *words], cwd=ROOT) as process:
             try:
                 codes.append(process.wait())
             finally:  # also when this program is killed

@@ -36,7 +36,7 @@ from torch import Generator, linspace, no_grad, stack, tensor, where, zeros_like
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import latent_world_model_new as script  # noqa: E402
+import latent_world_model as script  # noqa: E402
 
 GAMES = 64  # at once
 EPISODES = 10  # of a match

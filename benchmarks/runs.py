@@ -31,11 +31,6 @@ sys.path.insert(0, str(ROOT))  # the scripts
 CHECKPOINTS = Path("benchmarks/checkpoints")  # from ROOT; trained players that later benchmarks play
 
 
-def earlier_moa(updates: int = 4) -> str:
-    """The opponent model's training as the results of single scripts have it; the scripts' defaults learn faster."""
-    return f"--moa-learning-rate 1e-3 --moa-updates {updates} --moa-matches 16"
-
-
 @dataclasses.dataclass
 class Running:
     """Options of every benchmark that is made of runs."""

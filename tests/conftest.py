@@ -11,9 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-# of the present shape
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model_new"]
-NAMES = [*SCRIPTS, "latent_world_model"]
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
 
 SMALL = {  # options of a small and short run
     "num_envs": 4,
@@ -29,10 +27,10 @@ OWN = {  # that only one script has
     "hop_onestep": {"plan_samples": 4},
     "hop_mcts": {"num_simulations": 4, "num_goal_samples": 2},
     "hop_ppo_gumbel": {"goals": 3},
-    "latent_world_model_new": {"plan_samples": 4},
+    "latent_world_model": {"plan_samples": 4},
 }
 QUICK = {  # constants in place of the script's own, where those make every small run take long
-    "latent_world_model_new": {"MODEL_UPDATES": 2, "MODEL_BATCH": 64},
+    "latent_world_model": {"MODEL_UPDATES": 2, "MODEL_BATCH": 64},
 }
 PLANNER = {"plan_update", "plan_beta", "plan_until"}  # options of every script with a planner
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 # of the present shape
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model_new"]
+SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
 MARK = "# ours:"
 
 

@@ -104,7 +104,7 @@ def steps_of_checkpoints(script, small, folder, seconds=0.0, **options):
     return [*steps, step_of(script, finished.path)]
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_checkpoints_by_iterations(script, small, tmp_path):
     """One from step 0, then every so many iterations, and one at the end."""
     steps = steps_of_checkpoints(script, small, tmp_path, checkpoint_every=2, total_timesteps=320)
@@ -179,7 +179,7 @@ OWN_OPTIONS = {  # of the variant "own"
         "assignment": "exclusive",
         "pg": True,
     },
-    "latent_world_model_new": {"td_target": "model", "co_player_model": "nh"},
+    "latent_world_model": {"td_target": "model", "co_player_model": "nh"},
 }
 
 
@@ -277,7 +277,7 @@ def test_second_process_on_a_run_is_refused(script, small, tmp_path):
     assert steps == [64, 128, 192, 256]
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_finished_run_can_be_made_longer(script, small, tmp_path):
     """From its folder, its checkpoint or a copy of an earlier one in its folder."""
     options = {**BASE, "anneal": False}
@@ -349,7 +349,7 @@ def test_run_that_took_a_moa_is_resumed_without_it(script, small, done, tmp_path
     assert torch.equal(weights_of(script, path)["moa"], moa) == freeze
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_planner_that_is_off_stays_off(script, small, tmp_path):
     """Also where a longer run makes `--plan-until` lie ahead again; one that is on goes on."""
     modes = []

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from conftest import NAMES, plans
+from conftest import SCRIPTS, plans
 from run_tools import arguments, main, refused, run, weights_of
 
 ENV_ID = "msh-3x3-3p-2h1s"
@@ -158,7 +158,7 @@ WRONG_OWN = {  # of one script
         ("--plan-update none", "plan-update"),
         ("--transition network", "transition"),
     ],
-    "latent_world_model_new": [
+    "latent_world_model": [
         ("--td-target both", "td-target"),
         ("--offline", "offline"),
         ("--transition network", "transition"),
@@ -175,7 +175,7 @@ def test_words_that_are_no_options(script, nowhere, monkeypatch, capsys):
     assert not list(nowhere.iterdir())
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 @pytest.mark.parametrize(
     "option", ["evaluate", "resume", "load-moa", "init", "env-id", "co-players", "exp-name"]
 )
@@ -301,8 +301,8 @@ def test_the_search_is_of_the_grid_games(script, nowhere, monkeypatch, capsys, w
     """The line names the scripts that need no simulator of the environment."""
     words = ["--env-id", "mpe2.simple_tag_v3", *words]
     line = refused(script, monkeypatch, capsys, *words)
-    for name in set(NAMES) - {"hop_mcts"}:
-        assert f"{name.removesuffix('_new')}.py" in line
+    for name in set(SCRIPTS) - {"hop_mcts"}:
+        assert f"{name}.py" in line
     assert "tree search" in line and "msh and msg" in line
 
 
@@ -405,7 +405,7 @@ WRONG_PLAY = {  # options of --evaluate
     "hop_onestep": ["--plan-samples 0"],
     "hop_mcts": ["--num-simulations 0", "--num-goal-samples 0"],
     "hop_ppo_gumbel": ["--assignment exclusive --env-id msh-3x3-4p-2h1s"],  # of three goals
-    "latent_world_model_new": ["--plan-samples 0", "--co-player-model cleaner"],
+    "latent_world_model": ["--plan-samples 0", "--co-player-model cleaner"],
 }
 
 
@@ -474,7 +474,7 @@ def experiment(script, done, tmp_path_factory):
     return {"copy": copied, "status": process.returncode, "out": out, "error": error, "path": path}
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_sigterm_ends_a_process_with_a_checkpoint(script, experiment):
     assert experiment["status"] == 143, experiment["error"]
     assert "ends after this iteration" in experiment["error"]
@@ -484,7 +484,7 @@ def test_sigterm_ends_a_process_with_a_checkpoint(script, experiment):
     assert f"stopped at step {global_step}:" in experiment["out"]
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_run_of_a_copy_under_another_name(script, done, experiment):
     assert experiment["path"].name.startswith(f"{ENV_ID}__")
     content = script.load_checkpoint(experiment["path"])
@@ -494,7 +494,7 @@ def test_run_of_a_copy_under_another_name(script, done, experiment):
     )
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_original_plays_and_goes_on_from_a_copys_run(script, experiment, tmp_path, monkeypatch):
     path = str(experiment["path"])
     result = script.evaluate(path, path, episodes=4, match_episodes=2)
@@ -510,7 +510,7 @@ def test_original_plays_and_goes_on_from_a_copys_run(script, experiment, tmp_pat
     assert script.load_checkpoint(path)["progress"][0] == steps + 64
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_refusal_as_a_process(experiment):
     """What the shell sees: status 2, one line, nothing on standard output, nothing written."""
     folder = experiment["copy"].parent

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import copies
-from conftest import NAMES, ROOT, SCRIPTS
+from conftest import ROOT, SCRIPTS
 from copies import MARK, definitions, differences, repaired
 
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
@@ -200,6 +200,6 @@ def test_a_script_stands_alone(name):
     modules = set()
     for pattern in ("*.py", "benchmarks/*.py", "tests/**/*.py"):
         modules |= {path.stem for path in ROOT.glob(pattern)}
-    assert "torch" in imported and set(NAMES) <= modules
+    assert "torch" in imported and set(SCRIPTS) <= modules
     assert not imported & modules
     assert SOURCES[name].endswith('\n\nif __name__ == "__main__":\n    main()\n')

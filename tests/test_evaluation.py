@@ -285,7 +285,7 @@ def test_other_games_of_the_family(script, done):
             assert all(0.0 <= value <= best for value in result["focal_returns"])
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_planner_is_on_as_asked(script, done, plain, planned):
     calls = planned(script)
     options = {"episodes": 4, "match_episodes": 2}
@@ -400,7 +400,7 @@ LONG = {
     "hop_onestep": HOP,
     "hop_mcts": {**HOP, "num_simulations": 16},  # after 4 puct_c decides little
     "hop_ppo_gumbel": {},
-    "latent_world_model_new": HOP,
+    "latent_world_model": HOP,
 }
 PLANNER = {"plan_update": "none", "plan_beta": 0.0}
 PLAY = {  # other values of the options in PLAYED
@@ -413,7 +413,7 @@ PLAY = {  # other values of the options in PLAYED
         "max_depth": 1,
     },
     "hop_ppo_gumbel": {"assignment": "hard"},
-    "latent_world_model_new": {**PLANNER, "plan_samples": 1, "co_player_model": "ns"},
+    "latent_world_model": {**PLANNER, "plan_samples": 1, "co_player_model": "ns"},
 }
 
 
@@ -431,7 +431,7 @@ def test_every_option_of_play_changes_what_is_played(script, done, tmp_path):
         assert script.evaluate(path, "nh", **{**options, name: value}) != first, name
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_players_remember_before_the_next_state_is_seen(script, done):
     """All steps of the episode, the last one included."""
     times = []
@@ -483,7 +483,7 @@ def test_assignment_is_played_as_asked(script, done, planned):
         script.evaluate(done, "nh", env_id="msh-3x3-4p-2h1s", assignment="exclusive")
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_planner_can_be_switched_off_before_it_has_learnt(script, small, tmp_path):
     """A checkpoint of the first steps is played without it."""
     path = broken_run(script, small(env_id=ENV_ID, plan_update="offset"), tmp_path, 1)

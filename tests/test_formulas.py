@@ -17,7 +17,7 @@ from run_tools import shake
 
 pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
 EVERY = pytest.mark.only(*SCRIPTS)
-PLANNERS = pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+PLANNERS = pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 DISCRETE = pytest.mark.only("hop_ppo_gumbel")
 ROOT = Path(__file__).resolve().parents[1]
 HUNT = "msh-3x3-3p-2h1s"
@@ -1699,7 +1699,7 @@ def test_relabelled_seats_give_the_same_training_of_goals(script, play, monkeypa
     check_relabelled_training(script, play, monkeypatch, **options)
 
 
-MODELS = {"hop_onestep": "transition", "latent_world_model_new": "model"}  # of a planner
+MODELS = {"hop_onestep": "transition", "latent_world_model": "model"}  # of a planner
 
 
 def check_relabelled_training(script, play, monkeypatch, **options):

@@ -1,4 +1,4 @@
-"""The latent world model of latent_world_model_new.py: losses, targets and planner, each by a slow
+"""The latent world model of latent_world_model.py: losses, targets and planner, each by a slow
 way to the same; what it learns of a tiny game; and training from a file of recorded play."""
 
 import itertools
@@ -12,7 +12,7 @@ import torch
 from conftest import SMALL, load_script
 from run_tools import assert_same_run, broken_run, networks, parsed, refused, run, shake, trust
 
-NAME = "latent_world_model_new"
+NAME = "latent_world_model"
 HUNT = "msh-3x3-3p-2h1s"
 DRIFTS = "msg-2x3-3p-3d"
 GAMES = [HUNT, DRIFTS, "msh-2x3-4p-2h2s", "msh-3x3-1p-2h1s"]

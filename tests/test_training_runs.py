@@ -40,7 +40,7 @@ OWN_METRICS = {  # beside those that all scripts log; every time, and where matc
         [],
         ["moa/usage_entropy", "moa/kind_information", "moa/seat_information"],
     ),
-    "latent_world_model_new": (
+    "latent_world_model": (
         [SLOPE, "model/observation", "model/reward", "model/value", "model/consistency"],
         [],
     ),
@@ -224,7 +224,7 @@ OWN_CHANGES = {
         "inter_om_alpha": 0.5,
         "assignment": "hard",
     },
-    "latent_world_model_new": {
+    "latent_world_model": {
         "plan_samples": 2,
         "co_player_model": "nh",
         "td_target": "model",
@@ -233,7 +233,7 @@ OWN_CHANGES = {
 ELSEWHERE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity
     capture_video checkpoint_every resume init profile evaluate eval_episodes load_moa
     freeze_moa moa_capacity env_kwargs env_workers""".split()  # tested by name
-OWN_ELSEWHERE = {"latent_world_model_new": ["offline"]}
+OWN_ELSEWHERE = {"latent_world_model": ["offline"]}
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_option_changes_the_outcome(outcome, name):
     assert_changes(outcome(), outcome(**{name: CHANGES[name]}))
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 @pytest.mark.parametrize("name", PLANNER_CHANGES)
 def test_option_of_planning_changes_the_outcome(outcome, name):
     assert_changes(outcome(), outcome(**{name: PLANNER_CHANGES[name]}))
@@ -296,10 +296,10 @@ def test_option_of_one_step_changes_the_outcome(outcome, name):
     assert_changes(outcome(), outcome(**{name: OWN_CHANGES["hop_onestep"][name]}))
 
 
-@pytest.mark.only("latent_world_model_new")
-@pytest.mark.parametrize("name", OWN_CHANGES["latent_world_model_new"])
+@pytest.mark.only("latent_world_model")
+@pytest.mark.parametrize("name", OWN_CHANGES["latent_world_model"])
 def test_option_of_the_latent_model_changes_the_outcome(outcome, name):
-    assert_changes(outcome(), outcome(**{name: OWN_CHANGES["latent_world_model_new"][name]}))
+    assert_changes(outcome(), outcome(**{name: OWN_CHANGES["latent_world_model"][name]}))
 
 
 @pytest.mark.only("hop_mcts")
@@ -358,7 +358,7 @@ def test_gradients_are_clipped_and_counted(script, small, tmp_path):
     assert norms == pytest.approx([1e-3] * 15, rel=1e-3)
 
 
-LEARNT_MODEL = {"hop_onestep": "transition", "latent_world_model_new": "model"}  # of a planner
+LEARNT_MODEL = {"hop_onestep": "transition", "latent_world_model": "model"}  # of a planner
 
 
 @pytest.mark.only(*LEARNT_MODEL)
@@ -409,13 +409,13 @@ def test_planner_on_exact_steps(script, small, tmp_path, monkeypatch, env_id, pl
         assert torch.equal(weights[0]["transition"], weights[-1]["transition"])
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 def test_planner_alone_is_learnt_from_with_an_entropy_bonus(script, small, tmp_path, monkeypatch):
     """Rewards of PPO: -log of the probability of each action over beta, falling to 0 at the end of
     planning; the planner's model learns the rewards themselves."""
     given = {}
     rewards = set()
-    loss = {"hop_onestep": "transition_loss", "latent_world_model_new": "model_loss"}
+    loss = {"hop_onestep": "transition_loss", "latent_world_model": "model_loss"}
     loss = loss.get(script.SCRIPT)
 
     def note(name, place):
@@ -445,7 +445,7 @@ def test_planner_alone_is_learnt_from_with_an_entropy_bonus(script, small, tmp_p
     assert len(rewards) > 2 and loss in [None, *given]
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model_new")
+@pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
 @pytest.mark.parametrize("beta", [0.0, 1e-12])
 def test_planner_alone_without_a_weight(script, small, tmp_path, beta):
     """Acts at random; the run is like any other."""
@@ -498,7 +498,7 @@ PRETRAINED = {  # parts of the MOA
     "hop_onestep": VAE,
     "hop_mcts": VAE,
     "hop_ppo_gumbel": {"table", "decoder", "subgoal"},
-    "latent_world_model_new": VAE,
+    "latent_world_model": VAE,
 }
 
 
@@ -695,7 +695,7 @@ LABELS = {  # a planner, what is inside it, and the update, in their order
         ["MOA", "PPO"],
     ),
     "hop_ppo_gumbel": ([], [], ["MOA", "PPO"]),
-    "latent_world_model_new": (["planner"], [], ["MOA", "latent model", "PPO"]),
+    "latent_world_model": (["planner"], [], ["MOA", "latent model", "PPO"]),
 }
 
 

@@ -23,9 +23,16 @@ def test_only_episodes_that_end_in_the_last_steps_count(adaptation):
     last = np.array([[0, 0, 1, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1]], bool).T
     episodes = adaptation.episodes_of(rewards, last)
     assert [e.tolist() for e, _ in episodes] == [[3, 5, 7], [1, 8]]
-    assert [values.tolist() for _, values in episodes] == [[7, 24, 96], [5, 16]]  # the 128 is of no ended episode
-    assert adaptation.mean_ending(episodes, 4, 8) == (24 + 96 + 16) / 3  # whole returns, pooled over matches
-    assert adaptation.mean_ending(episodes, 5, 8) == (96 + 16) / 2  # an end at step 5 is not after step 5
+    assert [values.tolist() for _, values in episodes] == [
+        [7, 24, 96],
+        [5, 16],
+    ]  # the 128 is of no ended episode
+    assert (
+        adaptation.mean_ending(episodes, 4, 8) == (24 + 96 + 16) / 3
+    )  # whole returns, pooled over matches
+    assert (
+        adaptation.mean_ending(episodes, 5, 8) == (96 + 16) / 2
+    )  # an end at step 5 is not after step 5
     assert adaptation.mean_ending(episodes, 0, 3) == (7 + 5) / 2
 
 
@@ -41,7 +48,9 @@ def test_kinds_of_the_mixture_are_seen_and_all_others_are_not(adaptation):
 
 def test_each_match_has_three_of_one_kind(adaptation):
     script = load_script("hop_onestep")
-    players = adaptation.company(script.GridGame("msh-4x4-4h1s"), ["ns", "nh-noisy"], 5, 50, torch.Generator())
+    players = adaptation.company(
+        script.GridGame("msh-4x4-4h1s"), ["ns", "nh-noisy"], 5, 50, torch.Generator()
+    )
     names = [sorted(players.names[k] for k in row) for row in players.kind.tolist()]
     assert names == [["ns", "ns", "ns", "self"]] * 5 + [["nh-noisy"] * 3 + ["self"]] * 5
     assert players.kind.gather(1, players.focal.unsqueeze(1)).eq(0).all()
@@ -65,10 +74,12 @@ def path(adaptation, tmp_path):
 
 
 def test_a_long_match_is_played_as_evaluation_plays_it(adaptation, path):
-    """Twenty episodes of one match, drawn from the same random numbers: history is carried on in both."""
+    """Twenty episodes of one match, drawn from the same random numbers: history is carried on."""
     script = load_script("hop_onestep")
     game, generator = script.GridGame("msh-4x4-4h1s"), torch.Generator().manual_seed(3)
-    expected = script.evaluate(path, "ns", episodes=20, num_envs=1, match_episodes=20, seed=3)["focal_returns"]
+    expected = script.evaluate(path, "ns", episodes=20, num_envs=1, match_episodes=20, seed=3)[
+        "focal_returns"
+    ]
     players = script.CoPlayers(game, ["ns"] * 3, 1, 1000, generator, fixed=True)
     player = script.load_player(path, game, 1)
     rewards, last = adaptation.long_match(game, player, [players], 20 * 35, generator)
@@ -82,12 +93,16 @@ def test_companies_side_by_side_keep_their_own_games(adaptation, path):
     script = load_script("hop_onestep")
     game, generator = script.GridGame("msh-4x4-4h1s"), torch.Generator().manual_seed(1)
     companies = [adaptation.company(game, [kind], 16, 200, generator) for kind in ("random", "nh")]
-    _, last = adaptation.long_match(game, script.load_player(path, game, 32), companies, 200, generator)
+    _, last = adaptation.long_match(
+        game, script.load_player(path, game, 32), companies, 200, generator
+    )
     assert last.shape == (200, 32)
     assert last[:, 16:].sum() > 1.3 * last[:, :16].sum()
 
 
-def test_figures_of_a_trained_player_and_of_its_policy_alone(adaptation, path, tmp_path, monkeypatch):
+def test_figures_of_a_trained_player_and_of_its_policy_alone(
+    adaptation, path, tmp_path, monkeypatch
+):
     """By kind, for scripted players and a frozen one."""
     monkeypatch.setattr(adaptation, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -104,7 +119,11 @@ def test_a_policy_that_never_had_a_planner_is_kept_and_played(adaptation, tmp_pa
     script, other = load_script("hop_onestep"), load_script("hop_ppo_gumbel")
     game = other.GridGame("msh-4x4-4h1s")
     args = other.checked(other.Args(), game)
-    content = {"script": "hop_ppo_gumbel", "args": vars(args), "agent": other.Agent(game, args).state_dict()}
+    content = {
+        "script": "hop_ppo_gumbel",
+        "args": vars(args),
+        "agent": other.Agent(game, args).state_dict(),
+    }
     adaptation.runs.save({**content, "played": {}}, tmp_path / "player.pt")
     monkeypatch.setattr(adaptation, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,5 @@
-"""What the benchmarks share (benchmarks/runs.py): what is run, what is left out, and the arithmetic of the tables."""
+"""What the benchmarks share (benchmarks/runs.py): what is run, what is left out, and the
+arithmetic of the tables."""
 
 import importlib
 import json
@@ -12,10 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from siblings.conftest import ROOT
+from conftest import ROOT
 
 JOBS = [
-    {"setting": f"{game} | {way}", "seed": seed} for seed in (1, 2) for game in ("msh", "msg") for way in ("a", "b")
+    {"setting": f"{game} | {way}", "seed": seed}
+    for seed in (1, 2)
+    for game in ("msh", "msg")
+    for way in ("a", "b")
 ]
 
 
@@ -28,7 +32,7 @@ def runs():
 
 @pytest.fixture
 def run(runs, tmp_path, monkeypatch):
-    """Runs jobs with a stand-in for the processes; returns the results' file and the jobs that were run."""
+    """Runs jobs with a stand-in for the processes; returns the results' file and what was run."""
     file, ran = tmp_path / "new" / "results.jsonl", []
 
     def in_process(program, job, root, running):
@@ -55,17 +59,27 @@ def test_what_is_there_is_not_run_again(run, runs):
     _, ran = run()
     assert sorted(ran) == [("msg | b", 1), ("msg | b", 2)]
     results = runs.results_in(file)
-    assert [(r["setting"], r["seed"]) for r in results] == sorted((j["setting"], j["seed"]) for j in JOBS)
+    assert [(r["setting"], r["seed"]) for r in results] == sorted(
+        (j["setting"], j["seed"]) for j in JOBS
+    )
     assert all(r["commit"] for r in results)
-    assert {k: [r["seed"] for r in v] for k, v in runs.by_setting(file).items()} == {j["setting"]: [1, 2] for j in JOBS}
+    assert {k: [r["seed"] for r in v] for k, v in runs.by_setting(file).items()} == {
+        j["setting"]: [1, 2] for j in JOBS
+    }
 
 
 def test_what_has_no_checkpoint_is_run_again_if_asked(run, runs, tmp_path):
-    jobs = [{"setting": "msh", "seed": seed, "keep": str(tmp_path / f"{seed}.pt")} for seed in (1, 2)]
+    jobs = [
+        {"setting": "msh", "seed": seed, "keep": str(tmp_path / f"{seed}.pt")} for seed in (1, 2)
+    ]
     (tmp_path / "1.pt").touch()
     assert len(run(jobs)[1]) == 2 and not run(jobs)[1]
     file, ran = run(jobs, again=True)
-    assert ran == [("msh", 2)] and len(runs.results_in(file)) == 2 and len(file.read_text().splitlines()) == 3
+    assert (
+        ran == [("msh", 2)]
+        and len(runs.results_in(file)) == 2
+        and len(file.read_text().splitlines()) == 3
+    )
 
 
 def test_nothing_starts_after_the_deadline(run):
@@ -87,7 +101,10 @@ def test_results_of_other_options_are_told_and_run_again_if_asked(run, runs, cap
     assert not run(jobs)[1] and not capsys.readouterr().err.count("other options")
     changed = [jobs[0], {**jobs[1], "episodes": 500}]
     assert not run(changed)[1]
-    assert "1 results were made with other options (msh, seed 2: other episodes" in capsys.readouterr().err
+    assert (
+        "1 results were made with other options (msh, seed 2: other episodes"
+        in capsys.readouterr().err
+    )
     file, ran = run(changed, again=True)
     assert ran == [("msh", 2)] and [r["episodes"] for r in runs.results_in(file)] == [20, 500]
     assert len(run(jobs, quick=True)[1]) == 2  # always anew
@@ -96,7 +113,9 @@ def test_results_of_other_options_are_told_and_run_again_if_asked(run, runs, cap
 def test_an_unfinished_line_is_left_out_and_not_written_to(run, runs, capsys):
     file, _ = run(only="msg")
     file.write_bytes(file.read_bytes()[:-5])  # as if killed while it wrote
-    assert len(runs.results_in(file)) == 3 and "line 4 is no whole result" in capsys.readouterr().err
+    assert (
+        len(runs.results_in(file)) == 3 and "line 4 is no whole result" in capsys.readouterr().err
+    )
     assert len(run()[1]) == len(JOBS) - 3 and len(runs.results_in(file)) == len(JOBS)
 
 
@@ -109,14 +128,18 @@ def test_workers_end_with_the_benchmark(runs, tmp_path):
             time.sleep(600)
         options = tyro.cli(runs.Running)
         jobs = [{"setting": f"FOLDER/{k}", "seed": 1} for k in range(4)]
-        runs.benchmark("FOLDER/program.py", options, jobs, work, runs.Path("FOLDER/results.jsonl"))"""
+        file = runs.Path("FOLDER/results.jsonl")
+        runs.benchmark("FOLDER/program.py", options, jobs, work, file)"""
     (tmp_path / "benchmarks").mkdir()
     for path in (tmp_path / "benchmarks" / "program.py", tmp_path / "program.py"):
         path.write_text(textwrap.dedent(program).replace("FOLDER", str(tmp_path)))
-    start = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import runs; runs.ROOT = runs.Path('.')"
+    start = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})"
+    start += "; import runs; runs.ROOT = runs.Path('.')"
     start += f"; sys.argv[0] = 'program.py'; exec(open({str(tmp_path / 'program.py')!r}).read())"
     path = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
-    benchmark = subprocess.Popen([sys.executable, "-c", start, "--jobs", "2"], cwd=tmp_path, env=path)
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", start, "--jobs", "2"], cwd=tmp_path, env=path
+    )
     started = [tmp_path / name for name in ("0", "1")]
     until = time.time() + 60
     while not all(file.exists() and file.read_text() for file in started) and time.time() < until:
@@ -136,18 +159,27 @@ def test_results_do_not_make_the_code_another(runs, tmp_path, monkeypatch):
     for name in ("code.py", "benchmarks/results/a.jsonl", "docs/a.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
-    for words in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+    for words in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
+    ):
         subprocess.run(["git", *words], cwd=tmp_path, check=True)
     first = runs.commit()
     assert first.isalnum() and first != "unknown"
-    for name, wanted in (("benchmarks/results/a.jsonl", first), ("docs/a.png", first), ("code.py", f"{first}-dirty")):
+    for name, wanted in (
+        ("benchmarks/results/a.jsonl", first),
+        ("docs/a.png", first),
+        ("code.py", f"{first}-dirty"),
+    ):
         (tmp_path / name).write_text("2")
         assert runs.commit() == wanted
 
 
 def test_a_job_in_a_process_of_its_own(runs, tmp_path):
     (tmp_path / "benchmarks").mkdir()
-    program = "import json, os, sys\nprint('noise')\nprint(json.dumps(json.loads(sys.argv[2]) | dict(os.environ)))"
+    program = "import json, os, sys\nprint('noise')\n"
+    program += "print(json.dumps(json.loads(sys.argv[2]) | dict(os.environ)))"
     (tmp_path / "benchmarks" / "echo.py").write_text(program)
     result = runs.in_process("echo.py", {"setting": "a", "seed": 3}, str(tmp_path), set())
     assert result["seed"] == 3 and result["OMP_NUM_THREADS"] == "1"
@@ -161,8 +193,6 @@ def arguments_of(job):
     """The options of a job's command line, with the game's defaults."""
     script = importlib.import_module(job["script"])
     args = script.parse_arguments(job["options"].split())
-    if hasattr(script, "resolved"):
-        return script.resolved(args)
     return script.checked(args, script.make_game(args, "cpu"))
 
 
@@ -170,7 +200,9 @@ def test_jobs_of_the_learning_curves(runs):
     learning = importlib.import_module("learning")
     jobs = learning.all_jobs(learning.Options(quick=True))
     longer = sum(map(len, learning.LONGER.values()))
-    assert len(jobs) == len(learning.METHODS) * len(learning.STEPS) * len(learning.COMPANIES) + longer
+    assert (
+        len(jobs) == len(learning.METHODS) * len(learning.STEPS) * len(learning.COMPANIES) + longer
+    )
     assert len({job["keep"] for job in jobs}) == len({job["setting"] for job in jobs}) == len(jobs)
     for job in jobs:  # the command lines are good ones, and a result line can hold them
         args = arguments_of(job)
@@ -180,38 +212,28 @@ def test_jobs_of_the_learning_curves(runs):
 
 def test_jobs_and_figures_of_scaling(runs):
     scaling = importlib.import_module("scaling")
-    options = scaling.Options(devices="cpu")
-    jobs = [*scaling.profile_jobs(options), *scaling.sps_jobs(options), *scaling.parallel_jobs(options)]
+    jobs = scaling.parallel_jobs(scaling.Options())
     assert len({(job["setting"], job["seed"]) for job in jobs}) == len(jobs)
     for job in jobs:
         assert "," not in job["setting"]  # or `--only` would split it
-        if job["part"] == "parallel":
-            args = arguments_of(job)
-            assert args.total_timesteps % (args.num_envs * args.num_steps) == 0 and args.num_envs == job["num_envs"]
-    run = {"train_cpu_seconds": 40.0, "curve": [[10, 0.0, 1.0], [20, 3.0, 2.0], [30, 6.0, 3.0], [40, 9.0, 4.0]]}
-    assert runs.by_cpu_time(run) == [[10, 10.0, 1.0], [20, 20.0, 2.0], [30, 30.0, 3.0], [40, 40.0, 4.0]]
+        args = arguments_of(job)
+        assert args.total_timesteps % (args.num_envs * args.num_steps) == 0
+        assert args.num_envs == job["num_envs"]
+    run = {
+        "train_cpu_seconds": 40.0,
+        "curve": [[10, 0.0, 1.0], [20, 3.0, 2.0], [30, 6.0, 3.0], [40, 9.0, 4.0]],
+    }
+    assert runs.by_cpu_time(run) == [
+        [10, 10.0, 1.0],
+        [20, 20.0, 2.0],
+        [30, 30.0, 3.0],
+        [40, 40.0, 4.0],
+    ]
     assert scaling.return_after(run, 40.0) == 4.0 and scaling.return_after(run, 26.0) == 2.0
     assert math.isnan(scaling.return_after(run, 9.0))
-    assert runs.by_cpu_time({"train_cpu_seconds": 5.0, "curve": [[10, 0.0, 1.0]]}) == [[10, 5.0, 1.0]]
-    shares = scaling.shares_of([{"shares": {"a": 0.75, "a/b": 0.5}}, {"shares": {"a": 0.25, "a/MCTS": 0.25}}])
-    assert shares == {("a",): 0.5, ("a", "b"): 0.25, ("a", "planner"): 0.125, ("a", "rest"): 0.125}
-
-
-def test_going_on_with_more_games(runs, monkeypatch):
-    """Each game is one of the 16 before, at its stage; networks and stored matches are theirs."""
-    import torch
-
-    scaling = importlib.import_module("scaling")
-    monkeypatch.setattr(scaling, "BEFORE", 2)
-    before = scaling.run_before("latent model", "msh-2x2-2p-1h1s", "self", 1, False)
-    for games in (3, 40):
-        trainer = scaling.continued(before, "latent model", games, 4)
-        assert all((a == b[torch.arange(games) % 16]).all() for a, b in zip(trainer.state, before.state, strict=True))
-        assert len(trainer.buffer) == len(before.buffer)
-        spent = scaling.count_once(trainer)
-        trainer.iterate()
-        assert trainer.agent.plan_mode == trainer.args.plan_update
-        assert (spent > 0).all() and trainer.state.time.shape == (games,)
+    assert runs.by_cpu_time({"train_cpu_seconds": 5.0, "curve": [[10, 0.0, 1.0]]}) == [
+        [10, 5.0, 1.0]
+    ]
 
 
 def test_interquartile_mean(runs):
@@ -230,7 +252,9 @@ def test_interquartile_mean(runs):
 
 
 def test_mean_over_tasks(runs):
-    mean, low, high = runs.mean_over_tasks([[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]])  # equal variances: 4 degrees of freedom
+    mean, low, high = runs.mean_over_tasks(
+        [[1.0, 2.0, 3.0], [5.0, 6.0, 7.0]]
+    )  # equal variances: 4 degrees of freedom
     half = 2.7764 * (2 * 1.0 / 3) ** 0.5 / 2
     assert (mean, low, high) == pytest.approx((4.0, 4.0 - half, 4.0 + half), abs=1e-3)
     _, low, high = runs.mean_over_tasks([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])  # only one varies: 2
@@ -240,16 +264,24 @@ def test_mean_over_tasks(runs):
 
 
 def test_fresh_results_are_kept_apart(runs):
-    places = {runs.Running(quick=quick, fresh=fresh).results("a") for quick in (True, False) for fresh in (True, False)}
+    places = {
+        runs.Running(quick=quick, fresh=fresh).results("a")
+        for quick in (True, False)
+        for fresh in (True, False)
+    }
     assert len(places) == 3 and all(place.name == "a.jsonl" for place in places)
 
 
 def test_interval_of_a_mean(runs):
     mean, low, high = runs.interval([1.0, 2.0, 3.0])
-    assert (mean, low, high) == pytest.approx((2.0, 2.0 - 4.3027 / 3**0.5, 2.0 + 4.3027 / 3**0.5), abs=1e-3)
+    assert (mean, low, high) == pytest.approx(
+        (2.0, 2.0 - 4.3027 / 3**0.5, 2.0 + 4.3027 / 3**0.5), abs=1e-3
+    )
     assert runs.interval([4.0])[0] == 4.0 and math.isnan(runs.interval([4.0])[1])
 
 
 def test_score_of_random_play(runs):
-    alone, with_hares, mixed = (runs.random_return("msh-4x4-4h1s", name) for name in ("self", "nh", "nh,nh,random"))
+    alone, with_hares, mixed = (
+        runs.random_return("msh-4x4-4h1s", name) for name in ("self", "nh", "nh,nh,random")
+    )
     assert 0.0 < with_hares < mixed < alone < runs.best_return("msh-4x4-4h1s") == pytest.approx(3.0)
