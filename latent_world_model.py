@@ -178,8 +178,8 @@ def checked(args, game):
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
         "--co-player-model: no scripted kind": args.co_player_model not in ("moa", *game.kinds),
-        "--offline needs a planner, and knows no --goal oracle": args.offline
-        and (args.plan_update == "none" or args.goal == "oracle"),
+        "what learns --offline needs a planner, --plan-until 1, and no --goal oracle": args.offline
+        and (args.plan_update == "none" or args.plan_until < 1 or args.goal == "oracle"),
     }
     for message, wrong in problems.items():
         if wrong:
@@ -777,7 +777,7 @@ class Recorded(CoPlayers):
     """A data set [T, B, ..] of `--offline`, played over and over in place of the co-players and of
     the game's `start`, `step` and `restart`; the learner thinks at every seat, and acts at none. By
     name: the state's fields, and with `next_` before them the next state's; `action`, `reward`,
-    `terminated`, `truncated` [T, B, N], `match_ended` [T, B]; `env_id`. Raises UsageError."""
+    `terminated`, `truncated` [T, B, N], `match_ended` [T, B]; `env_id`, `horizon`. UsageError."""
 
     def __init__(self, game, args, generator):
         like = game.start(1, generator)._asdict()
@@ -800,8 +800,11 @@ class Recorded(CoPlayers):
                 state = game.state_type(*(rows[prefix + name] for name in like))
                 game.subgoals(state)  # raises for cells that are not on the board
             legal = pick(game.action_mask(state), rows["action"])
-            if not (legal.all() and rows["reward"].isfinite().all()):
-                raise ValueError("illegal actions, or rewards not finite")
+            on = ~(self.data["terminated"] | self.data["truncated"]).all(2)[:-1]
+            pairs = [(self.data[f"next_{k}"][:-1][on], self.data[k][1:][on]) for k in like]
+            follow = all(torch.equal(*map(torch.nan_to_num, pair)) for pair in pairs)
+            if not (follow and legal.all() and rows["reward"].isfinite().all()):
+                raise ValueError("steps that do not follow, illegal actions, or infinite rewards")
             self.data["truncated"][-1] = ~self.data["terminated"][-1]
             self.data["match_ended"][-1] = True
         super().__init__(game, ["random"], batch, 1, generator)
@@ -817,11 +820,9 @@ class Recorded(CoPlayers):
         return self.game.state_type(*self.now(*self.game.state_type._fields))
 
     def restart(self, state, ended, generator):
-        """The recorded state."""
         return self.start(len(ended), generator)
 
     def step(self, state, actions):
-        """As the game's."""
         after = self.now(*(f"next_{name}" for name in self.game.state_type._fields))
         return self.game.state_type(*after), *self.now("reward", "terminated", "truncated")
 
@@ -1084,11 +1085,11 @@ class LatentModel(nn.Module):
 
     def forward(self, own, others, action, other_actions):
         """zs' and the reward [..] of zs, actions [..] and [.., N-1]; leading axes broadcast."""
-        step, shift = self.chosen(self.own_blocks(own), action)
+        step, pushed = self.chosen(self.own_blocks(own), action)  # of itself, of co-players
         steps, heard = self.chosen(self.other_blocks(others), other_actions)
         action = F.one_hot(action, self.num_actions).float()
         change, told, reward = self.whole(own, heard, action).split([self.size, self.size, 1], -1)
-        others = others + steps + shift[..., None, :]
+        others = others + steps + pushed[..., None, :]
         others = others + self.change(F.relu(heard + told[..., None, :]))
         return own + step + change, others, reward.squeeze(-1)
 
@@ -1105,9 +1106,9 @@ MODEL_COEFS = {"observation": 1.0, "reward": 1.0, "value": 1.0, "consistency": 1
 
 def model_loss(agent, rows):
     """Weighted sum of the four losses of the latent model on rows [R, ..], and these terms. After
-    the player's last step o' counts for nothing. The TD target of V is of the planner's policy, not
-    of the one that played: by E_pi Q - Q(a), in `shift`. V is also drawn, at f(zs, ..), to what it
-    is at enc(o'): there the planner reads it."""
+    the player's last step o' counts for nothing; before, it is read with the goals of o. `shift`,
+    E_pi Q - Q(a), makes y a target of the planner's policy whatever was played (offline), or one of
+    less variance. V is also drawn, at zs', to what it is at enc(o'): the planner reads it there."""
     model = agent.model
     args = agent.args
     goals = rows["others"][..., model.other_size :]
@@ -1271,8 +1272,7 @@ def sample_joint_actions(agent, mask, seen, generator):
 def outcome(model, own, others, other_actions, action):
     """Reward [..] and next value [..] that the latent model predicts, from own features [.., X],
     co-players' [.., N-1, Y + Z] and actions [.., N-1], and the own action [..]."""
-    # ours: by zs
-    *ahead, reward = model(*model.encode(own, others), action, other_actions)
+    *ahead, reward = model(*model.encode(own, others), action, other_actions)  # ours: by zs
     plays_on = model.decode(*ahead)[2].clamp(0.0, 1.0)
     value = model.value(*ahead, others[..., model.other_size :].sum(-2)).squeeze(-1)
     return reward, plays_on * value
@@ -1307,7 +1307,7 @@ REPLAY = 16_384  # latest transitions that are learnt from
 MODEL_LEARNING_RATE = 5e-3  # at the start
 MODEL_UPDATES = 32  # minibatches an iteration
 MODEL_BATCH = 1024  # rows of each, a quarter of them from the reservoir
-# ours: more of each
+# ours: the next features as well
 TRANSITION = """own others other_actions action reward shift valued terminated next_own
     next_views""".split()
 
@@ -1398,9 +1398,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-PLAYED = (
-    "plan_update plan_beta plan_samples co_player_model".split()
-)  # ours: what `evaluate` changes
+PLAYED = "plan_update plan_beta plan_samples co_player_model".split()  # ours: evaluate's
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
@@ -1635,13 +1633,13 @@ def train(args, watch=None):
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
             recent, reservoir = content["replay"]
             agent.plan_mode = content["played"]["plan_update"]
+            if args.offline:
+                co_players.now("reward")  # raises where the file has become shorter
             if game.simulates or args.offline:
                 state = type(state)(*content["state"])
                 returns = content["returns"]
             else:
                 print("--resume: episodes of this environment begin anew")
-    if args.offline:
-        agent.plan_slope.fill_(1.0)  # nothing to calibrate it on
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
     tracker = None  # a W&B run
     with refused("--track"):
@@ -1746,7 +1744,7 @@ def train(args, watch=None):
                         "learner": (kind == 0) & game.alive(state),
                         "terminated": terminated,
                     }
-                    if agent.plan_mode != "none":
+                    if args.plan_update != "none":
                         transition["next_own"], transition["next_views"] = game.features(after)
                     for name, value in transition.items():
                         storage[name].append(value)
@@ -1784,12 +1782,12 @@ def train(args, watch=None):
 
             # ---- LATENT MODEL
             with record_function("latent model"):
-                temperature = 0.0
-                if agent.plan_mode == "hop" and args.plan_beta and not args.offline:
-                    temperature = (1.0 - done / args.plan_until) / args.plan_beta
-                if agent.plan_mode != "none" and not pretraining:
-                    rest = 1.0 - done / args.plan_until if args.anneal else 1.0
-                    optimizer.param_groups[2]["lr"] = MODEL_LEARNING_RATE * rest
+                rest = 1.0 - done / args.plan_until if agent.plan_mode != "none" else 0.0
+                soft = agent.plan_mode == "hop" and args.plan_beta and not args.offline
+                temperature = rest / args.plan_beta if soft else 0.0
+                if args.plan_update != "none" and not pretraining:
+                    falling = max(rest, 0.1) if args.anneal else 1.0
+                    optimizer.param_groups[2]["lr"] = MODEL_LEARNING_RATE * falling
                     rows["shift"] = rows["expected"] - pick(rows["q_plan"], rows["action"])
                     rows["shift"] -= temperature * rows["log_prob"]
                     rows["valued"] = rows["learner"] | (args.offline is not None)
@@ -1797,10 +1795,12 @@ def train(args, watch=None):
                     with no_grad():
                         reservoir = surprising(agent.model, moves, reservoir, generator)
                     recent = {k: cat([recent.get(k, x[:0]), x])[-REPLAY:] for k, x in moves.items()}
-                    for _ in range(MODEL_UPDATES):
+                    for _ in range(MODEL_UPDATES if rest else MODEL_UPDATES // 8):
                         batch = model_batch(recent, reservoir, generator)
                         loss, terms = model_loss(agent, batch)
                         descend(optimizer, 2, loss, 10.0, terms, sums)
+                    if args.offline:
+                        agent.plan_slope.fill_(1.0)  # nothing to calibrate it on
 
             # ---- PPO
             with record_function("PPO"):

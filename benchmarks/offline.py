@@ -284,9 +284,11 @@ def judge(options):
         recorded = load(file, game, args.env_id)
     player = script.Player(agent, len(recorded.kind))
     sums, value, following = judged(recorded, player, args)
-    slope = ((value - value.mean()) * following).mean() / value.var(correction=0)
-    explained = 1.0 - (following - value).var(correction=0) / following.var(correction=0)
-    calibration = {"value_slope": mean(slope), "value_explained": mean(explained)}
+    calibration = {}
+    if len(value):  # some episode ended
+        slope = ((value - value.mean()) * following).mean() / value.var(correction=0)
+        explained = 1.0 - (following - value).var(correction=0) / following.var(correction=0)
+        calibration = {"value_slope": mean(slope), "value_explained": mean(explained)}
     figures = {k: [mean(total / count) for total, count in x] for k, x in sums.items()}
     played = options.file or f"{options.steps} game steps of {options.co_players}"
     print(f"{options.run} on {played}, gamma {args.gamma}\n")

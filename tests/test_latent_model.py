@@ -397,16 +397,29 @@ def test_rows_are_what_the_game_did(script, steps, monkeypatch, tmp_path, plan_u
 
 
 @pytest.mark.parametrize("anneal", [True, False])
-def test_the_models_learning_rate_falls_while_it_is_planned_on(script, tmp_path, anneal):
+def test_the_model_learns_less_when_it_is_no_longer_planned_on(
+    script, tmp_path, monkeypatch, anneal
+):
+    """The planner is off in the last of five iterations."""
+    monkeypatch.setattr(script, "MODEL_UPDATES", 16)
     rates = []
+    updates = []
 
-    def watch(optimizer, **names):
+    def watch(optimizer, sums, **names):
         rates.append(optimizer.param_groups[2]["lr"] / script.MODEL_LEARNING_RATE)
+        updates.append(len(sums["model/reward"]))
 
     args = small(script, plan_update="offset", plan_until=0.8, total_timesteps=320, anneal=anneal)
     run(script, args, tmp_path, watch)
-    left = [1.0, 0.75, 0.5, 0.25, 0.25]  # off in the last of five iterations
-    assert rates == pytest.approx(left if anneal else [1.0] * 5)
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.1] if anneal else [1.0] * 5)
+    assert updates == [16, 16, 16, 16, 2]
+
+
+def test_no_model_is_learnt_without_a_planner(script, tmp_path):
+    losses = []
+    args = small(script, plan_update="none", total_timesteps=128)
+    run(script, args, tmp_path, lambda metrics, **names: losses.append(metrics))
+    assert len(losses) == 2 and not any("model/reward" in metrics for metrics in losses)
 
 
 def test_any_environment_is_planned_in(script, tmp_path):
@@ -717,7 +730,19 @@ def test_files_that_cannot_be_learnt_from(script, play, monkeypatch, capsys):
         assert name in refused(script, monkeypatch, capsys, *words), name
 
 
-@pytest.mark.parametrize("words", ["--plan-update none", "--goal oracle"])
+@pytest.mark.parametrize("thinned", [True, False])
+def test_files_whose_steps_do_not_follow(script, play, monkeypatch, capsys, thinned):
+    """Every second step, or an end of an episode that is not told."""
+    _, arrays = play[HUNT]
+    changed = {k: x[::2] if np.ndim(x) > 1 and thinned else x for k, x in arrays.items()}
+    if not thinned:
+        changed |= {k: arrays[k] & False for k in ("terminated", "truncated")}
+    np.savez("gaps.npz", **changed)
+    words = ["--env-id", HUNT, "--offline", "gaps.npz", "--num-envs", 3]
+    assert "do not follow" in refused(script, monkeypatch, capsys, *words)
+
+
+@pytest.mark.parametrize("words", ["--plan-update none", "--goal oracle", "--plan-until 0.5"])
 def test_what_cannot_be_learnt_from_files(script, play, monkeypatch, capsys, words):
     words = ["--env-id", HUNT, "--offline", play[HUNT][0], *words.split()]
     assert "--offline" in refused(script, monkeypatch, capsys, *words)
