@@ -1786,7 +1786,7 @@ def train(args, watch=None):
                 soft = agent.plan_mode == "hop" and args.plan_beta and not args.offline
                 temperature = rest / args.plan_beta if soft else 0.0
                 if args.plan_update != "none" and not pretraining:
-                    falling = max(rest, 0.1) if args.anneal else 1.0
+                    falling = max(rest, 0.1 * left) if args.anneal else 1.0
                     optimizer.param_groups[2]["lr"] = MODEL_LEARNING_RATE * falling
                     rows["shift"] = rows["expected"] - pick(rows["q_plan"], rows["action"])
                     rows["shift"] -= temperature * rows["log_prob"]

@@ -411,7 +411,7 @@ def test_the_model_learns_less_when_it_is_no_longer_planned_on(
 
     args = small(script, plan_update="offset", plan_until=0.8, total_timesteps=320, anneal=anneal)
     run(script, args, tmp_path, watch)
-    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.1] if anneal else [1.0] * 5)
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.1 * 0.2] if anneal else [1.0] * 5)
     assert updates == [16, 16, 16, 16, 2]
 
 
