@@ -1053,9 +1053,9 @@ class MatchBuffer:
 # ---- Latent world model --------------------------------------------------------------------------
 class LatentModel(nn.Module):
     """zs = enc(o) of player i: a latent [.., L] for itself, and by shared weights one [.., N-1, L]
-    for each co-player. f(zs, a_i, a_-i) adds to them what the joint action changes; an action
-    selects a block of a layer's outputs. dec tells the features that zs stands for, and whether the
-    player plays on; r_hat the reward; V the value."""
+    for each co-player. f(zs, a_i, a_-i) adds to them what the joint action changes, and fades out
+    co-players that leave; an action selects a block of a layer's outputs. dec tells the features of
+    zs, and whether the player plays on; r_hat the reward; V the value."""
 
     def __init__(self, game, goal, size):
         super().__init__()
@@ -1071,7 +1071,7 @@ class LatentModel(nn.Module):
         self.own_blocks = layer(size, self.num_actions * 2 * size, 0.1)
         self.other_blocks = layer(size, self.num_actions * 2 * size, 0.1)
         self.whole = PlayerNetwork(size, size, self.num_actions, 2 * size + 1, size, 0.1)
-        self.change = layer(size, size, 0.1)
+        self.change = layer(size, size + 1, 0.1)  # the last: stays
         self.value = PlayerNetwork(size, size, goal, 1, size, 1.0)
 
     def encode(self, own, others):
@@ -1090,7 +1090,8 @@ class LatentModel(nn.Module):
         action = F.one_hot(action, self.num_actions).float()
         change, told, reward = self.whole(own, heard, action).split([self.size, self.size, 1], -1)
         others = others + steps + pushed[..., None, :]
-        others = others + self.change(F.relu(heard + told[..., None, :]))
+        changes, stays = self.change(F.relu(heard + told[..., None, :])).split([self.size, 1], -1)
+        others = (others + changes) * (3.0 + stays).sigmoid()
         return own + step + change, others, reward.squeeze(-1)
 
     def chosen(self, blocks, action):
@@ -1307,9 +1308,8 @@ REPLAY = 16_384  # latest transitions that are learnt from
 MODEL_LEARNING_RATE = 5e-3  # at the start
 MODEL_UPDATES = 32  # minibatches an iteration
 MODEL_BATCH = 1024  # rows of each, a quarter of them from the reservoir
-# ours: the next features as well
 TRANSITION = """own others other_actions action reward shift valued terminated next_own
-    next_views""".split()
+    next_views""".split()  # ours: the next features as well
 
 
 def surprising(network, rows, reservoir, generator):

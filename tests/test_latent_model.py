@@ -118,7 +118,8 @@ def plain_step(model, own, others, action, other_actions):
     ahead = []
     for zs, (theirs, heard) in zip(others, parts, strict=True):
         change = linear(model.change, (heard + whole[size : 2 * size]).relu())
-        ahead.append(zs + theirs + shift + change)
+        stays = 1.0 / (1.0 + (-3.0 - change[size]).exp())
+        ahead.append((zs + theirs + shift + change[:size]) * stays)
     return own + step + whole[:size], ahead, whole[2 * size]
 
 
