@@ -1744,7 +1744,7 @@ def train(args, watch=None):
                         "learner": (kind == 0) & game.alive(state),
                         "terminated": terminated,
                     }
-                    if args.plan_update != "none":
+                    if agent.plan_mode != "none":
                         transition["next_own"], transition["next_views"] = game.features(after)
                     for name, value in transition.items():
                         storage[name].append(value)
@@ -1782,12 +1782,12 @@ def train(args, watch=None):
 
             # ---- LATENT MODEL
             with record_function("latent model"):
-                rest = 1.0 - done / args.plan_until if agent.plan_mode != "none" else 0.0
-                soft = agent.plan_mode == "hop" and args.plan_beta and not args.offline
-                temperature = rest / args.plan_beta if soft else 0.0
-                if args.plan_update != "none" and not pretraining:
-                    falling = max(rest, 0.1 * left) if args.anneal else 1.0
-                    optimizer.param_groups[2]["lr"] = MODEL_LEARNING_RATE * falling
+                temperature = 0.0
+                if agent.plan_mode == "hop" and args.plan_beta and not args.offline:
+                    temperature = (1.0 - done / args.plan_until) / args.plan_beta
+                if agent.plan_mode != "none" and not pretraining:
+                    rest = 1.0 - done / args.plan_until if args.anneal else 1.0
+                    optimizer.param_groups[2]["lr"] = MODEL_LEARNING_RATE * rest
                     rows["shift"] = rows["expected"] - pick(rows["q_plan"], rows["action"])
                     rows["shift"] -= temperature * rows["log_prob"]
                     rows["valued"] = rows["learner"] | (args.offline is not None)
@@ -1795,7 +1795,7 @@ def train(args, watch=None):
                     with no_grad():
                         reservoir = surprising(agent.model, moves, reservoir, generator)
                     recent = {k: cat([recent.get(k, x[:0]), x])[-REPLAY:] for k, x in moves.items()}
-                    for _ in range(MODEL_UPDATES if rest else MODEL_UPDATES // 8):
+                    for _ in range(MODEL_UPDATES):
                         batch = model_batch(recent, reservoir, generator)
                         loss, terms = model_loss(agent, batch)
                         descend(optimizer, 2, loss, 10.0, terms, sums)
