@@ -166,7 +166,6 @@ def check(options):
     ended = (data["terminated"] | data["truncated"]).all(2)
     whole = ended.flip(0).cumsum(0).flip(0) > 0  # steps of episodes that end
     returns = (data["reward"] * whole[:, :, None]).sum((0, 1)) / ended.sum()  # [N]
-    before, then = [x[:-games] for x in after], [x[games:] for x in state]
     rows = {
         "game": f"{env_id}, {game.num_players} players, horizon {game.horizon}",
         "game steps": f"{steps * games}, {steps} in each of {games} games",
@@ -175,7 +174,6 @@ def check(options):
         "steps with a reward": mean(data["reward"][alive] != 0),
         "steps that terminate": mean(data["terminated"][alive]),
         "steps that truncate": mean(data["truncated"][alive]),
-        "steps that go on from the last": mean(alike(before, then)[~ended[:-1].flatten()]),
         "shares of actions": [mean(data["action"][alive] == k) for k in range(game.num_actions)],
     }
     if game.simulates:

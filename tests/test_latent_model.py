@@ -638,6 +638,19 @@ def test_offline_run_goes_on_to_the_bit(script, play, tmp_path, no_steps, env_id
     assert_same_run(script, unbroken.path, broken)
 
 
+@pytest.mark.parametrize("env_id", [HUNT, LEAVING])
+def test_a_file_that_has_become_shorter_is_not_gone_on_with(
+    script, play, tmp_path, monkeypatch, capsys, env_id
+):
+    _, arrays = play[env_id]
+    np.savez("cut.npz", **arrays)
+    args = offline_args(script, "cut.npz", env_id=env_id, checkpoint_every=1)
+    broken = broken_run(script, args, tmp_path, 3)
+    assert script.load_checkpoint(broken)["episode"][0] >= 3  # the step that is next
+    np.savez("cut.npz", **{k: x[:3] if np.ndim(x) > 1 else x for k, x in arrays.items()})
+    assert "does not fit this run" in refused(script, monkeypatch, capsys, "--resume", broken)
+
+
 @pytest.fixture(scope="module")
 def done(script, play, tmp_path_factory):
     """The folders of finished runs from the files."""

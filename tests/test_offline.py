@@ -146,5 +146,5 @@ def test_environments(capsys):
     arrays = collect(name, "random", steps=60)
     assert (arrays["terminated"][:6, 0] == [[t >= 1, t >= 4, False] for t in range(6)]).all()
     offline.main(["check", str(PLAY), "--env-id", name])
-    assert "| steps that go on from the last | 1.0 |" in capsys.readouterr().out
+    assert "| steps that truncate | " in capsys.readouterr().out
     assert name in refusal(capsys, "check", PLAY)
