@@ -9,9 +9,7 @@ game scores each own action; PPO learns around it.
     python hop_mcts.py --env-id msg --co-players self        # self-play on the snowdrift game
     python hop_mcts.py --num-simulations 50 --max-depth 10   # search longer, but less deep
     python hop_mcts.py --evaluate runs/NAME --co-players ns  # play with three stag hunters
-    python hop_mcts.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
-        --total-timesteps 2400 --match-episodes 2400 --plan-update offset --plan-until 1 \\
-        --learning-rate 3e-3 --no-anneal                     # go on learning within one match
+    python hop_mcts.py --init runs/NAME --co-players nh      # go on learning within one match
 
 One iteration; `train` has it line by line:
 
@@ -30,10 +28,11 @@ One iteration; `train` has it line by line:
     beta = plan_beta times how right Q has been, the slope of (return - V) on it, in 0..1
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
-also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
-callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], generator) -> actions
-[R]`, R = B * N rows, one for each seat of each game, those that it does not play included. If it
-has `start_match(which [R] bool)`, that is called when matches start.
+also with -noisy; elsewhere: random); a checkpoint or its run's folder, or a folder of runs, for all
+of them; or `package.module:name`, a callable or class `(observation [R, ..], action_mask [R, A],
+clock [R, 2], generator) -> actions [R]`, R = B * N rows, one for each seat of each game, those that
+it does not play included. If it has `start_match(which [R] bool)`, that is called when matches
+start.
 
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
 (1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
@@ -99,6 +98,7 @@ class Args:
     horizon: int | None = None  # most steps of an episode (default: by game)
     co_players: str | None = None  # co-player, or a comma list to draw from (default: by game)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
+    snapshot_every: int = 0  # iterations after which the learner as it is joins the co-players
     prosocial: float = 0.0  # share of all players' mean reward in the learner's, beside its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
@@ -122,7 +122,6 @@ class Args:
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     moa_updates: int = 4  # minibatches for the MOA an iteration
-    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
@@ -140,7 +139,7 @@ class Args:
 
 
 FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until inter_om_alpha".split()  # in any script
-FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
+FROM_0 = "seed env_workers pretrain_moa_steps snapshot_every".split()  # whole, can be 0
 
 
 class UsageError(ValueError):
@@ -223,8 +222,7 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
 DEFAULTS = {  # of the options that are None, by measurements (README.md)
     "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
     "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
-    # ours: plain PPO only if --plan-update none asks for it
-    "other": dict(gamma=0.95, plan_update="offset", plan_beta=5.0, plan_until=1.0),
+    "other": dict(gamma=0.95, plan_update="offset", plan_beta=5.0, plan_until=1.0),  # ours: plans
 }
 NUMBER = "[1-9][0-9]?"
 GRID_ID = re.compile(
@@ -674,6 +672,12 @@ def make_game(args, device):
 
 
 # ---- Co-players ----------------------------------------------------------------------------------
+def runs_in(entry):
+    """The runs in a folder of runs, or the entry itself."""
+    found = Path(entry).glob("*/checkpoint.pt") if os.path.isdir(entry) else []
+    return sorted(f"{path.parent}" for path in found) or [entry]
+
+
 class CoPlayers:
     """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
     (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
@@ -689,30 +693,40 @@ class CoPlayers:
         if fixed and len(pool) != game.num_players - 1:
             raise UsageError(f"{game.num_players - 1} co-players are wanted, not {len(pool)}")
         entries = list(dict.fromkeys(["self", *pool]))
-        self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
+        self.names = []  # by kind
         self.callables = {}  # by number of the kind
         self.agents = {}  # Players by number of the kind
-        scripts = [name.removesuffix("-noisy") for name in self.names]
-        for k, entry in enumerate(entries):
-            name = self.names[k]
-            if k == 0 or scripts[k] in game.kinds:
-                continue
-            if os.path.exists(name):
-                self.agents[k] = load_player(name, game, batch)
-            else:
-                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
-                    player = imported(entry) if isinstance(entry, str) else entry
-                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
         with game.device:
-            self.pool = tensor([entries.index(entry) for entry in pool]).long()
-            # by kind: index in game.kinds (past its end: not scripted)
-            self.script = tensor([[*game.kinds, script].index(script) for script in scripts])
-            self.noisy = tensor([name.endswith("-noisy") for name in self.names])
+            pool = tensor([entries.index(entry) for entry in pool]).long()
+        self.script = pool[:0]  # by kind: index in game.kinds (past its end: not scripted)
+        self.noisy = self.script.bool()  # by kind
+        self.pool = pool[:0]
+        for entry in entries:
+            self.join(entry, batch)
+        self.pool = pool
         self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
         self.target = self.kind - 1  # [B, N] item that a scripted player walks to
         self.focal = self.kind[:, 0]  # [B] a seat of the learner
         self.episode = self.focal  # [B] number within the match
         self.start_matches(self.episode == 0)
+
+    def join(self, entry, batch):
+        """Adds a co-player to the pool, for coming matches, as the next kind."""
+        kinds = self.game.kinds
+        name = getattr(entry, "__name__", str(entry))
+        script = name.removesuffix("-noisy")
+        k = len(self.names)
+        if k and script not in kinds:
+            if os.path.exists(name):
+                self.agents[k] = load_player(name, self.game, batch)
+            else:
+                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
+                    player = imported(entry) if isinstance(entry, str) else entry
+                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
+        self.names.append(name)
+        self.pool = F.pad(self.pool, (0, 1), value=k)
+        self.script = F.pad(self.script, (0, 1), value=[*kinds, script].index(script))
+        self.noisy = F.pad(self.noisy, (0, 1), value=name.endswith("-noisy"))
 
     def start_matches(self, which):
         """Deals seats and kinds anew in the games of bool [B] `which`."""
@@ -832,6 +846,8 @@ class MOA(nn.Module):
     steps. The subgoal of j is what it reaches next in the episode: an item, or none (OMG, Yu et al.
     2024); on games that know no subgoals there is no such term."""
 
+    memory_steps = 40  # that a memory counts for at most, so that a long match is like a short one
+
     def __init__(self, game, args):
         super().__init__()
         hidden = args.hidden_size
@@ -861,6 +877,7 @@ class MOA(nn.Module):
 
     def encode(self, memory, own, others):
         """Mean and log standard deviation [.., Z] of q_phi(z | h), by memory and features now."""
+        memory = memory * (self.memory_steps / memory[..., -1:].clamp(min=self.memory_steps))
         sums, count = memory.split([memory.shape[-1] - 1, 1], -1)
         scaled = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), count.log1p() / 4.0]
         mean, log_std = self.encoder(own, others, cat(scaled, -1).flatten(-2)).chunk(2, -1)
@@ -869,10 +886,11 @@ class MOA(nn.Module):
 
 MOA_MATCHES = 8  # matches in a minibatch of the MOA, each seen whole
 MOA_ROWS = 4096  # steps of players in them that it predicts
+SUBGOAL_COEF = 0.1  # weight of the subgoal's reconstruction
 
 
 def moa_loss(agent, batch, pretraining, generator):
-    """Loss -log pi_hat + alpha KL(q || N(0, I)) + subgoal_coef * reconstruction on what a
+    """Loss -log pi_hat + alpha KL(q || N(0, I)) + SUBGOAL_COEF * reconstruction on what a
     MatchBuffer read, and its terms in nats a step. `pretraining` leaves the first term out: the VAE
     alone."""
     moa = agent.moa
@@ -894,7 +912,7 @@ def moa_loss(agent, batch, pretraining, generator):
     logits = moa.subgoal_logits(*seen, goal, rows["features"], rows["present"])
     subgoal = rows["subgoal"] % logits.shape[1]  # -1: none, the last
     recon = (F.cross_entropy(logits, subgoal, reduction="none") * rows["ended"]).mean()
-    loss = args.moa_alpha * kl + args.subgoal_coef * recon + (0.0 if pretraining else nll)
+    loss = args.moa_alpha * kl + SUBGOAL_COEF * recon + (0.0 if pretraining else nll)
     return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
 
 
@@ -1366,6 +1384,18 @@ LEARNT = """own others goal mask offset q_plan expected action log_prob advantag
     return""".split()  # of a rollout, what PPO reads
 
 
+# ours: with --init, V learns from a whole match
+@no_grad()
+def match_rows(agent, match, last_value):
+    """Rows [R, ..] of the learner of a `match`, by name [T, B, N, ..], with lambda-returns by V as
+    it is now; lambda is 0.8, since other policies have played most of it."""
+    value = agent.critic(*map(match.get, LEARNT[:3])).squeeze(-1)
+    following = where(match["goes_on"], cat([value[1:], last_value[None]]), match["final_value"])
+    steps = (match["reward"], value, following, match["goes_on"])
+    rows = {**match, "return": value + generalised_advantages(*steps, agent.args.gamma, 0.8)}
+    return {name: rows[name][rows["learner"]] for name in LEARNT}
+
+
 def minibatches(rows, epochs, parts, generator):
     """`epochs` passes over `rows`, by name [R, ..], each in `parts` random parts."""
     count = len(next(iter(rows.values())))
@@ -1388,8 +1418,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
 SCRIPT = Path(__file__).stem
-# ours: what `evaluate` may change
-PLAYED = "plan_update plan_beta num_simulations num_goal_samples puct_c max_depth".split()
+PLAYED = "plan_update plan_beta num_simulations num_goal_samples puct_c max_depth".split()  # ours:
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
 
 
@@ -1423,8 +1452,7 @@ def load_player(path, game, batch, **play):
                 raise
             return importlib.import_module(content["script"]).load_player(path, game, batch, **play)
     never_on = agent.plan_mode != "none" and agent.plan_slope == 0.0
-    simulated = content["args"].get("transition") == "simulator"
-    if never_on and agent.args.goal != "inferred" or not agent.exact and (never_on or simulated):
+    if never_on and not (agent.exact and agent.args.goal == "inferred"):
         raise UsageError(f"{path} has not learnt what this planner needs: it was never on")
     agent.plan_slope += never_on
     return Player(agent, batch)
@@ -1575,17 +1603,19 @@ def train(args, watch=None):
     agent = Agent(game, args)
     learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
     moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
-    # ours: no transition network
-    optimizer = torch.optim.Adam([learnt, moa], args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam([learnt, moa], args.learning_rate, eps=1e-5)  # ours: no model
+    reservoir = {}  # ours: steps of a match
     reads_moa = args.goal == "inferred" or args.plan_update != "none"
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
-    pool = args.co_players.split(",")
+    pool = [run for entry in args.co_players.split(",") for run in runs_in(entry)]
+    pool = content["pool"] if resumes else pool  # with snapshots
     co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
     state = game.start(args.num_envs, generator)
     if co_players.callables:  # copies of them try one step, before anything is written
         CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
     buffer = MatchBuffer(game, args)
-    player = co_players.agents[0] = Player(agent, args.num_envs)
+    player = Player(agent, args.num_envs)
+    co_players.agents = {0: player, **co_players.agents}
     returns = game.alive(state) * 0.0  # [B, N] of running episodes
     per_iteration = args.num_envs * args.num_steps
     global_step = 0
@@ -1599,6 +1629,8 @@ def train(args, watch=None):
     with refused(f"{source} does not fit this run"):
         if source is not None:
             agent.load_state_dict(content["agent"])
+            if not resumes:
+                agent.plan_slope.fill_(1.0)  # ours: the search is exact
         if resumes:
             for name, value in vars(args).items():
                 if name not in FREE and content["args"][name] != value:
@@ -1614,6 +1646,7 @@ def train(args, watch=None):
             for k, other in co_players.agents.items():
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
+            reservoir = content["reservoir"]
             agent.plan_mode = content["played"]["plan_update"]
             if game.simulates:
                 state = type(state)(*content["state"])
@@ -1676,8 +1709,10 @@ def train(args, watch=None):
                     "torch_generator": torch.get_rng_state(),
                     "seats": [co_players.focal, co_players.kind, co_players.target],
                     "episode": co_players.episode,
+                    "pool": pool,
                     "memory": {k: other.memory for k, other in co_players.agents.items()},
                     "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
+                    "reservoir": reservoir,
                     "played": {"plan_update": agent.plan_mode},  # options as they are now
                     "state": [*state],
                     "returns": returns,
@@ -1764,8 +1799,12 @@ def train(args, watch=None):
                 steps = map(rows.get, "reward value next_value goes_on".split())
                 rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]
+                if args.init:  # ours: the latest 2,400 steps, a whole match
+                    kept = {k: cat([reservoir.get(k, x[:0]), x]) for k, x in rows.items()}
+                    reservoir = {k: x[-ceil(2400 / args.num_envs) :] for k, x in kept.items()}
                 rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
-                if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
+                planned = agent.plan_mode != "none" and not pretraining and len(rows["return"])
+                if planned and not (args.init and agent.exact):  # a match is short
                     slope = calibration(rows)
                     agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
                     sums["losses/plan_slope"].append(slope)
@@ -1775,6 +1814,11 @@ def train(args, watch=None):
                 for part in minibatches(rows, epochs, args.num_minibatches, generator):
                     loss, terms = loss_of(agent, part, ent_coef)
                     descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
+                for _ in range(2 if args.init else 0):  # ours: V, of the whole match
+                    rows = match_rows(agent, reservoir, last_value)
+                    for part in minibatches(rows, 1, ceil(len(rows["return"]) / 64), generator):
+                        loss = args.vf_coef * loss_of(agent, part, 0.0)[1]["losses/value"]
+                        descend(optimizer, 0, loss, args.max_grad_norm, {}, sums)
 
             # ---- LOG
             metrics = {name: float(stack(terms).mean()) for name, terms in sums.items()}
@@ -1798,6 +1842,13 @@ def train(args, watch=None):
                 tracker.log(metrics, step=global_step)
             bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', nan):.2f}")
             bar.update(per_iteration)
+            if args.snapshot_every and not iteration % args.snapshot_every:
+                path = f"{folder}/snapshot_{iteration}.pt"
+                played = {"plan_update": "none"} if "plan_update" in PLAYED else {}
+                snapshot = {"script": SCRIPT, "args": vars(args), "played": played}
+                torch.save({**snapshot, "agent": agent.state_dict()}, path)
+                co_players.join(path, args.num_envs)
+                pool.append(path)
             if profiler:
                 profiler.step()
             if watch:
@@ -1821,6 +1872,14 @@ def train(args, watch=None):
     return {**metrics, "run": folder}
 
 
+INIT = {  # options with --init, if not given: one match, in which the learner goes on learning
+    **dict(resume=None, load_moa=None, pretrain_moa_steps=0, offline=None),
+    **dict(num_envs=1, num_steps=100, total_timesteps=2400, match_episodes=2400),
+    **dict(learning_rate=3e-3, anneal=False, plan_until=1.0),
+    **dict(plan_update="hop", plan_beta=100.0),  # ours: the search alone acts
+}
+
+
 def parse_arguments(arguments):
     """Args from the command line, over the options of a run to resume, start from or play; `--flag
     False` is read as `--no-flag`. Raises UsageError; tyro itself exits with status 2."""
@@ -1832,7 +1891,7 @@ def parse_arguments(arguments):
             content = load_checkpoint(path)
             options = content["args"]
             if args.init is not None:
-                options |= {"resume": None, "load_moa": None, "pretrain_moa_steps": 0}
+                options |= {name: INIT[name] for name in INIT if name in options}
             with refused(f"{path} is a run of other options"):
                 if args.evaluate is not None:
                     options = {name: options[name] for name in ("env_id", *PLAYED)}

@@ -9,8 +9,7 @@ it; PPO reads the embeddings of the goals that beliefs assign to co-players. The
     python hop_ppo_gumbel.py --env-id msg --co-players self        # snowdrift, self-play
     python hop_ppo_gumbel.py --env-id mpe2.simple_tag_v3           # PettingZoo environment
     python hop_ppo_gumbel.py --evaluate runs/NAME --co-players ns  # three stag hunters
-    python hop_ppo_gumbel.py --init runs/NAME --co-players nh --num-envs 1 --num-steps 100 \\
-        --total-timesteps 2400 --match-episodes 2400 --learning-rate 3e-3 --no-anneal
+    python hop_ppo_gumbel.py --init runs/NAME --co-players nh      # learn within one match
 
 One iteration; `train` has it line by line:
 
@@ -23,10 +22,11 @@ One iteration; `train` has it line by line:
     PPO: clipped loss, V towards lambda-returns; at first with an entropy bonus in the rewards
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
-also with -noisy; elsewhere: random); a checkpoint or its run's folder; or `package.module:name`, a
-callable or class `(observation [R, ..], action_mask [R, A], clock [R, 2], generator) -> actions
-[R]`, R = B * N rows, one for each seat of each game, those that it does not play included. If it
-has `start_match(which [R] bool)`, that is called when matches start.
+also with -noisy; elsewhere: random); a checkpoint or its run's folder, or a folder of runs, for all
+of them; or `package.module:name`, a callable or class `(observation [R, ..], action_mask [R, A],
+clock [R, 2], generator) -> actions [R]`, R = B * N rows, one for each seat of each game, those that
+it does not play included. If it has `start_match(which [R] bool)`, that is called when matches
+start.
 
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
 (1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
@@ -92,6 +92,7 @@ class Args:
     horizon: int | None = None  # most steps of an episode (default: by game)
     co_players: str | None = None  # co-player, or a comma list to draw from (default: by game)
     match_episodes: int = 10  # episodes of a match: the same co-players in the same seats
+    snapshot_every: int = 0  # iterations after which the learner as it is joins the co-players
     prosocial: float = 0.0  # share of all players' mean reward in the learner's, beside its own
     # PPO
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
@@ -125,7 +126,6 @@ class Args:
     moa_learning_rate: float = 5e-3  # of the MOA (Adam)
     # ours: for speed
     moa_updates: int = 1  # minibatches for the MOA an iteration
-    subgoal_coef: float = 0.1  # weight of the subgoal's reconstruction
     moa_capacity: int = 200_000  # game steps that the match buffer holds
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
@@ -134,7 +134,7 @@ class Args:
 
 
 FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until inter_om_alpha".split()  # in any script
-FROM_0 = "seed env_workers pretrain_moa_steps".split()  # whole numbers that can be 0
+FROM_0 = "seed env_workers pretrain_moa_steps snapshot_every".split()  # whole, can be 0
 
 
 class UsageError(ValueError):
@@ -667,6 +667,12 @@ def make_game(args, device):
 
 
 # ---- Co-players ----------------------------------------------------------------------------------
+def runs_in(entry):
+    """The runs in a folder of runs, or the entry itself."""
+    found = Path(entry).glob("*/checkpoint.pt") if os.path.isdir(entry) else []
+    return sorted(f"{path.parent}" for path in found) or [entry]
+
+
 class CoPlayers:
     """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
     (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
@@ -682,30 +688,40 @@ class CoPlayers:
         if fixed and len(pool) != game.num_players - 1:
             raise UsageError(f"{game.num_players - 1} co-players are wanted, not {len(pool)}")
         entries = list(dict.fromkeys(["self", *pool]))
-        self.names = [getattr(entry, "__name__", str(entry)) for entry in entries]  # by kind
+        self.names = []  # by kind
         self.callables = {}  # by number of the kind
         self.agents = {}  # Players by number of the kind
-        scripts = [name.removesuffix("-noisy") for name in self.names]
-        for k, entry in enumerate(entries):
-            name = self.names[k]
-            if k == 0 or scripts[k] in game.kinds:
-                continue
-            if os.path.exists(name):
-                self.agents[k] = load_player(name, game, batch)
-            else:
-                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
-                    player = imported(entry) if isinstance(entry, str) else entry
-                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
         with game.device:
-            self.pool = tensor([entries.index(entry) for entry in pool]).long()
-            # by kind: index in game.kinds (past its end: not scripted)
-            self.script = tensor([[*game.kinds, script].index(script) for script in scripts])
-            self.noisy = tensor([name.endswith("-noisy") for name in self.names])
+            pool = tensor([entries.index(entry) for entry in pool]).long()
+        self.script = pool[:0]  # by kind: index in game.kinds (past its end: not scripted)
+        self.noisy = self.script.bool()  # by kind
+        self.pool = pool[:0]
+        for entry in entries:
+            self.join(entry, batch)
+        self.pool = pool
         self.kind = torch.zeros(batch, game.num_players, device=game.device).long()  # [B, N]
         self.target = self.kind - 1  # [B, N] item that a scripted player walks to
         self.focal = self.kind[:, 0]  # [B] a seat of the learner
         self.episode = self.focal  # [B] number within the match
         self.start_matches(self.episode == 0)
+
+    def join(self, entry, batch):
+        """Adds a co-player to the pool, for coming matches, as the next kind."""
+        kinds = self.game.kinds
+        name = getattr(entry, "__name__", str(entry))
+        script = name.removesuffix("-noisy")
+        k = len(self.names)
+        if k and script not in kinds:
+            if os.path.exists(name):
+                self.agents[k] = load_player(name, self.game, batch)
+            else:
+                with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
+                    player = imported(entry) if isinstance(entry, str) else entry
+                    self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
+        self.names.append(name)
+        self.pool = F.pad(self.pool, (0, 1), value=k)
+        self.script = F.pad(self.script, (0, 1), value=[*kinds, script].index(script))
+        self.noisy = F.pad(self.noisy, (0, 1), value=name.endswith("-noisy"))
 
     def start_matches(self, which):
         """Deals seats and kinds anew in the games of bool [B] `which`."""
@@ -891,10 +907,11 @@ class MOA(nn.Module):
 
 MOA_MATCHES = 8  # matches in a minibatch of the MOA, each seen whole
 MOA_ROWS = 4096  # steps of players in them that it predicts
+SUBGOAL_COEF = 0.1  # weight of the subgoal's reconstruction
 
 
 def moa_loss(agent, batch, pretraining, generator):
-    """Loss -log pi_hat + KL(q || uniform) + subgoal_coef * reconstruction on what a MatchBuffer
+    """Loss -log pi_hat + KL(q || uniform) + SUBGOAL_COEF * reconstruction on what a MatchBuffer
     read, and its terms in nats a step (`moa/kl`: a match). q, of a seat and match, is by the
     likelihood of all its steps that are read. With q itself, `em`, the first two are -log of the
     marginal likelihood, and the gradient is that of expectation-maximisation; else with draws from
@@ -918,7 +935,7 @@ def moa_loss(agent, batch, pretraining, generator):
     logits = moa.subgoal_logits(*seen, goal @ moa.table, rows["features"], rows["present"])
     subgoal = rows["subgoal"] % logits.shape[1]  # -1: none, the last
     recon = (F.cross_entropy(logits, subgoal, reduction="none") * rows["ended"]).mean()
-    loss = nll + kl * len(match.unique()) / len(index) + args.subgoal_coef * recon
+    loss = nll + kl * len(match.unique()) / len(index) + SUBGOAL_COEF * recon
     return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
 
 
@@ -1356,13 +1373,15 @@ def train(args, watch=None):
     optimizer = torch.optim.Adam([learnt, moa], args.learning_rate, eps=1e-5)  # ours: no planner
     reads_moa = args.goal == "inferred"
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
-    pool = args.co_players.split(",")
+    pool = [run for entry in args.co_players.split(",") for run in runs_in(entry)]
+    pool = content["pool"] if resumes else pool  # with snapshots
     co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
     state = game.start(args.num_envs, generator)
     if co_players.callables:  # copies of them try one step, before anything is written
         CoPlayers(game, pool, args.num_envs, 1, generator).act(state, game.action_mask(state))
     buffer = MatchBuffer(game, args)
-    player = co_players.agents[0] = Player(agent, args.num_envs)
+    player = Player(agent, args.num_envs)
+    co_players.agents = {0: player, **co_players.agents}
     returns = game.alive(state) * 0.0  # [B, N] of running episodes
     per_iteration = args.num_envs * args.num_steps
     global_step = 0
@@ -1452,6 +1471,7 @@ def train(args, watch=None):
                     "torch_generator": torch.get_rng_state(),
                     "seats": [co_players.focal, co_players.kind, co_players.target],
                     "episode": co_players.episode,
+                    "pool": pool,
                     "memory": {k: other.memory for k, other in co_players.agents.items()},
                     "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
                     "played": {},
@@ -1569,6 +1589,13 @@ def train(args, watch=None):
                 tracker.log(metrics, step=global_step)
             bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', nan):.2f}")
             bar.update(per_iteration)
+            if args.snapshot_every and not iteration % args.snapshot_every:
+                path = f"{folder}/snapshot_{iteration}.pt"
+                played = {"plan_update": "none"} if "plan_update" in PLAYED else {}
+                snapshot = {"script": SCRIPT, "args": vars(args), "played": played}
+                torch.save({**snapshot, "agent": agent.state_dict()}, path)
+                co_players.join(path, args.num_envs)
+                pool.append(path)
             if profiler:
                 profiler.step()
             if watch:
@@ -1592,6 +1619,14 @@ def train(args, watch=None):
     return {**metrics, "run": folder}
 
 
+INIT = {  # options with --init, if not given: one match, in which the learner goes on learning
+    **dict(resume=None, load_moa=None, pretrain_moa_steps=0, offline=None),
+    **dict(num_envs=1, num_steps=100, total_timesteps=2400, match_episodes=2400),
+    **dict(learning_rate=3e-3, anneal=False, plan_until=1.0),
+    **dict(plan_update="offset"),
+}
+
+
 def parse_arguments(arguments):
     """Args from the command line, over the options of a run to resume, start from or play; `--flag
     False` is read as `--no-flag`. Raises UsageError; tyro itself exits with status 2."""
@@ -1603,7 +1638,7 @@ def parse_arguments(arguments):
             content = load_checkpoint(path)
             options = content["args"]
             if args.init is not None:
-                options |= {"resume": None, "load_moa": None, "pretrain_moa_steps": 0}
+                options |= {name: INIT[name] for name in INIT if name in options}
             with refused(f"{path} is a run of other options"):
                 if args.evaluate is not None:
                     options = {name: options[name] for name in ("env_id", *PLAYED)}

@@ -125,12 +125,14 @@ def assert_equal(first, second, path=""):
 
 
 def assert_same_run(script, first, second):
-    """Two runs' last checkpoints are the same to the bit, but for options that may change."""
+    """Two runs' last checkpoints are the same to the bit, but for options that may change, and the
+    folders of their snapshots."""
     contents = []
     for path in (first, second):
         content = script.load_checkpoint(path)
         args = {name: value for name, value in content["args"].items() if name not in script.FREE}
-        contents.append({**content, "args": args})
+        names = [Path(name).name for name in content["pool"]]
+        contents.append({**content, "args": args, "pool": names})
     assert_equal(*contents)
 
 

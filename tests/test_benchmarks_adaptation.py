@@ -1,13 +1,15 @@
-"""The parts of benchmarks/adaptation.py that its figures rest on."""
+"""What the figures of benchmarks/adaptation.py rest on, and the strangers that it has."""
 
 import importlib
 import sys
+from math import isnan
 
-import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, load_script
+
+TINY = {"env_id": "msh-3x3-3p-2h1s", "total_timesteps": 2048, "num_envs": 16, "hidden_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -18,114 +20,137 @@ def adaptation():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_only_episodes_that_end_in_the_last_steps_count(adaptation):
-    rewards = np.array([[1, 2, 4, 8, 16, 32, 64, 128], [5, 0, 0, 0, 0, 0, 7, 9]], float).T
-    last = np.array([[0, 0, 1, 0, 1, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0, 1]], bool).T
-    episodes = adaptation.episodes_of(rewards, last)
-    assert [e.tolist() for e, _ in episodes] == [[3, 5, 7], [1, 8]]
-    assert [values.tolist() for _, values in episodes] == [
-        [7, 24, 96],
-        [5, 16],
-    ]  # the 128 is of no ended episode
-    assert (
-        adaptation.mean_ending(episodes, 4, 8) == (24 + 96 + 16) / 3
-    )  # whole returns, pooled over matches
-    assert (
-        adaptation.mean_ending(episodes, 5, 8) == (96 + 16) / 2
-    )  # an end at step 5 is not after step 5
-    assert adaptation.mean_ending(episodes, 0, 3) == (7 + 5) / 2
+def test_an_episode_counts_in_the_window_in_which_it_ends(adaptation):
+    found = adaptation.windows([(0, 1.0), (299, 3.0), (300, 5.0), (899, 7.0), (900, 9.0)], 900)
+    assert found[:2] == [2.0, 5.0] and found[2] == 7.0
+    assert isnan(adaptation.windows([(0, 1.0)], 600)[1])
 
 
-def test_kinds_of_the_mixture_are_seen_and_all_others_are_not(adaptation):
-    script = load_script("hop_onestep")
-    game = script.GridGame("msh-4x4-4h1s")
-    mixture = script.checked(script.Args(), game).co_players  # as a checkpoint has it
-    assert all(adaptation.is_seen(kind, mixture) for kind in adaptation.SCRIPTED["msh"])
-    assert not any(adaptation.is_seen(f"frozen {name}", mixture) for name in adaptation.FROZEN)
-    assert not any(adaptation.is_seen(kind, "self") for kind in adaptation.SCRIPTED["msh"])
-    assert adaptation.is_seen("ns", "self,ns") and not adaptation.is_seen("ns", "self,ns-noisy")
+def test_scores_lie_between_random_play_and_who_was_trained_on_the_same(adaptation):
+    reference = {"setting": "reference | msg | exploiter", "game": "msg", "kind": "exploiter"}
+    scales = adaptation.scale([{**reference, "random": 2.0, "trained": [10.0, 12.0]}])
+    result = {"game": "msg", "kind": "exploiter", "learning": [[2.0, 7.0, 12.0], [2.0, 2.0, 7.0]]}
+    assert adaptation.scored(result, "learning", scales).tolist() == [[0, 0.5, 1], [0, 0, 0.5]]
+    assert adaptation.late(adaptation.scored(result, "learning", scales)) == 0.5
+    assert adaptation.scored(result, "frozen", scales) is None
+    near = adaptation.scale([{**reference, "random": 11.9, "trained": [12.0]}])
+    assert adaptation.scored(result, "learning", near) is None
 
 
-def test_each_match_has_three_of_one_kind(adaptation):
-    script = load_script("hop_onestep")
-    players = adaptation.company(
-        script.GridGame("msh-4x4-4h1s"), ["ns", "nh-noisy"], 5, 50, torch.Generator()
-    )
-    names = [sorted(players.names[k] for k in row) for row in players.kind.tolist()]
-    assert names == [["ns", "ns", "ns", "self"]] * 5 + [["nh-noisy"] * 3 + ["self"]] * 5
-    assert players.kind.gather(1, players.focal.unsqueeze(1)).eq(0).all()
+def small_run(adaptation, folder, **options):
+    script = adaptation.ppo
+    plain = {"goal": "none", "plan_update": "none", "co_players": "self"}
+    with adaptation.quiet(folder):
+        name = script.train(script.Args(**TINY, **plain | options))["run"]
+    return str(folder / name)
 
 
-@pytest.fixture
-def path(adaptation, tmp_path):
-    """The checkpoint of a player to whom history matters, which plays without a planner."""
-    script = load_script("hop_onestep")
-    game = script.GridGame("msh-4x4-4h1s")
-    torch.manual_seed(1)
-    args = script.checked(script.Args(plan_update="none"), game)
-    agent = script.Agent(game, args)
-    for module in agent.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.normal_(module.weight, std=0.3)
-    content = {"script": "hop_onestep", "args": vars(args), "agent": agent.state_dict()}
-    content["played"] = {"plan_update": "none"}
-    adaptation.runs.save(content, tmp_path / "player.pt")
-    return tmp_path / "player.pt"
+def test_frozen_matches_are_played_as_evaluation_plays_them(adaptation, tmp_path):
+    """One match of 20 episodes from the same random numbers: history is carried on."""
+    path = small_run(adaptation, tmp_path, goal="inferred")
+    options = {"episodes": 20, "num_envs": 1, "match_episodes": 10**6, "seed": 3}
+    expected = adaptation.ppo.evaluate(path, "ns", **options)["focal_returns"]
+    steps = 20 * 35
+    returns, first = adaptation.frozen(adaptation.ppo, path, "ns", 1, steps, 3)
+    assert first == pytest.approx(sum(expected[:10]) / 10)
+    assert len(returns) == steps // adaptation.WINDOW
 
 
-def test_a_long_match_is_played_as_evaluation_plays_it(adaptation, path):
-    """Twenty episodes of one match, drawn from the same random numbers: history is carried on."""
-    script = load_script("hop_onestep")
-    game, generator = script.GridGame("msh-4x4-4h1s"), torch.Generator().manual_seed(3)
-    expected = script.evaluate(path, "ns", episodes=20, num_envs=1, match_episodes=20, seed=3)[
-        "focal_returns"
-    ]
-    players = script.CoPlayers(game, ["ns"] * 3, 1, 1000, generator, fixed=True)
-    player = script.load_player(path, game, 1)
-    rewards, last = adaptation.long_match(game, player, [players], 20 * 35, generator)
-    ((_, returns),) = adaptation.episodes_of(rewards, last)
-    assert returns[:20].tolist() == expected and len(set(expected)) > 1
-    assert (players.episode >= 20).all()
+def test_co_players_that_learn_change_and_nobody_else_does(adaptation, tmp_path):
+    """The learner does not learn here, and of the agents only that of the co-players changes."""
+    script = adaptation.ppo
+    path = small_run(adaptation, tmp_path)
+    seen = []
+
+    def watch(co_players, args, **variables):
+        agents = [co_players.agents[k].agent for k in (0, 1)]
+        before = [torch.cat([p.detach().flatten() for p in agent.parameters()]) for agent in agents]
+        learner.learn(args=args, co_players=co_players, **variables)
+        after = [torch.cat([p.detach().flatten() for p in agent.parameters()]) for agent in agents]
+        seen.append([not torch.equal(x, y) for x, y in zip(before, after, strict=True)])
+
+    learner = adaptation.Learner()
+    words = ["--init", path, "--co-players", path, "--total-timesteps", "300"]
+    with adaptation.quiet(tmp_path):
+        script.train(script.parse_arguments(words), watch)
+    assert seen == [[False, True]] * 3
 
 
-def test_companies_side_by_side_keep_their_own_games(adaptation, path):
-    """Hare hunters, in the second half of the games, end them sooner than random players do."""
-    script = load_script("hop_onestep")
-    game, generator = script.GridGame("msh-4x4-4h1s"), torch.Generator().manual_seed(1)
-    companies = [adaptation.company(game, [kind], 16, 200, generator) for kind in ("random", "nh")]
-    _, last = adaptation.long_match(
-        game, script.load_player(path, game, 32), companies, 200, generator
-    )
-    assert last.shape == (200, 32)
-    assert last[:, 16:].sum() > 1.3 * last[:, :16].sum()
+def test_a_learning_co_player_gets_what_pays(adaptation, tmp_path):
+    """Rewarded for one action whatever happens, it comes to prefer it, at its own seats' views."""
+    script = adaptation.ppo
+    path = small_run(adaptation, tmp_path)
+    game = script.GridGame(TINY["env_id"])
+    generator = torch.Generator().manual_seed(1)
+    players = script.CoPlayers(game, [path, path], 16, 10**6, generator, fixed=True)
+    players.agents[0] = script.load_player(path, game, 16)
+    learner = adaptation.Learner()
+    chosen = []
+    state = game.start(16, generator)
+    for _ in range(6):
+        storage = {
+            name: [] for name in "own views mask alive action reward goes_on final_value".split()
+        }
+        for _ in range(20):
+            with torch.no_grad():
+                actions = players.act(state, game.action_mask(state))
+            decision = players.agents[0].decision
+            after, _, terminated, truncated = game.step(state, actions)
+            values = {name: decision[name] for name in "own views mask alive".split()}
+            values |= {"action": actions, "reward": (actions == script.STAY).float()}
+            values |= {"goes_on": ~(terminated | truncated), "final_value": 0.0 * terminated}
+            for name, value in values.items():
+                storage[name].append(value)
+            state = game.restart(after, (terminated | truncated).all(1), generator)
+        seats = players.kind == 1
+        stays = torch.stack([x[seats] == script.STAY for x in storage["action"]])
+        chosen.append(float(stays.float().mean()))
+        learner.learn(players.agents[0].agent.args, players, storage, state, generator)
+    assert chosen[-1] > chosen[0] + 0.2
 
 
-def test_figures_of_a_trained_player_and_of_its_policy_alone(
-    adaptation, path, tmp_path, monkeypatch
-):
-    """By kind, for scripted players and a frozen one."""
-    monkeypatch.setattr(adaptation, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    frozen = adaptation.policy_alone("player.pt")
-    kinds = {"ns": "ns", "frozen one step": frozen, "random": "random"}
-    job = {"game": "msh-4x4-4h1s", "games": 3, "steps": 400, "last": 200, "seed": 1}
-    found = adaptation.adapted("player.pt", kinds, job)
-    assert list(found["late"]) == list(kinds)
-    assert all(0.0 <= value <= 6.0 for value in found["late"].values())
-    assert all(len(parts) == adaptation.WINDOWS for parts in found["by_time"].values())
+FAMILIES = {"msh": "msh-4x4-4h1s", "msg": "msg-4x4-4p-6d"}
 
 
-def test_a_policy_that_never_had_a_planner_is_kept_and_played(adaptation, tmp_path, monkeypatch):
-    script, other = load_script("hop_onestep"), load_script("hop_ppo_gumbel")
-    game = other.GridGame("msh-4x4-4h1s")
-    args = other.checked(other.Args(), game)
-    content = {
-        "script": "hop_ppo_gumbel",
-        "args": vars(args),
-        "agent": other.Agent(game, args).state_dict(),
+def played_by(adaptation, family, name, steps=35, batch=64):
+    """Items that are left after each step [steps, B, M], and the number of the episode's step, of
+    games in which strangers sit at all seats but one, where a player stays."""
+    script = adaptation.ppo
+    game = script.GridGame(FAMILIES[family])
+    generator = torch.Generator().manual_seed(1)
+    entry = getattr(adaptation.strangers, name)
+    players = script.CoPlayers(game, [entry] * 3, batch, 10**6, generator, fixed=True)
+    state = game.start(batch, generator)
+    left = []
+    for _ in range(steps):
+        mask = game.action_mask(state)
+        actions = players.act(state, mask)
+        assert script.pick(mask, actions).all()
+        actions = torch.where(players.kind == 0, game.idle(mask), actions)
+        state, _, terminated, truncated = game.step(state, actions)
+        ended = (terminated | truncated).all(1)
+        left.append(state.items >= 0)
+        players.observe(ended)
+        state = game.restart(state, ended, generator)
+    return torch.stack(left)
+
+
+def test_strangers_do_what_they_are_said_to_do(adaptation):
+    left = played_by(adaptation, "msh", "Waiting", 10)
+    assert left[7].all() and not left[9].all()
+    left = played_by(adaptation, "msh", "Late", 14)
+    assert left[:, :, 1:].all() and not left[-1, :, 0].all()  # stags come first
+    left = played_by(adaptation, "msh", "Shy", 14)
+    assert left[:, :, 0].all() and not left[-1].all()
+    for family in ("msh", "msg"):
+        for stranger in (
+            adaptation.strangers.DEVELOPMENT[family] + adaptation.strangers.HELD_OUT[family]
+        ):
+            gone = ~played_by(adaptation, family, stranger.__name__, 14)
+            assert gone.any() and not gone[0].all()
+    counts = {
+        name: played_by(adaptation, "msg", name, 4)[-1].sum(1).float().mean()
+        for name in ("Tired", "Fair", "Waverer", "Lazy", "Halves")
     }
-    adaptation.runs.save({**content, "played": {}}, tmp_path / "player.pt")
-    monkeypatch.setattr(adaptation, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    kept = adaptation.policy_alone("player.pt")
-    assert isinstance(script.load_player(kept, script.GridGame("msh-4x4-4h1s"), 2), other.Player)
+    assert counts["Tired"] < counts["Fair"] and counts["Tired"] < counts["Waverer"]
+    assert counts["Tired"] < min(counts["Lazy"], counts["Halves"]) < 6

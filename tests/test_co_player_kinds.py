@@ -489,6 +489,29 @@ def test_a_match_is_so_many_episodes_in_one_seating(script):
     assert changed > 0.8 * matches
 
 
+def test_who_joins_plays_in_coming_matches(script):
+    """As the next kind, and as one named from the start would."""
+    game = script.GridGame(MSH)
+    batch = 3000
+    players = script.CoPlayers(game, ["nh", "self"], batch, 2, generator_of(0))
+    players.join("ns-noisy", batch)
+    players.join(Walker, batch)
+    assert players.names == ["self", "nh", "ns-noisy", "Walker"]
+    assert players.pool.tolist() == [1, 0, 2, 3]
+    everyone = torch.ones(batch, dtype=torch.bool)
+    kind = players.kind
+    assert not players.observe(everyone).any()
+    assert torch.equal(players.kind, kind) and kind.max() == 1
+    assert players.observe(everyone).all()
+    others = players.kind[torch.arange(batch), (players.focal + 1) % 4]
+    assert_frequencies(others.unsqueeze(1), {(k,): 1 / 4 for k in range(4)})
+    state = scene(script, game, (1, 1), PREY, batch)
+    actions = players.act(state, game.action_mask(state))
+    assert_shares(actions[players.kind == 1], even(DOWN, RIGHT))
+    assert_shares(actions[players.kind == 2], noisy(even(STAG), ON_STAG))
+    assert_shares(actions[players.kind == 3], even(UP))  # by its cell, number 5
+
+
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_fixed_co_players_are_one_fewer_than_the_players(script, number):
     with pytest.raises(script.UsageError):

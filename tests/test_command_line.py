@@ -120,8 +120,9 @@ def test_options_of_a_run_to_go_on_from(script, done):
     stored = json.loads((done / "args.json").read_text())
     for option in ("resume", "init"):
         args = script.parse_arguments([f"--{option}", str(done), "--total-timesteps", "999"])
+        new = {k: v for k, v in script.INIT.items() if k in stored and option == "init"}
         changed = {option: str(done), "total_timesteps": 999}
-        assert dataclasses.asdict(args) == {**stored, **changed}
+        assert dataclasses.asdict(args) == {**stored, **new, **changed}
 
 
 def test_help_names_every_option(script, monkeypatch, capsys):
@@ -144,11 +145,8 @@ WRONG = [
     ("--plan-update search", "plan-update"),
 ]
 WRONG_OWN = {  # of one script
-    "hop_onestep": [
-        ("--transition model", "transition"),
-        ("--num-simulations 4", "num-simulations"),
-    ],
-    "hop_mcts": [("--transition network", "transition"), ("--plan-samples 4", "plan-samples")],
+    "hop_onestep": [("--num-simulations 4", "num-simulations")],
+    "hop_mcts": [("--plan-samples 4", "plan-samples")],
     "hop_ppo_gumbel": [
         ("--assignment none", "assignment"),
         ("--goal-training vae", "goal-training"),
@@ -156,13 +154,8 @@ WRONG_OWN = {  # of one script
         ("--goals some", "goals"),
         ("--pg 2", "2"),
         ("--plan-update none", "plan-update"),
-        ("--transition network", "transition"),
     ],
-    "latent_world_model": [
-        ("--td-target both", "td-target"),
-        ("--offline", "offline"),
-        ("--transition network", "transition"),
-    ],
+    "latent_world_model": [("--td-target both", "td-target"), ("--offline", "offline")],
 }
 
 
@@ -202,7 +195,7 @@ def test_text_longer_than_any_path(script, nowhere, monkeypatch, capsys, option)
 
 PLAIN = ["--plan-update", "none"]
 SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until", "inter_om_alpha"]
-FROM_0 = ["seed", "env_workers", "pretrain_moa_steps"]
+FROM_0 = ["seed", "env_workers", "pretrain_moa_steps", "snapshot_every"]
 
 
 def wrong_numbers(script):
@@ -262,6 +255,7 @@ def test_wrong_numbers(script, nowhere, monkeypatch, capsys):
         (["--co-players", "nobody"], "nobody"),
         (["--co-players", "ns,,nh"], "co-player"),
         (["--co-players", "cleaner"], "cleaner"),
+        (["--co-players", "nh,."], "no checkpoint at './checkpoint.pt'"),  # an empty folder
         (["--co-players", "no_such_module:player"], "no_such_module"),
         (["--co-players", "json:nobody"], "nobody"),
         (["--co-players", "x:" + "y" * 5000], "x:y"),
@@ -287,12 +281,6 @@ def test_one_goal_for_each_needs_as_many_and_not_too_many(
 ):
     words = ["--assignment", "exclusive", "--goals", goals]  # four players
     assert "--assignment exclusive" in refused(script, monkeypatch, capsys, *words)
-
-
-@pytest.mark.only("hop_onestep")
-def test_the_simulator_is_of_the_grid_games(script, nowhere, monkeypatch, capsys):
-    words = ["--env-id", "mpe2.simple_tag_v3", "--transition", "simulator"]
-    assert "simulator" in refused(script, monkeypatch, capsys, *words)
 
 
 @pytest.mark.only("hop_mcts")
@@ -455,9 +443,10 @@ def experiment(script, done, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     copied = folder / "my-exp.py"
     shutil.copy(script.__file__, copied)
-    options = {"init": done, "co_players": f"self,{done}", "total_timesteps": 10**7}
+    options = {"init": done, "co_players": f"self,{done}", "num_steps": 64}
+    options |= {"total_timesteps": 10**7, "checkpoint_every": 10**6}
     process = subprocess.Popen(
-        [sys.executable, copied, *arguments(**options, checkpoint_every=10**6)],
+        [sys.executable, copied, *arguments(**options)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -500,7 +489,8 @@ def test_original_plays_and_goes_on_from_a_copys_run(script, experiment, tmp_pat
     result = script.evaluate(path, path, episodes=4, match_episodes=2)
     assert len(result["focal_returns"]) == 4
     monkeypatch.chdir(tmp_path)
-    words = ["--init", path, "--co-players", f"self,{path}", "--total-timesteps", "64"]
+    options = {"co_players": f"self,{path}", "num_steps": 64, "total_timesteps": 64}
+    words = arguments(init=path, **options)
     finished = run(script, script.parse_arguments(words), tmp_path)
     assert script.load_checkpoint(finished.path)["progress"][0] == 64
     steps = script.load_checkpoint(path)["progress"][0]

@@ -541,12 +541,12 @@ def loss_of(script, agent, batch, seed=0):
 
 
 @pytest.fixture
-def scene(script, lively):
+def scene(script, lively, monkeypatch):
     """Makes an agent in float64, and matches of its game as the buffer has them."""
 
-    def make(training, rule="all", steps=40, **options):
-        options = {"goal_training": training, "moa_buffer": rule, "subgoal_coef": 0.0, **options}
-        _, agent = lively(**options)
+    def make(training, rule="all", steps=40, subgoal_coef=0.0, **options):
+        monkeypatch.setattr(script, "SUBGOAL_COEF", subgoal_coef)
+        _, agent = lively(goal_training=training, moa_buffer=rule, **options)
         match = Match(script, agent, steps=steps, match_episodes=2)
         return agent.double(), match.read()
 

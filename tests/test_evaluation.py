@@ -322,35 +322,28 @@ def test_search_is_played_as_asked(script, done, monkeypatch):
     assert set(calls) == {(7, *own.values())}
 
 
-EXACT = {"hop_onestep": {"transition": "simulator"}, "hop_mcts": {}}  # the planner steps the game
-
-
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_mcts")
 @pytest.mark.parametrize("plan_update", ["offset", "hop"])
 def test_exact_planner_on_top_of_a_plain_run(script, plain, planned, plan_update):
-    """It needs no training: it is trusted in full, and what is played is another policy."""
+    """It steps the game and needs no training: it is trusted in full, and what is played is another
+    policy."""
     calls = planned(script)
     options = {"episodes": 20, "match_episodes": 2, "plan_beta": 100.0}
-    result = script.evaluate(
-        plain, "nh", **options, plan_update=plan_update, **EXACT[script.SCRIPT]
-    )
+    result = script.evaluate(plain, "nh", **options, plan_update=plan_update)
     assert len(calls) > 10 and max(scores.std() for scores, _ in calls) > 0.0
     assert result != script.evaluate(plain, "nh", **options)
     game = script.make_game(script.Args(env_id=ENV_ID), "cpu")
-    play = {"plan_update": plan_update, **EXACT[script.SCRIPT]}
-    player = script.load_player(plain, game, 2, **play)
+    player = script.load_player(plain, game, 2, plan_update=plan_update)
     assert float(player.agent.plan_slope) == 1.0
     assert float(script.load_checkpoint(plain)["agent"]["plan_slope"]) == 0.0
 
 
-@pytest.mark.only("hop_onestep", "hop_mcts")
+@pytest.mark.only("hop_mcts")
 def test_exact_planner_on_top_of_a_plain_run_on_the_command_line(
     script, plain, planned, monkeypatch, capsys
 ):
     calls = planned(script)
     words = ["--evaluate", plain, "--co-players", "nh", "--eval-episodes", 4]
-    for name, value in EXACT[script.SCRIPT].items():
-        words += [f"--{name}", value]
     status, out, _ = main(script, monkeypatch, capsys, *words)
     assert status == 0 and "4 episodes" in out and not calls
     status, out, _ = main(script, monkeypatch, capsys, *words, "--plan-update", "offset")
@@ -377,22 +370,8 @@ def test_planner_is_played_as_asked(script, done, plain, monkeypatch):
     assert not calls
     script.evaluate(done, "nh", **options, plan_update="hop", plan_samples=3)
     assert set(calls) == {3}
-    calls.clear()
-    script.evaluate(done, "nh", **options, transition="simulator")
-    assert not calls
-    with pytest.raises(script.UsageError, match="planner"):
+    with pytest.raises(script.UsageError, match="has not learnt"):  # a network never trained
         script.evaluate(plain, "nh", **options, plan_update="offset")
-
-
-@pytest.mark.only("hop_onestep")
-def test_a_network_that_was_never_trained_is_not_planned_on(script, small, tmp_path):
-    """A run whose planner stepped the game is played so, or without a planner's model."""
-    options = {"transition": "simulator", "plan_until": 1.0, "co_players": "nh"}
-    finished = run(script, small(**options), tmp_path)
-    played = {"episodes": 2, "match_episodes": 2}
-    script.evaluate(finished.path, "nh", **played)
-    with pytest.raises(script.UsageError, match="has not learnt"):
-        script.evaluate(finished.path, "nh", **played, transition="network")
 
 
 HOP = {"plan_update": "hop"}
@@ -404,7 +383,7 @@ LONG = {
 }
 PLANNER = {"plan_update": "none", "plan_beta": 0.0}
 PLAY = {  # other values of the options in PLAYED
-    "hop_onestep": {**PLANNER, "plan_samples": 1, "transition": "simulator"},
+    "hop_onestep": {**PLANNER, "plan_samples": 1},
     "hop_mcts": {
         **PLANNER,
         "num_simulations": 1,

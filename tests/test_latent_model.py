@@ -685,7 +685,8 @@ def test_offline_run_plays_by_planning(script, done, monkeypatch, env_id):
 
 def test_games_go_on_from_an_offline_run(script, done, steps, tmp_path):
     """With the options of the run, but for the file; the planner is trusted from the start."""
-    words = ["--init", done[HUNT], "--co-players", "self,nh", "--total-timesteps", 120]
+    words = ["--init", done[HUNT], "--co-players", "self,nh"]
+    words += ["--num-envs", 3, "--num-steps", 40, "--total-timesteps", 120]
     args = parsed(script, tmp_path, *words)
     assert args.offline is None and args.env_id == HUNT
     offsets = []
@@ -783,6 +784,6 @@ def test_offline_run_from_one_without_a_planner_plays(script, play, tmp_path):
     args = small(script, env_id=HUNT, horizon=6, plan_update="none", total_timesteps=64)
     path = run(script, args, tmp_path).path
     words = ["--init", path, "--offline", play[HUNT][0], "--plan-update", "hop"]
-    words += ["--plan-until", 1, "--total-timesteps", 240]
+    words += ["--num-steps", 40, "--total-timesteps", 240]
     path = run(script, parsed(script, tmp_path, *words), tmp_path).path
     assert len(script.evaluate(path, "nh", episodes=2)["focal_returns"]) == 2

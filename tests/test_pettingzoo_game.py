@@ -644,7 +644,6 @@ def test_bad_arguments_of_the_environment(script, small, text):
     "options, word",
     [
         ({"goal": "oracle"}, "oracle"),
-        ({"transition": "simulator"}, "simulator"),
         ({"co_players": "ns"}, "ns"),
         ({"horizon": 0}, "horizon"),
         ({"horizon": -3}, "horizon"),
@@ -711,8 +710,6 @@ def test_simple_tag(script, small, plan_update):
     result = script.evaluate(metrics["run"], "self", episodes=3, num_envs=2, match_episodes=2)
     assert len(result["focal_returns"]) == 3
     assert all(math.isfinite(value) for value in result["focal_returns"])
-    with pytest.raises(script.UsageError, match="simulator"):  # which would step what is played
-        script.evaluate(metrics["run"], "self", transition="simulator")
 
 
 @pytest.mark.only(*SCRIPTS)
