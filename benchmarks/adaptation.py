@@ -70,55 +70,58 @@ def quickly(options):
     return dataclasses.replace(options, **sizes) if options.quick else options
 
 
-def kinds_of(game):
-    """Co-players by name: what `--co-players` takes, or options of a learner."""
+def games(options):
+    """Games, trainings by name and scripts."""
+    return (GAMES[:1], {"self-play": GROUPS["self-play"]}, METHODS[1:3]) if options.quick else (GAMES, GROUPS, METHODS)
+
+
+def kept(name, seed, options):
+    """Path from ROOT of who was trained under this name."""
+    return checkpoint_of("adaptation", name, seed, options.quick)
+
+
+def kinds_of(game, seed, options):
+    """Co-players by name, as `--co-players` takes them."""
     family = game[:3]
     kinds = {kind: kind for kind in SCRIPTED[family]}
     for label, players in (("stranger", strangers.DEVELOPMENT), ("held-out", strangers.HELD_OUT)):
         kinds |= {f"{label} {x.__name__}": f"benchmarks.strangers:{x.__name__}" for x in players[family]}
-    return kinds
+    kinds |= {f"learning {name}": kept(f"{game} | {name}", seed, options) for name in LEARNERS}
+    return {kind: kinds[kind] for kind in list(kinds)[:: 5 if options.quick else 1]}
 
 
 def trainings(options):
     """The learners, and the co-players that go on learning, seeds outermost."""
     jobs = []
-    for seed in options.seeds:
-        for game in GAMES[:: 2 if options.quick else 1]:
-            wanted = {
-                f"{game} | {group} | {method}": (method, words) for method in METHODS for group, words in GROUPS.items()
-            }
-            plain = "--co-players self --goal none --plan-update none"
-            wanted |= {f"{game} | {name}": ("hop_onestep", plain + words) for name, words in LEARNERS.items()}
-            for name, (script, words) in wanted.items():
-                words = f"--env-id {game} {words} --seed {seed} --total-timesteps {options.total_timesteps}"
-                job = {"setting": f"training | {name}", "seed": seed, "script": script, "options": words}
-                kinds = {"self": "self"}
-                jobs.append(job | {"kinds": kinds, "episodes": 100, "keep": kept(name, seed, options)})
+    chosen, groups, methods = games(options)
+    for seed, game in itertools.product(options.seeds, chosen):
+        wanted = {f"{group} | {method}": (method, groups[group]) for group in groups for method in methods}
+        plain = "--co-players self --goal none --plan-update none"
+        wanted |= {name: ("hop_onestep", plain + words) for name, words in LEARNERS.items()}
+        for name, (script, words) in wanted.items():
+            job = {"setting": f"training | {game} | {name}", "seed": seed, "script": script}
+            words = f"--env-id {game} {words} --seed {seed} --total-timesteps {options.total_timesteps}"
+            job |= {"options": words, "kinds": {"self": "self"}, "episodes": 100}
+            jobs.append(job | {"keep": kept(f"{game} | {name}", seed, options)})
     return jobs
-
-
-def kept(name, seed, options):
-    return checkpoint_of("adaptation", name, seed, options.quick)
 
 
 def matches(options):
     """References, and the matches of every learner with every kind."""
-    sizes = {"matches": options.matches, "steps": options.steps}
+    references = {}
     jobs = []
-    for seed in options.seeds:
-        for game in GAMES[:: 2 if options.quick else 1]:
-            kinds = kinds_of(game) | {f"learning {name}": kept(f"{game} | {name}", seed, options) for name in LEARNERS}
-            for kind, entry in kinds.items():
-                job = {"seed": seed, "game": game, "kind": kind, "entry": entry, **sizes}
-                if seed == options.seeds[0]:
-                    more = {"reference_steps": options.reference_steps}
-                    jobs.append({"setting": f"reference | {game} | {kind}", **job, **more})
-                for method in METHODS:
-                    for group in GROUPS:
-                        name = f"{game} | {group} | {method}"
-                        learner = {"script": method, "group": group, "learner": kept(name, seed, options)}
-                        jobs.append({"setting": f"{name} | {kind}", **job, **learner})
-    return sorted(jobs, key=lambda job: "script" in job)
+    chosen, groups, methods = games(options)
+    for seed, game in itertools.product(options.seeds, chosen):
+        for kind, entry in kinds_of(game, seed, options).items():
+            job = {"game": game, "kind": kind, "entry": entry, "matches": options.matches, "steps": options.steps}
+            setting = f"reference | {game} | {kind}"
+            reference = {"setting": setting, "seed": 1, **job, "reference_steps": options.reference_steps}
+            references.setdefault(setting, reference)
+            for group, method in itertools.product(groups, methods):
+                name = f"{game} | {group} | {method}"
+                job |= {"seed": seed, "group": group, "script": method, "learner": kept(name, seed, options)}
+                jobs.append({"setting": f"{name} | {kind}", **job})
+    return [*references.values(), *jobs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,16 +222,15 @@ def work(job):
     if "options" in job:
         return runs.work(job)
     result = dict(job)
-    game = job["game"]
-    if "script" not in job:
-        result["random"] = random_return(game, job["entry"])
-        result["trained"] = [reference(job, words) for words in REFERENCES]
-        return result | about(start)
-    script = importlib.import_module(job["script"])
-    path = str(ROOT / job["learner"])
     entry = job["entry"]
     if entry.endswith(".pt"):
         entry = str(ROOT / entry)
+    if "script" not in job:
+        result["random"] = random_return(job["game"], entry)
+        result["trained"] = [reference(job, entry, words) for words in REFERENCES]
+        return result | about(start)
+    script = importlib.import_module(job["script"])
+    path = str(ROOT / job["learner"])
     learns = job["kind"].startswith("learning ")
     result["learning"] = []
     seeds = range(1000 * job["seed"], 1000 * job["seed"] + job["matches"])
@@ -241,13 +243,13 @@ def work(job):
     return result | about(start)
 
 
-def reference(job, words):
+def reference(job, entry, words):
     """Late return of a learner trained on just these co-players."""
-    name = f"--env-id {job['game']} --co-players {job['entry']} --goal none {words} --seed 1"
+    name = f"--env-id {job['game']} --co-players {entry} --goal none {words} --seed 1"
     with tempfile.TemporaryDirectory() as folder, quiet(folder):
         args = ppo.parse_arguments([*shlex.split(name), "--total-timesteps", str(job["reference_steps"])])
         run = os.path.abspath(ppo.train(args)["run"])
-        returns, _ = frozen(ppo, run, job["entry"], 2 * job["matches"], job["steps"], 1)
+        returns, _ = frozen(ppo, run, entry, 2 * job["matches"], job["steps"], 1)
     return float(np.nanmean(returns[-LATE:]))
 
 

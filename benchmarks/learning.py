@@ -211,16 +211,17 @@ def report_by_game(runs_by: dict[tuple[str, str], list]) -> None:
 
 def report_by_kind(runs_of: dict[str, list[dict]], adaptation: list[dict]) -> None:
     """Return of the learner from the mixture with three of each kind, mean over seeds; and of a random player, and of
-    plain PPO trained on exactly these co-players, where `adaptation.py` has it."""
+    one trained on exactly these co-players, where `adaptation.py` has it."""
     for game in STEPS:
         kinds = KINDS[game[:3]].split(",")
         head(f"{game}, mixture: learner with three", *kinds)
         for method in METHODS:
             if runs := runs_of.get(f"{game} | mixture | {method}"):
                 row(method, *(f"{statistics.mean(returns_of(r)[kind] for r in runs):.2f}" for kind in kinds))
-        alone = {r["kind"]: r["late"][r["kind"]] for r in adaptation if r["part"] == "reference" and r["game"] == game}
+        references = [r for r in adaptation if r["setting"].startswith(f"reference | {game} |")]
+        alone = {r["kind"]: max(r["trained"]) for r in references}
         if alone:
-            row("plain PPO trained on these alone", *(f"{alone[k]:.2f}" if k in alone else "" for k in kinds))
+            row("trained on these alone", *(f"{alone[k]:.2f}" if k in alone else "" for k in kinds))
         row("random play", *(f"{random_return(game, kind):.2f}" for kind in kinds))
 
 

@@ -198,3 +198,56 @@ def test_learns_the_small_stag_hunt(script, tmp_path, monkeypatch):
     args = script.Args(co_players="self", total_timesteps=32768, num_simulations=8)
     metrics = script.train(args)
     assert metrics["charts/episodic_return"] > 1.8
+
+
+def test_v_learns_from_the_whole_match(script):
+    """Lambda-returns (lambda 0.8) of every seat by V as it is now, backwards step by step."""
+    generator = torch.Generator().manual_seed(1)
+    steps, games, seats = 7, 2, 3
+    game = script.GridGame(f"msh-3x3-{seats}p-2h1s")
+    agent = script.Agent(game, script.checked(script.Args(env_id="msh-3x3-3p-2h1s"), game))
+    state = game.start(steps * games, generator)
+    own, views = game.features(state)
+    others, goal = agent.inputs(views, torch.randn(len(own), seats, 8, generator=generator))
+    shape = (steps, games)
+    rows = {"own": own, "others": others, "goal": goal}
+    match = {name: x.unflatten(0, shape) for name, x in rows.items()}
+    for name in ("reward", "final_value"):
+        match[name] = torch.randn(steps, games, seats, generator=generator)
+    match["goes_on"] = torch.rand(steps, games, seats, generator=generator) < 0.7
+    match["learner"] = torch.rand(steps, games, seats, generator=generator) < 0.6
+    last = torch.randn(games, seats, generator=generator)
+    for name in script.LEARNT[3:]:
+        match.setdefault(name, match["reward"])
+    value = agent.critic(*(match[name] for name in ("own", "others", "goal")))[..., 0]
+    coming = last  # lambda-return of the next step, which at the end is V
+    expected = torch.zeros(steps, games, seats)
+    for t in reversed(range(steps)):
+        following = value[t + 1] if t + 1 < steps else last
+        mixed = 0.2 * following + 0.8 * coming
+        after = torch.where(match["goes_on"][t], mixed, match["final_value"][t])
+        coming = expected[t] = match["reward"][t] + 0.99 * after
+    found = script.match_rows(agent, match, last)
+    torch.testing.assert_close(found["return"], expected[match["learner"]])
+    assert found["own"].equal(match["own"][match["learner"]])
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_a_search_is_trusted_within_a_match(script, init, tmp_path, monkeypatch):
+    """With --init it acts alone, trusted; V learns from all steps since the match began."""
+    monkeypatch.chdir(tmp_path)
+    small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 8, "num_simulations": 4}
+    args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
+    run = script.train(args)["run"]
+    seen = []
+
+    def watch(agent, reservoir, **names):
+        kept = len(reservoir["reward"]) if reservoir else 0
+        seen.append((agent.plan_mode, float(agent.plan_slope), kept))
+
+    words = ["--init", run, "--num-steps", "8", "--total-timesteps", "24"]
+    script.train(script.parse_arguments(words) if init else args, watch)
+    if init:
+        assert seen == [("hop", 1.0, 8), ("hop", 1.0, 16), ("hop", 1.0, 24)]
+    else:
+        assert all(slope != 1.0 and not kept for _, slope, kept in seen)
