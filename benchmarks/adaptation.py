@@ -316,8 +316,12 @@ def report(file, pictures):
 
 def plot(played, scales):
     """docs/adaptation.png: scores along the match, frozen (dotted) and learning, by game."""
-    figure, panels = plt.subplots(1, len(SHOWN), figsize=(12, 3.6), sharey=True)
-    for panel, (game, kind) in zip(panels, SHOWN.items()):
+    there = {(game, kind) for game, group, _, kind in played if group == "self-play"}
+    shown = [pair for pair in SHOWN.items() if pair in there]
+    if not shown:
+        return
+    figure, panels = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.6), sharey=True, squeeze=False)
+    for panel, (game, kind) in zip(panels[0], shown):
         for number, method in enumerate(METHODS):
             several = played.get((game, "self-play", method, kind), [])
             for name, style in (("frozen", ":"), ("learning", "-")):
@@ -329,8 +333,8 @@ def plot(played, scales):
         panel.axhline(1.0, color="0.7", linewidth=1)
         panel.set_title(f"{game}: three {kind}")
         panel.set_xlabel("steps of the match")
-    panels[0].set_ylabel("score (0 random, 1 trained on them)")
-    panels[0].legend(fontsize=8)
+    panels[0, 0].set_ylabel("score (0 random, 1 trained on them)")
+    panels[0, 0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "adaptation.png", dpi=110)
 
