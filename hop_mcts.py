@@ -1384,8 +1384,7 @@ LEARNT = """own others goal mask offset q_plan expected action log_prob advantag
     return""".split()  # of a rollout, what PPO reads
 
 
-# ours: with --init, V learns from a whole match
-@no_grad()
+@no_grad()  # ours: with --init, V learns from a whole match
 def match_rows(agent, match, last_value):
     """Rows [R, ..] of the learner of a `match`, by name [T, B, N, ..], with lambda-returns by V as
     it is now; lambda is 0.8, since other policies have played most of it."""
@@ -1630,7 +1629,7 @@ def train(args, watch=None):
         if source is not None:
             agent.load_state_dict(content["agent"])
             if not resumes:
-                agent.plan_slope.fill_(1.0)  # ours: the search is exact
+                agent.plan_slope.fill_(1.0)  # ours: exact; one match is too short to measure it
         if resumes:
             for name, value in vars(args).items():
                 if name not in FREE and content["args"][name] != value:
@@ -1803,8 +1802,7 @@ def train(args, watch=None):
                     kept = {k: cat([reservoir.get(k, x[:0]), x]) for k, x in rows.items()}
                     reservoir = {k: x[-ceil(2400 / args.num_envs) :] for k, x in kept.items()}
                 rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
-                planned = agent.plan_mode != "none" and not pretraining and len(rows["return"])
-                if planned and not (args.init and agent.exact):  # a match is short
+                if not (agent.plan_mode == "none" or pretraining or args.init) and len(rows["own"]):
                     slope = calibration(rows)
                     agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
                     sums["losses/plan_slope"].append(slope)

@@ -1833,8 +1833,7 @@ def train(args, watch=None):
                 rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]
                 rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
-                planned = agent.plan_mode != "none" and not pretraining and len(rows["return"])
-                if planned and not (args.init and agent.exact):  # a match is short
+                if agent.plan_mode != "none" and not pretraining and len(rows["return"]):
                     slope = calibration(rows)
                     agent.plan_slope.lerp_(slope.clamp(-1.0, 2.0), 0.2)
                     sums["losses/plan_slope"].append(slope)

@@ -168,7 +168,7 @@ def learning(script, path, entry, steps, seed, learner):
         for _, kinds, returns in finished:
             ends.extend(((iteration - 1) * args.num_steps, value) for value in returns[kinds == 0].tolist())
         if learner:
-            learner.learn(args=args, **seen)
+            learner.learn(**seen)
 
     words = ["--init", path, "--co-players", entry, "--seed", f"{seed}", "--total-timesteps", f"{steps}"]
     args = script.parse_arguments(words)
@@ -184,7 +184,7 @@ class Learner:
     def __init__(self):
         self.optimizer = None
 
-    def learn(self, args, co_players, storage, state, generator, **rest):
+    def learn(self, co_players, storage, state, generator, **rest):
         """After an iteration of `train`, whose variables these are."""
         agent = co_players.agents[1].agent
         own = agent.args

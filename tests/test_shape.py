@@ -16,13 +16,13 @@ TOKENS = {  # at most
     "hop_onestep": 15_500,
     "hop_mcts": 17_500,
     "hop_ppo_gumbel": 16_500,
-    "latent_world_model": 17_706,  # 17,500 is the aim
+    "latent_world_model": 17_692,  # 17,500 is the aim
 }
 LINES = {  # may only be lowered
-    "hop_onestep": 1_740,  # 1,600 is the aim
-    "hop_mcts": 1_919,  # 1,750 is the aim
+    "hop_onestep": 1_739,  # 1,600 is the aim
+    "hop_mcts": 1_917,  # 1,750 is the aim
     "hop_ppo_gumbel": 1_700,
-    "latent_world_model": 1_944,  # 1,750 is the aim
+    "latent_world_model": 1_943,  # 1,750 is the aim
 }
 BASE = "hop_onestep"
 CHANGED = {  # lines that `diff` removes or adds to BASE, and hunks, at most
