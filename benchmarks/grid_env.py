@@ -26,31 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the scripts
 from hop_onestep import STAY, GridGame, GridState, UsageError
 
 
-def render_text(game: GridGame, state: GridState) -> str:
-    """The first game of `state`, a row a line: S, H or D an item, seats of players, `.` nothing."""
-    texts = [""] * game.num_cells
-    for cell, kind in zip(state.items[0].tolist(), game.item_kind.tolist(), strict=True):
-        if cell >= 0:
-            texts[cell] = game.item_names[kind][0].upper()
-    left = []
-    for seat, cell in enumerate(state.players[0].tolist()):
-        if cell < 0:
-            left.append(str(seat))
-        elif texts[cell][-1:].isdigit():
-            texts[cell] += f",{seat}"
-        else:
-            texts[cell] += str(seat)
-    column = max(4, 1 + max(len(text) for text in texts))
-    lines = []
-    for row in range(game.height):
-        cells = texts[row * game.width : (row + 1) * game.width]
-        lines.append("".join((text or ".").ljust(column) for text in cells).rstrip())
-    done, steps_left = game.clock(state)[0].tolist()
-    clock = f"time {done}, {steps_left} steps left"
-    lines.append(f"{clock}, players that left: {','.join(left)}" if left else clock)
-    return "\n".join(lines)
-
-
 class GridParallelEnv(ParallelEnv):
     """One GridGame as a PettingZoo ParallelEnv, its agents `player_0` .. `player_{N-1}`, by seat.
 
@@ -63,14 +38,14 @@ class GridParallelEnv(ParallelEnv):
 
     metadata = {
         "name": "hop_grid_v0",
-        "render_modes": ["rgb_array", "ansi"],
+        "render_modes": ["rgb_array"],
         "render_fps": 4,
         "is_parallelizable": True,
     }
 
     def __init__(self, env_id="msh-4h1s", render_mode=None, max_cycles: int | None = None):
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UsageError(f"unknown render mode {render_mode!r}: rgb_array, ansi or None")
+            raise UsageError(f"unknown render mode {render_mode!r}: rgb_array or None")
         self.env_id = env_id
         self.render_mode = render_mode
         self.game = GridGame(env_id, horizon=max_cycles)
@@ -161,15 +136,13 @@ class GridParallelEnv(ParallelEnv):
         """float32 [C, H, W]: a plane for each player, by seat, then one for each kind of item."""
         return self.game.observe(self.present())[0, 0].numpy()  # seat 0's view is in seat order
 
-    def render(self) -> np.ndarray | str | None:
-        """uint8 [H', W', 3], or text, or None, by the render mode."""
+    def render(self) -> np.ndarray | None:
+        """uint8 [H', W', 3], or None without render mode."""
         state = self.present()
-        if self.render_mode == "rgb_array":
-            title = f"{self.env_id}, step {int(state.time[0])}"
-            return np.array(self.game.draw(state, title, []))
-        if self.render_mode == "ansi":
-            return render_text(self.game, state)
-        return None
+        if self.render_mode is None:
+            return None
+        title = f"{self.env_id}, step {int(state.time[0])}"
+        return np.array(self.game.draw(state, title, []))
 
 
 parallel_env = GridParallelEnv  # the name that PettingZoo's own environments have

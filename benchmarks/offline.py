@@ -1,13 +1,11 @@
 """Recorded play to learn from, and how right a latent model is on play that it has not seen.
 
     python benchmarks/offline.py collect --co-players ns,nh,random --steps 75000 --file play.npz
-    python benchmarks/offline.py check play.npz
-    python benchmarks/offline.py judge runs/NAME --file held_out.npz --picture prediction.png
-    python benchmarks/offline.py judge runs/NAME --co-players self --json figures.jsonl
+    python benchmarks/offline.py judge runs/NAME --file held_out.npz
+    python benchmarks/offline.py judge runs/NAME --co-players self
 
 `collect` plays 64 games at once in matches of ten episodes, all seats drawn from a list: scripted
 names, runs, `package.module:name`; on PettingZoo environments too (`--env-id`, `--env-kwargs`).
-`check` says what a file holds, or in one line what is wrong with it.
 
 `judge` tells the model of a run the joint action, and compares what it predicts with what followed,
 after one step and after five, in which latents roll on by themselves with the recorded actions.
@@ -19,8 +17,8 @@ PettingZoo environments co-players' `features` (within a tenth of their spread),
 the record has the episode's end; it is the value of the planner's policy, so that other players'
 returns may differ. Goals are inferred along the matches. Who has left counts nowhere."""
 
+import contextlib
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -31,12 +29,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Generator, linspace, no_grad, stack, tensor, where, zeros_like
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+import figures  # noqa: E402
 import latent_world_model as script  # noqa: E402
+import run  # noqa: E402
 
 GAMES = 64  # at once
 EPISODES = 10  # of a match
@@ -56,21 +55,12 @@ class Collect:
 
 
 @dataclasses.dataclass
-class Check:
-    file: tyro.conf.Positional[str]  # .npz
-    env_id: str | None = None  # needed for PettingZoo: no file may say what code runs
-    env_kwargs: str = "{}"  # as in `collect`
-
-
-@dataclasses.dataclass
 class Judge:
     run: tyro.conf.Positional[str]  # folder or checkpoint
     file: str | None = None  # recorded play; without it, play as follows
     co_players: str = "self"  # comma list that all seats are drawn from; `self` is the run
     steps: int = 12_800  # game steps to play
     seed: int = 1001  # of the play, another than that of the run
-    json: str | None = None  # file to add a line of all figures to
-    picture: str | None = None  # file for a picture of V, and of figures by steps
 
 
 class Company(script.CoPlayers):
@@ -140,47 +130,10 @@ def states(game, data, prefix=""):
     return game.state_type(*(data[prefix + k].flatten(0, 1) for k in game.state_type._fields))
 
 
-def alike(state, other):
-    """bool [R]: two states are the same."""
-    same = [(x == y) | (x.isnan() & y.isnan()) for x, y in zip(state, other)]
-    return stack([part.unsqueeze(-1).flatten(1).all(1) for part in same]).all(0)
-
-
 def mean(values):
     """Mean of a tensor, to four decimals; None if it has none."""
     average = values.double().mean()
     return round(float(average), 4) if average.isfinite() else None
-
-
-def check(options):
-    with script.refused(f"cannot read {options.file}"), np.load(options.file) as file:
-        env_id, horizon = str(file["env_id"]), int(file.get("horizon", 0)) or None
-    if env_id != options.env_id and (options.env_id or "." in env_id or ":" in env_id):
-        raise script.UsageError(f"{options.file} is of {env_id!r}, give this as --env-id to run it")
-    args = script.Args(env_id=env_id, env_kwargs=options.env_kwargs, horizon=horizon)
-    game = script.make_game(args, "cpu")
-    data = load(options.file, game, env_id).data
-    steps, games = data["match_ended"].shape
-    state, after = states(game, data), states(game, data, "next_")
-    alive = game.alive(state).view(data["action"].shape)
-    ended = (data["terminated"] | data["truncated"]).all(2)
-    whole = ended.flip(0).cumsum(0).flip(0) > 0  # steps of episodes that end
-    returns = (data["reward"] * whole[:, :, None]).sum((0, 1)) / ended.sum()  # [N]
-    rows = {
-        "game": f"{env_id}, {game.num_players} players, horizon {game.horizon}",
-        "game steps": f"{steps * games}, {steps} in each of {games} games",
-        "ended": f"{int(data['match_ended'].sum())} matches, {int(ended.sum())} episodes",
-        "mean return, by seat": f"{mean(returns)}, {[mean(x) for x in returns]}",
-        "steps with a reward": mean(data["reward"][alive] != 0),
-        "steps that terminate": mean(data["terminated"][alive]),
-        "steps that truncate": mean(data["truncated"][alive]),
-        "shares of actions": [mean(data["action"][alive] == k) for k in range(game.num_actions)],
-    }
-    if game.simulates:
-        stepped, reward, *_ = game.step(state, data["action"].flatten(0, 1))
-        right = alike(stepped, after) & (reward == data["reward"].flatten(0, 1)).all(1)
-        rows["steps by the game's rules"] = mean(right)
-    print("| | |\n|-|-|", *(f"| {name} | {value} |" for name, value in rows.items()), sep="\n")
 
 
 @no_grad()
@@ -245,28 +198,9 @@ def judged(recorded, player, args):
     return sums, values[known & alive], reward[known & alive]
 
 
-def draw(path, run, value, following, figures):
-    """Picture: the return that followed against V, and what is right by number of steps."""
-    figure = Figure((9, 4), layout="constrained")
-    figure.suptitle(run, fontsize="small")
-    left, right = figure.subplots(1, 2)
-    order = value.argsort()
-    some = order[:: 1 + len(order) // 2000]
-    left.plot(value[some], following[some], ".", markersize=2, alpha=0.3, label="steps")
-    means = [[mean(part) for part in x[order].tensor_split(20)] for x in (value, following)]
-    left.plot(*means, "o-", label="means of 20 equal parts")
-    left.axline((0, 0), slope=1, color="grey", linewidth=1)
-    left.set(xlabel="V(enc(o))", ylabel="discounted return that followed")
-    for name, by_steps in figures.items():
-        if name != "reward_error" and by_steps[0] is not None:
-            right.plot(range(1, STEPS + 1), by_steps, "o-", label=name)
-    right.set(xlabel="steps that latents roll on", ylabel="share", ylim=(-0.02, 1.02))
-    left.legend(fontsize="x-small")
-    right.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
-
-
 def judge(options):
+    """Figures of a run's model by name: shares and errors after 1 .. STEPS steps; V's slope and
+    explained variance. Raises UsageError."""
     content = script.load_checkpoint(options.run)
     with script.refused(f"{options.run} is no run of {script.SCRIPT}.py"):
         args = script.Args(**content["args"])
@@ -282,37 +216,84 @@ def judge(options):
         recorded = load(file, game, args.env_id)
     player = script.Player(agent, len(recorded.kind))
     sums, value, following = judged(recorded, player, args)
-    calibration = {}
+    found = {k: [mean(total / count) for total, count in x] for k, x in sums.items()}
     if len(value):  # some episode ended
         slope = ((value - value.mean()) * following).mean() / value.var(correction=0)
         explained = 1.0 - (following - value).var(correction=0) / following.var(correction=0)
-        calibration = {"value_slope": mean(slope), "value_explained": mean(explained)}
-    figures = {k: [mean(total / count) for total, count in x] for k, x in sums.items()}
-    played = options.file or f"{options.steps} game steps of {options.co_players}"
-    print(f"{options.run} on {played}, gamma {args.gamma}\n")
-    print(f"| given the joint action | 1 step | {STEPS} steps | players' steps |\n|-|-|-|-|")
-    for name, by_steps in figures.items():
-        if by_steps[0] is not None:
-            print(f"| {name} | {by_steps[0]} | {by_steps[-1]} | {int(sums[name][0, 1])} |")
-    for name, figure in calibration.items():
-        print(f"| {name} | {figure} | | {len(value)} |")
-    if options.picture:
-        with script.refused(f"cannot write {options.picture}"):
-            draw(options.picture, options.run, value, following, figures)
-    if options.json:
-        told = {"run": options.run, "played": played, "gamma": args.gamma}
-        with script.refused(f"cannot write {options.json}"), open(options.json, "a") as file:
-            file.write(json.dumps({**told, **figures, **calibration}) + "\n")
+        found |= {"value_slope": [mean(slope)], "value_explained": [mean(explained)]}
+    return {name: by_steps for name, by_steps in found.items() if by_steps[0] is not None}
 
 
 def main(words=None):
     torch.set_num_threads(1)
-    options = tyro.cli(Collect | Check | Judge, args=words, description=__doc__)
+    options = tyro.cli(Collect | Judge, args=words, description=__doc__)
     try:
-        {Collect: collect, Check: check, Judge: judge}[type(options)](options)
+        if isinstance(options, Collect):
+            return collect(options)
+        rows = []
+        for name, by_steps in judge(options).items():
+            rows.append([name, *("" if figure is None else f"{figure}" for figure in by_steps)])
+        print(figures.table(["steps", *(str(k + 1) for k in range(STEPS))], rows))
     except script.UsageError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Benchmark: learning from a file alone, beside learning online among the same kinds
+# ------------------------------------------------------------------------------------------------
+GAME, KINDS = "msh-4x4-4h1s", "ns,nh,random"
+FILE_STEPS, TRAINING = 75_000, 200_000  # game steps
+WAYS = {"offline": "--offline {file}", "online": f"--co-players {KINDS}"}
+
+
+def jobs(seeds, quick):
+    """A file for each seed, and both ways to learn."""
+    found = []
+    for seed in (1,) if quick else seeds or (1, 2, 3):
+        for way, words in WAYS.items():
+            steps = 4096 if quick else TRAINING
+            words = f"--env-id {GAME} {words} --total-timesteps {steps} --seed {seed}"
+            job = {"setting": way, "seed": seed, "script": script.SCRIPT, "options": words}
+            job |= {"kinds": {kind: kind for kind in KINDS.split(",")}}
+            job["recorded"] = 4096 if quick else FILE_STEPS
+            found.append(job | {"episodes": 20 if quick else 640})
+    return found
+
+
+def work(job):
+    """Trains, from a file that is recorded first, or online; what the model knows of other play."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        file = f"{folder}/play.npz"
+        recorded = Collect(file, KINDS, job["recorded"], job["seed"])
+        collect(recorded)
+        result = run.train_and_judge({**job, "options": job["options"].format(file=file)})
+        unseen = Collect(file, KINDS, job["recorded"] // 6, 1000 + job["seed"])
+        collect(unseen)
+        model = judge(Judge(result.pop("folder"), file))
+    return {**result, "options": job["options"], "model": model}
+
+
+def report(results):
+    """Returns with three of each kind; and of the model offline, on play that it has not seen."""
+    runs = figures.by_setting(results)
+    rows = []
+    for way, of in runs.items():
+        returns = [figures.figure([r["returns"][kind] for r in of]) for kind in KINDS.split(",")]
+        rows.append([way, *returns])
+    parts = [figures.table([f"{GAME}: learner with three", *KINDS.split(",")], rows)]
+    if "offline" in runs:
+        of = [r["model"] for r in runs["offline"]]
+        rows = []
+        for name in of[0]:
+            ends = [(model[name][0], model[name][-1]) for model in of]
+            rows.append([name, *(figures.figure(list(values), 3) for values in zip(*ends))])
+        parts.append(figures.table(["model, offline", "1 step", f"{STEPS} steps"], rows))
+    return "\n\n".join(parts)
+
+
+def draw(results):
+    """No picture."""
 
 
 if __name__ == "__main__":

@@ -1,65 +1,59 @@
 """How fast does the tree search of hop_mcts.py decide, against what else could be in its place?
 
-    python benchmarks/planner_speed.py               # the tables, and docs/planner_speed.png
-    python benchmarks/planner_speed.py --games 16 --simulations 50 --plot ""
-    python benchmarks/planner_speed.py --mctx        # the search alone, against mctx
-
 Decisions a CPU second of one thread, by Player.act in fresh games where every seat decides: with
-the batched search; with a sequential one (below), on `--sequential` decisions; with the one-step
-planner of hop_onestep.py, on its transition network and on the simulator; and without planner. The
-agent is trained by plain PPO first, since an untrained policy makes other trees. Methods take
-turns, so that ratios hold on a machine that has other work; medians of rounds, after one that does
-not count. Before that, both searches must make the same visits on the same draws.
-
-`--mctx` gives the search of hop_mcts.py and mctx the same model, an MLP whose one call is a
-simulation: `pip install jax mctx` (https://github.com/google-deepmind/mctx). Shapes in comments: T
-trees, S simulations, N players/seats, A actions, X own and Y co-players' features, Z goal."""
+the batched search; with a sequential one (below: one tree, one node and one call of a network at a
+time, as HOP's own code has it), on three decisions; with the one step of hop_onestep.py; and
+without planner. The agent is trained by plain PPO first, since an untrained policy makes other
+trees. Methods take turns, so that ratios hold on a machine that has other work; medians of rounds,
+after one that does not count. Before that, both searches must make the same visits on the same
+draws, but for rounding.
+"""
 
 import contextlib
 import dataclasses
-import importlib
+import io
 import itertools
-import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
 import time
 import types
 from collections import defaultdict
-from functools import partial
 from math import exp, sqrt
-from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-import tyro
-from matplotlib.figure import Figure
 from torch import Generator, cat, no_grad, tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import hop_mcts  # noqa: E402
-import hop_onestep  # noqa: E402
+import hop_mcts
+import hop_onestep
+from figures import draw as draw_panels
+from figures import table
+
+GAMES = ("msh", "msg")
+BATCHES = (1, 16, 64)  # parallel games
+SIMULATIONS = (50, 200)  # in each tree
+TREES = 5  # a decision
+SEQUENTIAL = 3  # decisions of the sequential search a round
+METHODS = ("sequential search", "batched search", "one step", "no planner")
 
 
-@dataclasses.dataclass
-class Options:
-    env_id: str = "msh"  # game
-    games: str = "1,16,64"  # parallel games, a comma list
-    simulations: str = "50,200"  # simulations in each tree, a comma list
-    goal_samples: int = 5  # trees a decision
-    sequential: int = 3  # decisions of the sequential search a round
-    rounds: int = 5  # rounds that count
-    training: int = 32768  # game steps of training before anything is timed
-    plot: str = str(ROOT / "docs/planner_speed.png")  # file for the plot; none if empty
-    mctx: bool = False  # compare the search alone with mctx instead
-    quick: bool = False  # one small setting, to see that all works
+def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+    """Each alone on the machine."""
+    found = []
+    for seed in seeds or (1,):
+        for game in GAMES[:1] if quick else GAMES:
+            for simulations in (8,) if quick else SIMULATIONS:
+                job = {"setting": f"{game} | {simulations} simulations", "seed": seed}
+                job |= {"game": game, "simulations": simulations, "alone": True}
+                job |= {"batches": (2,) if quick else BATCHES, "rounds": 1 if quick else 5}
+                found.append(job | {"training": 2048 if quick else 32_768})
+    return found
 
 
-# ---- Sequential search ---------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Sequential search
+# ------------------------------------------------------------------------------------------------
 class PlainGame:
     """What a GridGame does, for one game at a time: a GridState of lists and numbers."""
 
@@ -228,40 +222,33 @@ def sequential_search(given, value, args):
     return value.new_tensor(rows).unbind(1)
 
 
-# ---- Planners ------------------------------------------------------------------------------------
-METHODS = {  # and their options
-    "sequential search": {},
-    "batched search": {},
-    "one step": {"transition": "network"},
-    "one step, simulator": {"transition": "simulator"},
-    "no planner": {"plan_update": "none"},
-}
-INSIDE = ["search: policy", "search: MOA", "search: game", "search: value"]  # of `expand`
-LABELS = ["select", "expand", *INSIDE, "backup"]  # as torch.profiler has them
-
-
-def train(options, games):
+# ------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------
+def train(job):
     """An agent that plain PPO made in self-play, and its memory of running matches, [games, ..]."""
-    args = hop_mcts.Args(env_id=options.env_id, co_players="self", plan_update="none")
-    args.num_envs = max(args.num_envs, games)
-    args.total_timesteps = max(options.training, args.num_envs * args.num_steps)
+    args = hop_mcts.Args(env_id=job["game"], co_players="self", plan_update="none")
+    args.num_envs = max(args.num_envs, *job["batches"])
+    args.total_timesteps = max(job["training"], args.num_envs * args.num_steps)
+    args.seed = job["seed"]
     last = {}
     folder = tempfile.TemporaryDirectory()
-    with folder, contextlib.chdir(folder.name), contextlib.redirect_stdout(None):
+    with folder, contextlib.chdir(folder.name), contextlib.redirect_stdout(io.StringIO()):
         hop_mcts.train(args, watch=last.update)
     return last["agent"], last["player"].memory
 
 
-def make_players(options, trained, simulations):
+def make_players(job, trained):
     """A Player for each method, with the trained networks; the transition network is not."""
     players = {}
-    for name, own in METHODS.items():
-        script = hop_onestep if "transition" in own else hop_mcts
-        values = {**vars(trained.args), "plan_update": "offset", **own}
-        values |= {"num_simulations": simulations, "num_goal_samples": options.goal_samples}
-        known = [field.name for field in dataclasses.fields(script.Args) if field.name in values]
-        args = script.Args(**{name: values[name] for name in known})
-        agent = script.Agent(script.GridGame(options.env_id), args)
+    for name in METHODS:
+        script = hop_onestep if name == "one step" else hop_mcts
+        plans = "none" if name == "no planner" else "offset"
+        values = {**vars(trained.args), "plan_update": plans}
+        values |= {"num_simulations": job["simulations"], "num_goal_samples": TREES}
+        known = {field.name for field in dataclasses.fields(script.Args)}
+        args = script.Args(**{key: value for key, value in values.items() if key in known})
+        agent = script.Agent(script.GridGame(job["game"]), args)
         agent.load_state_dict(trained.state_dict(), strict=False)
         players[name] = script.Player(agent, 1)
     return players
@@ -306,201 +293,54 @@ def agreement(player, memory):
     return statistics.mean(same)
 
 
-@contextlib.contextmanager
-def clocked(spent, label):
-    """Adds its CPU seconds to those `spent`; the profiler itself would slow the search down."""
-    start = time.process_time()
-    yield
-    spent[label] += time.process_time() - start
+def work(job: dict) -> dict:
+    """Decisions a second by parallel games and method."""
+    trained, memory = train(job)
+    players = make_players(job, trained)
+    same = agreement(players["batched search"], memory)
+    if same < 0.9:
+        raise ValueError("the two searches differ")
+    rates = {f"{n}": measure(players, memory[:n], job["rounds"]) for n in job["batches"]}
+    return {"same_visits": same, "rates": rates}
 
 
-def measure(options, players, memory):
-    """Medians over rounds: decisions a second by method, shares of the batched search by label."""
-    rates = {name: [] for name in METHODS}
-    shares = []
-    few = options.sequential
-    for number in range(options.rounds + 1):
+def measure(players, memory, rounds):
+    """Medians over rounds: decisions a second by method."""
+    rates = defaultdict(list)
+    for number in range(rounds + 1):
         for name, player in players.items():
             if name == "sequential search":
                 with planning_by(sequential_search):
-                    seconds = [act(player, memory[:few], number, few)]
+                    seconds = [act(player, memory[:SEQUENTIAL], number, SEQUENTIAL)]
             else:
                 calls = 1 if name == "batched search" else 4
                 seconds = [act(player, memory, number) for _ in range(calls)]
             rates[name].append(1.0 / statistics.mean(seconds))
-        spent = defaultdict(float)
-        with mock.patch.object(hop_mcts, "record_function", partial(clocked, spent)):
-            act(players["batched search"], memory, number)
-        spent["expand"] -= sum(spent[label] for label in INSIDE)
-        shares.append([spent[label] / spent["planner"] for label in LABELS])
-    rates = {name: statistics.median(values[1:]) for name, values in rates.items()}
-    return rates, [statistics.median(values) for values in zip(*shares[1:])]
+    return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
-def print_table(head, rows):
-    """In markdown."""
-    print("\n| " + " | ".join(head) + " |\n|" + "-|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+# ------------------------------------------------------------------------------------------------
+# Figures
+# ------------------------------------------------------------------------------------------------
+def report(results: list[dict]) -> str:
+    """Decisions a second of every method."""
+    rows = []
+    for result in results:
+        for games, rates in result["rates"].items():
+            cells = [f"{rates[name]:,.{1 if rates[name] < 100 else 0}f}" for name in METHODS]
+            ratio = rates["batched search"] / rates["sequential search"]
+            setting = [result["game"], games, f"{result['simulations']}"]
+            rows.append([*setting, *cells, f"{ratio:.1f}"])
+    head = ["game", "games", "simulations", *METHODS, "batched / sequential"]
+    return f"Decisions a CPU second, {TREES} trees each:\n\n{table(head, rows)}"
 
 
-def plot(results, title, path):
-    """Decisions a second against games, a picture for each number of simulations."""
-    simulations = sorted({number for _, number in results})
-    figure = Figure(figsize=(1 + 4 * len(simulations), 4), layout="constrained")
-    pictures = figure.subplots(1, len(simulations), squeeze=False, sharey=True)[0]
-    for axes, chosen in zip(pictures, simulations):
-        games = [count for count, number in results if number == chosen]
-        for name in METHODS:
-            axes.plot(games, [results[count, chosen][name] for count in games], "o-", label=name)
-        axes.set(xscale="log", yscale="log", xlabel="parallel games", title=f"{chosen} simulations")
-        axes.set_xticks(games, map(str, games))
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    pictures[0].set_ylabel("decisions a CPU second")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-
-
-def compare_planners(options):
-    """Prints the tables, and draws the plot."""
-    games, simulations = ([*map(int, x.split(","))] for x in (options.games, options.simulations))
-    trained, memory = train(options, max(games))
-    results = {}  # decisions a second by method, of each setting
-    speeds = []
-    parts = []
-    for number in simulations:
-        players = make_players(options, trained, number)
-        share = agreement(players["batched search"], memory)
-        print(f"{number} simulations: the same visits in {share:.1%} of trees, in float32")
-        if share < 0.9:
-            raise hop_mcts.UsageError("the two searches differ")
-        for count in games:
-            rates, shares = measure(options, players, memory[:count])
-            results[count, number] = rates
-            batched = rates["batched search"]
-            ratios = [batched / rates["sequential search"], rates["one step"] / batched]
-            cells = [f"{rate:,.{1 if rate < 100 else 0}f}" for rate in rates.values()]
-            cells += [f"{ratio:.1f}x" for ratio in ratios]
-            speeds.append([str(count), str(number), *cells])
-            cells = [f"{share:.0%}" for share in [*shares, 1.0 - sum(shares)]]
-            parts.append([str(count), str(number), *cells])
-    title = f"{options.env_id}: decisions a CPU second, {options.goal_samples} trees a decision"
-    print(f"\n{title}")
-    setting = ["games", "simulations"]
-    print_table([*setting, *METHODS, "batched / sequential", "one step / batched"], speeds)
-    print("\nShares of the batched search's time, by label of torch.profiler (`expand` without")
-    print("those within; rest: tables of features, draws, goals)")
-    print_table([*setting, *LABELS, "rest"], parts)
-    if options.plot and not options.quick:
-        plot(results, title, options.plot)
-
-
-# ---- The search alone, against mctx --------------------------------------------------------------
-EMBEDDING = 64
-ACTIONS = 7
-TREES = 320
-SIZES = [EMBEDDING + ACTIONS, 128, 128, EMBEDDING + ACTIONS + 2]  # out: embedding, prior, V, reward
-
-
-class MLP:
-    """A model for hop_mcts.search, in which one call on (embedding, action) is a simulation."""
-
-    num_actions = ACTIONS
-
-    def __init__(self, weights, embedding, logits, simulations):
-        self.weights = weights
-        self.embedding = embedding.repeat(simulations + 1, 1)  # [(S + 1) * T, EMBEDDING]
-        self.logits = logits.repeat(simulations + 1, 1)  # [(S + 1) * T, A]
-        self.goes_on = torch.ones(len(logits), dtype=torch.bool)
-
-    def expand(self, nodes):
-        return self.logits.index_select(0, nodes).softmax(1)
-
-    def step(self, nodes, actions, new):
-        x = cat([self.embedding.index_select(0, nodes), F.one_hot(actions, ACTIONS)], 1)
-        (w1, b1), (w2, b2), (w3, b3) = self.weights
-        x = torch.addmm(b3, torch.addmm(b2, torch.addmm(b1, x, w1).relu(), w2).relu(), w3)
-        self.embedding[new] = x[:, :EMBEDDING].tanh()
-        self.logits[new] = x[:, EMBEDDING:-2]
-        return x[:, -1], x[:, -2], self.goes_on
-
-
-@no_grad()
-def compare_with_mctx(options):
-    """Prints simulations a second of hop_mcts.search and of mctx.muzero_policy, in turns."""
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    with hop_mcts.refused("--mctx: pip install jax mctx"):
-        jax = importlib.import_module("jax")
-        mctx = importlib.import_module("mctx")
-    jnp = jax.numpy
-    args = hop_mcts.Args(gamma=0.99, num_simulations=int(options.simulations.split(",")[0]))
-    generator = Generator().manual_seed(1)
-    weights = []
-    for rows, columns in itertools.pairwise(SIZES):
-        weight = torch.randn(rows, columns, generator=generator) * sqrt(2.0 / rows)
-        weights.append((weight, torch.zeros(columns)))
-    embedding = torch.randn(TREES, EMBEDDING, generator=generator).tanh()
-    logits = torch.randn(TREES, ACTIONS, generator=generator)
-    value = torch.zeros(TREES)
-    parameters = [(jnp.array(weight.numpy()), jnp.array(bias.numpy())) for weight, bias in weights]
-    root = {"prior_logits": logits, "value": value, "embedding": embedding}
-    root = mctx.RootFnOutput(**{name: jnp.array(x.numpy()) for name, x in root.items()})
-
-    def recurrent(parameters, key, action, embedding):
-        x = jnp.concatenate([embedding, jax.nn.one_hot(action, ACTIONS)], 1)
-        (w1, b1), (w2, b2), (w3, b3) = parameters
-        x = jax.nn.relu(jax.nn.relu(x @ w1 + b1) @ w2 + b2) @ w3 + b3
-        heads = {"prior_logits": x[:, EMBEDDING:-2], "value": x[:, -2], "reward": x[:, -1]}
-        output = mctx.RecurrentFnOutput(discount=jnp.full(len(x), args.gamma), **heads)
-        return output, jnp.tanh(x[:, :EMBEDDING])
-
-    @jax.jit
-    def policy(parameters, root):
-        given = (parameters, jax.random.PRNGKey(0), root, recurrent, args.num_simulations)
-        constants = {"dirichlet_fraction": 0.0, "pb_c_init": args.puct_c}
-        chosen = mctx.muzero_policy(*given, max_depth=args.max_depth, **constants)
-        return chosen.action_weights
-
-    def theirs():
-        policy(parameters, root).block_until_ready()
-
-    def ours():
-        hop_mcts.search(MLP(weights, embedding, logits, args.num_simulations), value, args)
-
-    rates = {"hop_mcts.search": [], "mctx": []}
-    for number in range(4 * options.rounds + 2):
-        for name, search in zip(rates, (ours, theirs)):
-            start = time.process_time()
-            search()
-            if number >= 2:  # the first compiles
-                seconds = time.process_time() - start
-                rates[name].append(TREES * args.num_simulations / seconds)
-    rates = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"{TREES} trees, {args.num_simulations} simulations, jax {jax.__version__}")
-    rows = [[name, f"{x:,.0f}", f"{x / rates['mctx']:.2f}x"] for name, x in rates.items()]
-    print_table(["search", "simulations a CPU second", "of mctx"], rows)
-
-
-def main(options):
-    torch.set_num_threads(1)
-    if options.quick:
-        small = {"games": "2", "simulations": "8", "sequential": 1, "rounds": 1, "training": 2048}
-        options = dataclasses.replace(options, **small)
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):  # Linux
-        processor = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    print(f"{platform.platform()}, {processor}, torch {torch.__version__}, 1 thread")
-    if options.mctx:
-        compare_with_mctx(options)
-    else:
-        compare_planners(options)
-
-
-if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except hop_mcts.UsageError as error:
-        print(f"planner_speed.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+def draw(results: list[dict]) -> None:
+    """planner_speed.png: decisions a second against parallel games."""
+    panels = {}
+    for result in results:
+        of = result["rates"]
+        lines = {name: (result["batches"], [x[name] for x in of.values()]) for name in METHODS}
+        panels[f"{result['game']}, {result['simulations']} simulations"] = lines
+    axes = {"xscale": "log", "yscale": "log"}
+    draw_panels("planner_speed", panels, "parallel games", "decisions a CPU second", **axes)

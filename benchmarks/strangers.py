@@ -50,7 +50,9 @@ class Stranger:
         items, `items`; `distance` [R, H, W] from the own cell; `done` [R] steps of the episode."""
         raise NotImplementedError
 
-    def __call__(self, observation: Tensor, action_mask: Tensor, clock: Tensor, generator: Generator):
+    def __call__(
+        self, observation: Tensor, action_mask: Tensor, clock: Tensor, generator: Generator
+    ):
         """Actions int64 [R] for observations [R, C, H, W] of own cell, other players, kinds of
         items, bool `action_mask` [R, A] and `clock` [R, 2] (steps done, left)."""
         rows, _, height, width = observation.shape

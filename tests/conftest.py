@@ -3,25 +3,21 @@ for those that it names, `@pytest.mark.only("hop_onestep")`: what scripts share 
 (copies.py), so that one of them is enough where the method cannot matter."""
 
 import functools
-import importlib.util
-import sys
+import importlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
+os.environ["TQDM_DISABLE"] = "1"  # no progress bars in processes
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
 
 SMALL = {  # options of a small and short run
-    "num_envs": 4,
-    "num_steps": 16,
-    "total_timesteps": 128,
-    "num_minibatches": 2,
-    "hidden_size": 16,
-    "goal_size": 3,
-    "moa_capacity": 2000,
-    "match_episodes": 2,
+    **dict(num_envs=4, num_steps=16, total_timesteps=128, num_minibatches=2, match_episodes=2),
+    **dict(hidden_size=16, goal_size=3, moa_capacity=2000),
 }
 OWN = {  # that only one script has
     "hop_onestep": {"plan_samples": 4},
@@ -29,9 +25,8 @@ OWN = {  # that only one script has
     "hop_ppo_gumbel": {"goals": 3},
     "latent_world_model": {"plan_samples": 4},
 }
-QUICK = {  # constants in place of the script's own, where those make every small run take long
-    "latent_world_model": {"MODEL_UPDATES": 2, "MODEL_BATCH": 64},
-}
+# constants in place of the script's own, where those make every small run take long
+QUICK = {"latent_world_model": {"MODEL_UPDATES": 2, "MODEL_BATCH": 64}}
 PLANNER = {"plan_update", "plan_beta", "plan_until"}  # options of every script with a planner
 
 
@@ -49,28 +44,13 @@ def pytest_generate_tests(metafunc):
         metafunc.definition.add_marker(names)
 
 
-@functools.cache
 def load_script(name):
-    """The script as a module, imported once by its path."""
-    specification = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
+    """The script as a module, without progress bars."""
+    module = importlib.import_module(name)
+    module.tqdm = functools.partial(tqdm, disable=True)
     for constant, value in QUICK.get(name, {}).items():
-        assert value < getattr(module, constant)
         setattr(module, constant, value)
     return module
-
-
-def copied_script(script, folder):
-    """The path of a copy of a script in `folder`, to be run as a process of the same constants."""
-    lines = Path(script.__file__).read_text().splitlines()
-    for constant, value in QUICK.get(script.SCRIPT, {}).items():
-        (place,) = (k for k, line in enumerate(lines) if line.startswith(f"{constant} = "))
-        lines[place] = f"{constant} = {value}"
-    path = Path(folder, f"{script.SCRIPT}.py")
-    path.write_text("\n".join([*lines, ""]))
-    return path
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)
@@ -90,8 +70,7 @@ def plans(script):
 
 
 def small_args(script, **options):
-    """Args of a small and short run of a script, with the options given; those of the planner are
-    left out where there is none."""
+    """Args of a small and short run with these options, less the planner's where there is none."""
     unknown = set() if plans(script) else PLANNER
     options = {name: value for name, value in options.items() if name not in unknown}
     return script.Args(**{**SMALL, **OWN[script.SCRIPT], **options})

@@ -13,12 +13,12 @@ imports are not compared."""
 
 import argparse
 import ast
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# of the present shape
 SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
 MARK = "# ours:"
 
@@ -33,27 +33,19 @@ class Definition(NamedTuple):
 
 def name_of(node: ast.stmt) -> str:
     """What a statement defines; of one that defines nothing, its first line."""
-    targets = []
     if isinstance(node, ast.Assign):
-        targets = node.targets
-    elif isinstance(node, ast.AnnAssign | ast.AugAssign):
-        targets = [node.target]
-    if targets:
-        operator = "+" if isinstance(node, ast.AugAssign) else ""
-        return ", ".join(ast.unparse(target) for target in targets) + operator
+        return ", ".join(ast.unparse(target) for target in node.targets)
+    if isinstance(node, ast.AnnAssign | ast.AugAssign):
+        return ast.unparse(node.target) + "+" * isinstance(node, ast.AugAssign)
     return getattr(node, "name", None) or ast.unparse(node).splitlines()[0]
 
 
 def first_line(node: ast.stmt, lines: list[str]) -> int:
     """Where the text of a statement begins, from 0: with its decorators, and the comment lines
     above. A banner is none of them."""
-    first = node.lineno - 1
-    for decorator in getattr(node, "decorator_list", []):
-        first = min(first, decorator.lineno - 1)
-    while first > 0:
-        above = lines[first - 1].strip()
-        if not above.startswith("# ") or above.startswith("# --"):
-            break
+    decorators = getattr(node, "decorator_list", [])
+    first = min(part.lineno for part in [node, *decorators]) - 1
+    while first > 0 and re.match(r"\s*# (?!--)", lines[first - 1]):
         first -= 1
     return first
 
@@ -65,11 +57,10 @@ def definitions(source: str) -> dict[str, Definition]:
     found = {}
 
     def add(name: str, start: int, end: int, members: tuple[str, ...] = ()) -> None:
-        text = lines[start:end]
-        ours = any(MARK in line for line in text)
         if name in found:
             raise ValueError(f"{name} is defined twice")
-        found[name] = Definition("\n".join(text), start, end, ours, members)
+        text = "\n".join(lines[start:end])
+        found[name] = Definition(text, start, end, MARK in text, members)
 
     for node in ast.parse(source).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -95,11 +86,8 @@ def differences(sources: dict[str, str]) -> list[str]:
     """What breaks the rule in `sources`, text by script, a line each: texts that differ without a
     mark, and marks that mark nothing."""
     found = {script: definitions(source) for script, source in sources.items()}
-    names = []
-    for script_definitions in found.values():
-        names += script_definitions
     problems = []
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(name for parts in found.values() for name in parts):
         having = {script: parts[name] for script, parts in found.items() if name in parts}
         shared = {script: part for script, part in having.items() if not part.ours}
         if len({part.text for part in shared.values()}) > 1:
@@ -119,23 +107,18 @@ def differences(sources: dict[str, str]) -> list[str]:
 
 
 def without_mark(definition: Definition) -> str:
-    lines = definition.text.splitlines()
-    lines = [line.split(MARK)[0].rstrip() for line in lines if not line.strip().startswith(MARK)]
-    return "\n".join(lines)
+    whole_lines = re.sub(rf"(?m)^ *{MARK}.*\n", "", definition.text)
+    return re.sub(rf"(?m) *{MARK}.*$", "", whole_lines)
 
 
 def repaired(source: str, target: str) -> str:
     """`target` with the text of `source` in every definition of both that neither marks."""
     theirs = definitions(source)
     lines = target.splitlines()
-    for name, definition in reversed(sorted(definitions(target).items(), key=start_of)):
+    for name, definition in reversed(definitions(target).items()):
         if name in theirs and not definition.ours and not theirs[name].ours:
             lines[definition.start : definition.end] = theirs[name].text.splitlines()
     return "\n".join(lines) + "\n"
-
-
-def start_of(item: tuple[str, Definition]) -> int:
-    return item[1].start
 
 
 def main() -> int:

@@ -1,32 +1,27 @@
 """What the figures of benchmarks/adaptation.py rest on, and the strangers that it has."""
 
-import importlib
 import sys
 from math import isnan
 
 import pytest
 import torch
 
-from conftest import ROOT, load_script
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import adaptation
+import strangers
 
 TINY = {"env_id": "msh-3x3-3p-2h1s", "total_timesteps": 2048, "num_envs": 16, "hidden_size": 16}
 
 
-@pytest.fixture(scope="module")
-def adaptation():
-    load_script("hop_onestep")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("adaptation")
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def test_an_episode_counts_in_the_window_in_which_it_ends(adaptation):
+def test_an_episode_counts_in_the_window_in_which_it_ends():
     found = adaptation.windows([(0, 1.0), (299, 3.0), (300, 5.0), (899, 7.0), (900, 9.0)], 900)
     assert found[:2] == [2.0, 5.0] and found[2] == 7.0
     assert isnan(adaptation.windows([(0, 1.0)], 600)[1])
 
 
-def test_scores_lie_between_random_play_and_who_was_trained_on_the_same(adaptation):
+def test_scores_lie_between_random_play_and_who_was_trained_on_the_same():
     reference = {"setting": "reference | msg | exploiter", "game": "msg", "kind": "exploiter"}
     scales = adaptation.scale([{**reference, "random": 2.0, "trained": [10.0, 12.0]}])
     result = {"game": "msg", "kind": "exploiter", "learning": [[2.0, 7.0, 12.0], [2.0, 2.0, 7.0]]}
@@ -37,7 +32,7 @@ def test_scores_lie_between_random_play_and_who_was_trained_on_the_same(adaptati
     assert adaptation.scored(result, "learning", near) is None
 
 
-def small_run(adaptation, folder, **options):
+def small_run(folder, **options):
     script = adaptation.ppo
     plain = {"goal": "none", "plan_update": "none", "co_players": "self"}
     with adaptation.quiet(folder):
@@ -45,9 +40,9 @@ def small_run(adaptation, folder, **options):
     return str(folder / name)
 
 
-def test_frozen_matches_are_played_as_evaluation_plays_them(adaptation, tmp_path):
+def test_frozen_matches_are_played_as_evaluation_plays_them(tmp_path):
     """One match of 20 episodes from the same random numbers: history is carried on."""
-    path = small_run(adaptation, tmp_path, goal="inferred")
+    path = small_run(tmp_path, goal="inferred")
     content = adaptation.ppo.load_checkpoint(path)
     for name, weight in content["agent"].items():
         if name.endswith("weight"):
@@ -61,10 +56,10 @@ def test_frozen_matches_are_played_as_evaluation_plays_them(adaptation, tmp_path
     assert len(returns) == steps // adaptation.WINDOW
 
 
-def test_co_players_that_learn_change_and_nobody_else_does(adaptation, tmp_path):
+def test_co_players_that_learn_change_and_nobody_else_does(tmp_path):
     """The learner does not learn here, and of the agents only that of the co-players changes."""
     script = adaptation.ppo
-    path = small_run(adaptation, tmp_path)
+    path = small_run(tmp_path)
     seen = []
 
     def watch(co_players, **variables):
@@ -81,10 +76,10 @@ def test_co_players_that_learn_change_and_nobody_else_does(adaptation, tmp_path)
     assert seen == [[False, True]] * 3
 
 
-def test_a_learning_co_player_gets_what_pays(adaptation, tmp_path):
+def test_a_learning_co_player_gets_what_pays(tmp_path):
     """Rewarded for one action whatever happens, it comes to prefer it, at its own seats' views."""
     script = adaptation.ppo
-    path = small_run(adaptation, tmp_path)
+    path = small_run(tmp_path)
     game = script.GridGame(TINY["env_id"])
     generator = torch.Generator().manual_seed(1)
     players = script.CoPlayers(game, [path, path], 16, 10**6, generator, fixed=True)
@@ -117,13 +112,13 @@ def test_a_learning_co_player_gets_what_pays(adaptation, tmp_path):
 FAMILIES = {"msh": "msh-4x4-4h1s", "msg": "msg-4x4-4p-6d"}
 
 
-def played_by(adaptation, family, name, steps=35, batch=64):
+def played_by(family, name, steps=35, batch=64):
     """Bool [steps, B, M]: items that are left after each step of games in which strangers sit at
     all seats but one, where a player stays."""
     script = adaptation.ppo
     game = script.GridGame(FAMILIES[family])
     generator = torch.Generator().manual_seed(1)
-    entry = getattr(adaptation.strangers, name)
+    entry = getattr(strangers, name)
     players = script.CoPlayers(game, [entry] * 3, batch, 10**6, generator, fixed=True)
     state = game.start(batch, generator)
     left = []
@@ -140,21 +135,19 @@ def played_by(adaptation, family, name, steps=35, batch=64):
     return torch.stack(left)
 
 
-def test_strangers_do_what_they_are_said_to_do(adaptation):
-    left = played_by(adaptation, "msh", "Waiting", 10)
+def test_strangers_do_what_they_are_said_to_do():
+    left = played_by("msh", "Waiting", 10)
     assert left[7].all() and not left[9].all()
-    left = played_by(adaptation, "msh", "Late", 14)
+    left = played_by("msh", "Late", 14)
     assert left[:, :, 1:].all() and not left[-1, :, 0].all()  # stags come first
-    left = played_by(adaptation, "msh", "Shy", 14)
+    left = played_by("msh", "Shy", 14)
     assert left[:, :, 0].all() and not left[-1].all()
     for family in ("msh", "msg"):
-        for stranger in (
-            adaptation.strangers.DEVELOPMENT[family] + adaptation.strangers.HELD_OUT[family]
-        ):
-            gone = ~played_by(adaptation, family, stranger.__name__, 14)
+        for stranger in strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]:
+            gone = ~played_by(family, stranger.__name__, 14)
             assert gone.any() and not gone[0].all()
     counts = {
-        name: played_by(adaptation, "msg", name, 4)[-1].sum(1).float().mean()
+        name: played_by("msg", name, 4)[-1].sum(1).float().mean()
         for name in ("Tired", "Fair", "Waverer", "Lazy", "Halves")
     }
     assert counts["Tired"] < counts["Fair"] and counts["Tired"] < counts["Waverer"]

@@ -1,0 +1,69 @@
+"""PettingZoo environments: does it learn there, and what do goals and planners bring?
+
+Rock, paper, scissors against a player that prefers one move in each match (`biased_rps.py`), where
+inferred goals are what pays; and self-play in simple_spread and simple_tag of mpe2, and in
+level-based foraging (`foraging.py`). Judged by the learner's return; in self-play by that of all.
+"""
+
+import statistics
+
+from figures import by_setting, figure, table
+from run import train_and_judge
+
+ENVIRONMENTS = {  # name: id, co-players, game steps
+    "rps": ("pettingzoo.classic.rps_v2", "benchmarks.biased_rps:Biased", 65_536),
+    "simple_spread": ("mpe2.simple_spread_v3", "self", 131_072),
+    "simple_tag": ("mpe2.simple_tag_v3", "self", 65_536),
+    "foraging": ("benchmarks.foraging:parallel_env", "self", 98_304),
+}
+METHODS = {  # name: script, options
+    "goals": ("hop_onestep", ""),
+    "goals, one step": ("hop_onestep", "--plan-update offset"),
+    "goals, latent model": ("latent_world_model", ""),
+    "discrete goals": ("hop_ppo_gumbel", ""),
+    "plain PPO": ("hop_onestep", "--goal none"),
+}
+
+work = train_and_judge
+
+
+def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+    """Seeds outermost."""
+    found = []
+    for seed in (1,) if quick else seeds or (1, 2, 3):
+        for name, (env_id, company, steps) in ENVIRONMENTS.items():
+            for method, (script, words) in METHODS.items():
+                words = f"--env-id {env_id} --co-players {company} --num-envs 32 {words}".strip()
+                words += f" --total-timesteps {2048 if quick else steps} --seed {seed}"
+                job = {"setting": f"{name} | {method}", "seed": seed, "script": script}
+                job |= {"options": words, "kinds": {"trained with": company}}
+                found.append({**job, "episodes": 32 if quick else 320})
+    return found
+
+
+def report(results: list[dict]) -> str:
+    """Returns by method and environment, and times."""
+    runs = by_setting(results)
+    parts = []
+    for title, cell in (("return", returned), ("CPU seconds of training", seconds)):
+        rows = []
+        for method in METHODS:
+            each = [runs.get(f"{name} | {method}", []) for name in ENVIRONMENTS]
+            rows.append([method, *(cell(of) if of else "" for of in each)])
+        parts.append(table([title, *ENVIRONMENTS], rows))
+    return "\n\n".join(parts)
+
+
+def returned(runs: list[dict]) -> str:
+    """Of all seats in self-play, else of the learner."""
+    key = "all_seats" if "--co-players self" in runs[0]["options"] else "returns"
+    return figure([run[key]["trained with"] for run in runs])
+
+
+def seconds(runs: list[dict]) -> str:
+    """Mean over the runs."""
+    return f"{statistics.mean(run['train_cpu_seconds'] for run in runs):.0f}"
+
+
+def draw(results: list[dict]) -> None:
+    """No picture."""

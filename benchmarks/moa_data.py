@@ -1,0 +1,230 @@
+"""What should the opponent model learn from, and how much does it know?
+
+`buffer`: which episodes of a player it learns from, all or those with a reward (HOP); whether it
+pays to pretrain it, or to load that of a finished run of another seed, frozen or not. `model`:
+learned from matches of scripted kinds beside one player that stays as initialised, told nothing
+(none), told kind and target (oracle), with a VAE's z (vae), with discrete goals drawn (discrete) or
+all by their share (em).
+
+Both are measured on matches that none has seen, five episodes each: negative log-likelihood of the
+scripted players' actions in nats, by episode of the match; of `model` also the share of the gap
+from none to oracle that inferring closes, and how often a player's likeliest discrete goal, at the
+start of an episode, tells its kind, by majority vote over other matches (on the snowdrift, whether
+it is a cleaner: the other two differ only on a drift).
+"""
+
+import contextlib
+import importlib
+import io
+import shlex
+import statistics
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+from figures import by_setting, figure, table
+from run import ROOT, checkpoint_of, save
+
+EPISODES = 5
+MATCHES = 300  # to vote by, and as many to measure on
+BUFFER_GAME, BUFFER_STEPS = "msh-4h1s", 200_000
+BUFFERS = {  # options
+    "all episodes": "",
+    "rewarded episodes": "--moa-buffer positive",
+    "pretrained": "--pretrain-moa-steps 40000",
+    "loaded": "--load-moa",
+    "loaded, frozen": "--freeze-moa --load-moa",
+}
+MODEL_STEPS = {"msh-4x4-4h1s": 500_000, "msg": 200_000}
+IDLE = (
+    "--plan-update offset --plan-beta 0 --plan-samples 1"  # so that the opponent model is trained
+)
+MODELS = {  # script and options
+    "none": ("hop_onestep", f"--goal none {IDLE}"),
+    "oracle": ("hop_onestep", f"--goal oracle {IDLE}"),
+    "vae": ("hop_onestep", "--plan-update none"),
+    "discrete": ("hop_ppo_gumbel", ""),
+    "em": ("hop_ppo_gumbel", "--goal-training em"),
+}
+KINDS = {"msh": "ns,nh,random", "msg": "cleaner,exploiter,random"}
+
+
+def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+    """Seeds outermost; what is loaded is of the seed before."""
+    seeds = (1,) if quick else seeds or (1, 2, 3)
+    found = []
+    for k, seed in enumerate(seeds):
+        for name, words in BUFFERS.items():
+            job = {"setting": f"buffer | {name}", "seed": seed, "script": "hop_onestep"}
+            words = f"--env-id {BUFFER_GAME} --co-players {KINDS['msh']} {words}"
+            if name.startswith("loaded"):
+                words += f" {kept(seeds[k - 1], quick)}"
+                job["stage"] = 1
+            if name == "all episodes":
+                job["keep"] = kept(seed, quick)
+            words += f" --total-timesteps {4096 if quick else BUFFER_STEPS} --seed {seed}"
+            found.append({**job, "options": " ".join(words.split()), "kinds": KINDS["msh"]})
+        for game, steps in MODEL_STEPS.items():
+            for name, (script, words) in MODELS.items():
+                kinds = KINDS[game[:3]]
+                words = f"--env-id {game} --co-players {kinds} {words} --learning-rate 0"
+                words += f" --match-episodes {EPISODES}"
+                words += f" --total-timesteps {4096 if quick else steps} --seed {seed}"
+                job = {"setting": f"model | {game} | {name}", "seed": seed, "script": script}
+                found.append({**job, "options": " ".join(words.split()), "kinds": kinds})
+    return found if not quick else [job for job in found if "msg" not in job["setting"]]
+
+
+def kept(seed: int, quick: bool) -> str:
+    """Path from ROOT of the run whose opponent model is loaded."""
+    return checkpoint_of("moa_data", "all", seed, quick)
+
+
+def work(job: dict) -> dict:
+    """NLL by episode of the match, early and at the end; returns of the first and last fifth."""
+    script = importlib.import_module(job["script"])
+    words = [str(ROOT / w) if w.endswith(".pt") else w for w in shlex.split(job["options"])]
+    args = script.parse_arguments(words)
+    votes = 1000 + job["seed"]
+    result = {"command": f"python {job['script']}.py {job['options']}"}
+    returns = []
+    last = {}
+
+    def watch(iteration, agent, args, finished, **seen):
+        for _, kinds, values in finished:
+            returns.append((iteration, float(values[kinds == 0].mean())))
+        last.update(agent=agent, iteration=iteration)
+        steps = iteration * args.num_envs * args.num_steps
+        if "early" not in result and steps >= args.total_timesteps / 5:
+            result["early"] = play(script, agent, job["kinds"], votes)[0]
+
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = script.train(args, watch)["run"]
+        content = script.load_checkpoint(run)
+    result["train_cpu_seconds"] = round(time.process_time() - began, 1)
+    if "keep" in job:
+        save(content, ROOT / job["keep"])
+    ends = (0.2 * last["iteration"], 0.8 * last["iteration"])
+    result["first"] = mean([value for k, value in returns if k <= ends[0]])
+    result["last"] = mean([value for k, value in returns if k > ends[1]])
+    _, voters = play(script, last["agent"], job["kinds"], votes)
+    result["late"], pairs = play(script, last["agent"], job["kinds"], votes + 1000)
+    names = ["self", *job["kinds"].split(",")]
+    result["known"] = [accuracy(*parts, names) for parts in zip(voters, pairs)]
+    return result
+
+
+def mean(values: list[float]) -> float:
+    """nan without values."""
+    return statistics.mean(values) if values else float("nan")
+
+
+def predictions(script, player, seen, mask):
+    """log pi_hat [B, N, A] of all seats, by what a Player has inferred of them."""
+    own, views, goals, _ = seen
+    moa = player.agent.moa
+    if script.SCRIPT != "hop_ppo_gumbel":
+        return script.masked(moa.decoder(own, views, goals), mask).log_softmax(-1)
+    belief = moa.belief(player.memory).clamp(min=1e-30).log()
+    each = []
+    for action in range(mask.shape[2]):
+        taken = torch.full_like(mask[:, :, 0], action, dtype=torch.int64)
+        each.append((belief + moa.log_likelihood(own, views, mask, taken)).logsumexp(2))
+    return torch.stack(each, 2)
+
+
+@torch.no_grad()
+def play(script, agent, kinds, seed):
+    """Of scripted players in MATCHES side by side, by episode: mean NLL [EPISODES]; and at the
+    start of each, (likeliest goal, kind) [.., 2] (nothing for a continuous goal)."""
+    generator = torch.Generator().manual_seed(seed)
+    game = agent.game
+    players = script.CoPlayers(game, kinds.split(","), MATCHES, EPISODES, generator)
+    player = players.agents[0] = script.Player(agent, MATCHES)
+    discrete = script.SCRIPT == "hop_ppo_gumbel"
+    state = game.start(MATCHES, generator)
+    sums = torch.zeros(EPISODES, 2)
+    starts = [[] for _ in range(EPISODES)]
+    fresh = torch.ones(MATCHES).bool()  # an episode begins
+    done = ~fresh
+    while not done.all():
+        mask = game.action_mask(state)
+        others = (players.kind > 0) & ~done[:, None]
+        guess = predictions(script, player, player.infer(state, players), mask)
+        if discrete:
+            pairs = torch.stack([agent.moa.belief(player.memory).argmax(2), players.kind], 2)
+        actions = players.act(state, mask)
+        nll = -script.pick(guess, actions)
+        counted = others & player.decision["alive"]
+        for k in range(EPISODES):
+            now = (players.episode == k)[:, None]
+            sums[k] += torch.stack([nll[counted & now].sum(), (counted & now).sum()])
+            if discrete:
+                starts[k].append(pairs[others & now & fresh[:, None]])
+        state, _, terminated, truncated = game.step(state, actions)
+        fresh = (terminated | truncated).all(1)
+        done = done | players.observe(fresh)
+        state = game.restart(state, fresh, generator)
+    nll = (sums[:, 0] / sums[:, 1]).tolist()
+    return nll, [torch.cat(pairs) for pairs in starts if pairs]
+
+
+def accuracy(votes: torch.Tensor, pairs: torch.Tensor, names: list[str]) -> float:
+    """Share of players whose goal tells the kind, by the majority of `votes` with that goal."""
+    if "cleaner" in names:
+        cleaner = names.index("cleaner")
+        votes = torch.stack([votes[:, 0], votes[:, 1] == cleaner], 1)
+        pairs = torch.stack([pairs[:, 0], pairs[:, 1] == cleaner], 1)
+    table = torch.zeros(64, 64)
+    ones = torch.ones(len(votes))
+    table.index_put_((votes[:, 0], votes[:, 1]), ones, accumulate=True)
+    return float((table.argmax(1)[pairs[:, 0]] == pairs[:, 1]).float().mean())
+
+
+def report(results: list[dict]) -> str:
+    """A table of the buffers, and one of models for each game."""
+    runs = by_setting(results)
+    rows = []
+    for name in BUFFERS:
+        of = runs.get(f"buffer | {name}", [])
+        nll = [figure([mean(r[when]) for r in of], 3) for when in ("early", "late")]
+        returns = [figure([r[when] for r in of]) for when in ("first", "last")]
+        rows.append([name, *nll, *returns, figure([r["train_cpu_seconds"] for r in of], 0)])
+    head = [f"{BUFFER_GAME}: learns from", "nats an action after a fifth", "at the end"]
+    head += ["return of the first fifth", "of the last", "CPU seconds"]
+    parts = [table(head, rows)]
+    for game in MODEL_STEPS:
+        of = {name: runs.get(f"model | {game} | {name}", []) for name in MODELS}
+        rows = []
+        for name, some in of.items():
+            rows.append([f"nats an action, {name}", *cells([r["late"] for r in some], 3)])
+        for name in ("vae", "discrete", "em"):
+            rows.append([f"gap closed, {name}", *cells(gaps(of, name), 2)])
+        for name in ("discrete", "em"):
+            rows.append([f"kind known, {name}", *cells([r["known"] for r in of[name]], 3)])
+        episodes = [f"episode {k + 1}" for k in range(EPISODES)]
+        rows = [row for row in rows if len(row) > 1]
+        parts += [table([game, *episodes], rows)] if rows else []
+    return "\n\n".join(parts)
+
+
+def cells(values: list[list[float]], digits: int) -> list[str]:
+    """By episode: the mean of several runs."""
+    return [figure(list(of_episode), digits) for of_episode in zip(*values)]
+
+
+def gaps(of: dict[str, list[dict]], name: str) -> list[list[float]]:
+    """By seed and episode: share of the gap from none to oracle that a model closes."""
+    found = []
+    for none, oracle, model in zip(of["none"], of["oracle"], of[name]):
+        low, high, here = (np.array(r["late"]) for r in (none, oracle, model))
+        found.append(((low - here) / (low - high)).tolist())
+    return found
+
+
+def draw(results: list[dict]) -> None:
+    """No picture."""

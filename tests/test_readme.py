@@ -1,0 +1,73 @@
+"""What README.md and the pages of the scripts tell to type, and where they link to, is there."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from conftest import ROOT, SCRIPTS, load_script
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+TEXT = PAGES[0].read_text()
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= 170
+    assert len(TEXT.encode()) <= 10_240
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_options_that_exist(page):
+    found = re.findall(rf"python ({'|'.join(SCRIPTS)})\.py ([^#`|\n]*)", page.read_text())
+    for name, words in found:
+        known = {f.name.replace("_", "-") for f in dataclasses.fields(load_script(name).Args)}
+        for option in re.findall(r"--([a-z-]+)", words):
+            assert option.removeprefix("no-") in known, (name, option)
+
+
+def test_the_difference_shown_is_one_of_the_scripts():
+    (shown,) = re.findall("```diff\n(.*?)```", TEXT, re.DOTALL)
+    sides = {"<": ROOT / "hop_onestep.py", ">": ROOT / "hop_mcts.py"}
+    for line in shown.splitlines():
+        if line[0] in sides:
+            assert line[2:] in sides[line[0]].read_text().splitlines()
+
+
+def test_the_pseudo_code_is_that_of_the_script():
+    (shown,) = re.findall("```text\n(.*?)```", TEXT, re.DOTALL)
+    lines = [line.split("#")[0].strip() for line in shown.splitlines()]
+    document = load_script("hop_onestep").__doc__
+    assert [line for line in lines if line not in document] == []
+
+
+def test_examples_run(tmp_path):
+    """The co-player, the reward, the planner and the kind are code that works where it is put."""
+    examples = re.findall("```python\n(.*?)```", TEXT, re.DOTALL)
+    script = load_script("hop_onestep")
+    names = {"torch": torch}
+    for example in examples:
+        if "class Patient" in example or "def scores" in example:
+            exec(example, names)
+    game = script.GridGame("msh-3x3-3p-2h1s")
+    generator = torch.Generator().manual_seed(1)
+    players = script.CoPlayers(game, [names["Patient"]], 5, 2, generator)
+    players.agents[0] = player = script.Player(
+        script.Agent(game, script.Args(plan_update="none")), 5
+    )
+    state = game.start(5, generator)
+    actions = players.act(state, game.action_mask(state))
+    assert (actions[players.kind > 0] == script.STAY).all()
+    seen = player.infer(state, players)
+    chosen = (torch.tensor([0, 3]), torch.tensor([1, 2]))
+    q_plan = names["scores"](player.agent, state, seen, chosen, generator)
+    assert q_plan.shape == (2, game.num_actions)
+    source = (ROOT / "hop_onestep.py").read_text()
+    (reward,) = [text for text in examples if "takers" in text]
+    assert reward.splitlines()[0].split("  #")[0] in source
