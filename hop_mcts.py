@@ -530,7 +530,7 @@ class Copies:
 def imported(name):
     """What `package.module:attribute` names, modules of the working directory included."""
     sys.path.append(os.getcwd())
-    module, attribute = name.split(":")
+    module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -16,7 +16,7 @@ BUDGETS = {  # lines, which may only be lowered, and tokens, at most
     "hop_onestep": (1_739, 15_500),
     "hop_mcts": (1_917, 17_500),
     "hop_ppo_gumbel": (1_700, 16_500),
-    "latent_world_model": (1_943, 17_692),  # 17,500 is the aim
+    "latent_world_model": (1_943, 17_694),  # 17,500 is the aim
 }
 CHANGED = {  # lines that `diff` removes or adds to the first script, and hunks, at most
     "hop_mcts": (350, 30),
