@@ -1,14 +1,10 @@
 """What the figures of benchmarks/adaptation.py rest on, and the strangers that it has."""
 
-import sys
 from math import isnan
 
 import pytest
 import torch
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import adaptation
 import strangers
 

@@ -12,11 +12,9 @@ import time
 import numpy as np
 import pytest
 
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import figures
 import run as runner
+from conftest import ROOT
 
 JOBS = [{"setting": f"{game} | a", "seed": seed} for seed in (1, 2) for game in ("msh", "msg")]
 
