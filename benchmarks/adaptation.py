@@ -296,6 +296,7 @@ def report(results: list[dict]) -> str:
         head = ["script", "co-players", "frozen, first ten", "frozen, last 600"]
         head += ["learning, last 600", "CPU seconds a match"]
         parts.append(f"{game}, trained: {group}\n\n{table(head, rows)}")
+    parts.append("No score where random play gets within 5 % of what who was trained on them gets.")
     return "\n\n".join(parts)
 
 

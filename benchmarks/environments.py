@@ -63,7 +63,3 @@ def returned(runs: list[dict]) -> str:
 def seconds(runs: list[dict]) -> str:
     """Mean over the runs."""
     return f"{statistics.mean(run['train_cpu_seconds'] for run in runs):.0f}"
-
-
-def draw(results: list[dict]) -> None:
-    """No picture."""

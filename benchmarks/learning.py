@@ -161,9 +161,10 @@ def draw(results: list[dict]) -> None:
             for method in METHODS:
                 of = runs.get(f"{game} | {company} | {method}")
                 if of:
-                    lines[method] = curves(of, column)
+                    places, values = curves(of, column)
+                    lines[method] = (places if column else places / 1000, values)
             if lines:
                 panels[game] = lines
         if panels:
-            x = "CPU seconds" if column else "game steps"
+            x = "CPU seconds" if column else "thousand game steps"
             draw_panels(f"learning_{company}", panels, x, "mean return of the learner's seats")

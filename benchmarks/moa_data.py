@@ -224,7 +224,3 @@ def gaps(of: dict[str, list[dict]], name: str) -> list[list[float]]:
         low, high, here = (np.array(r["late"]) for r in (none, oracle, model))
         found.append(((low - here) / (low - high)).tolist())
     return found
-
-
-def draw(results: list[dict]) -> None:
-    """No picture."""

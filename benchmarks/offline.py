@@ -292,9 +292,5 @@ def report(results):
     return "\n\n".join(parts)
 
 
-def draw(results):
-    """No picture."""
-
-
 if __name__ == "__main__":
     main()

@@ -12,8 +12,8 @@ committed), machine, version of torch and seconds.
 
 A benchmark is a module of this folder with `jobs(seeds, quick)`, a list of dicts with `setting` and
 `seed`; `work(job)`, which makes the result of one in its own process; `report(results)`, Markdown;
-and `draw(results)`, pictures. A job with a `stage` waits for all of lower stages; one that is to be
-`alone` runs while no other does.
+and, where there are pictures, `draw(results)`. A job with a `stage` waits for all of lower stages;
+one that is to be `alone` runs while no other does.
 """
 
 import dataclasses
@@ -221,7 +221,8 @@ def run_all(name: str, options: Options, deadline: float) -> int:
     file = results_of(name, options)
     jobs = importlib.import_module(name).jobs(options.seeds, options.quick)
     jobs = jobs_left(jobs, options, results_in(file))
-    jobs = [{**job, "benchmark": name, "commit": commit()} for job in jobs]
+    about = {"benchmark": name, "commit": commit()}
+    jobs = [{**job, **about} for job in jobs]
     failed = 0
     with tqdm(total=len(jobs), unit="run", desc=name) as progress:
         for stage in sorted({job.get("stage", 0) for job in jobs}):
@@ -242,6 +243,7 @@ def run_all(name: str, options: Options, deadline: float) -> int:
 
 def report(options: Options) -> None:
     """Prints the tables; those of the repository's results are results.md, with pictures."""
+    kept = not (options.quick or options.fresh)
     pages = []
     for name in options.names:
         results = results_in(results_of(name, options))
@@ -249,11 +251,11 @@ def report(options: Options) -> None:
         if results:
             of = sorted({f"{r['commit']} on {r['machine']}" for r in results})
             pages.append(f"## {name}\n\n{benchmark.report(results)}\n\nCommits: {'; '.join(of)}.\n")
-        if results and not options.quick:
+        if results and kept and hasattr(benchmark, "draw"):
             benchmark.draw(results)
     page = "\n".join(pages)
     print(page)
-    if not options.quick and not options.fresh and options.names == tuple(NAMES):
+    if kept and options.names == tuple(NAMES):
         head = "# Results\n\nMade by `python benchmarks/run.py --report`, not by hand. "
         head += "[README.md](README.md) says what each benchmark asks, and how.\n\n"
         (ROOT / "benchmarks" / "results.md").write_text(head + page)

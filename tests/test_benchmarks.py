@@ -214,7 +214,8 @@ def test_tables_and_pictures_of_whatever_is_there(name, tmp_path, monkeypatch):
         both = [r for r in results if r["setting"] == result["setting"]]
         values = [next(iter(r["returns"].values())) for r in both]
         assert figures.figure(values) in page or "games" in result["setting"]
-    benchmark.draw(results)
-    assert name == "environments" or list(tmp_path.glob("*.png"))
     benchmark.report(results[:1])
-    benchmark.draw(results[:1])
+    if name != "environments":  # which has no picture
+        benchmark.draw(results)
+        assert list(tmp_path.glob("*.png"))
+        benchmark.draw(results[:1])
