@@ -9,7 +9,10 @@ decorators and the comment lines directly above it. Where it is what is new in a
 above it or in it says so, `# ours: <what differs>`, and it may differ. Above a class, or above its
 docstring, that speaks of its head and docstring; its members are compared one by one. A class that
 is marked, or has a member that is, may have other members. The docstring of a script and its
-imports are not compared."""
+imports are not compared.
+
+An experiment is a copy of one script, and is compared with that alone: what it changes says
+`# changed: <what differs>`."""
 
 import argparse
 import ast
@@ -20,7 +23,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
+EXPERIMENTS = {}  # name: the script that it is a copy of
 MARK = "# ours:"
+CHANGED = "# changed:"  # in an experiment
 
 
 class Definition(NamedTuple):
@@ -50,7 +55,13 @@ def first_line(node: ast.stmt, lines: list[str]) -> int:
     return first
 
 
-def definitions(source: str) -> dict[str, Definition]:
+def path_of(name: str) -> Path:
+    """The file of a script or experiment."""
+    folder = "benchmarks/experiments" if name in EXPERIMENTS else "."
+    return ROOT / folder / f"{name}.py"
+
+
+def definitions(source: str, mark: str = MARK) -> dict[str, Definition]:
     """The definitions of a script by name. A class is there as `Class`, its head and docstring, and
     its members as `Class.member`. Raises ValueError for a name that is there twice."""
     lines = source.splitlines()
@@ -60,7 +71,7 @@ def definitions(source: str) -> dict[str, Definition]:
         if name in found:
             raise ValueError(f"{name} is defined twice")
         text = "\n".join(lines[start:end])
-        found[name] = Definition(text, start, end, MARK in text, members)
+        found[name] = Definition(text, start, end, mark in text, members)
 
     for node in ast.parse(source).body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -82,10 +93,10 @@ def definitions(source: str) -> dict[str, Definition]:
     return found
 
 
-def differences(sources: dict[str, str]) -> list[str]:
+def differences(sources: dict[str, str], mark: str = MARK) -> list[str]:
     """What breaks the rule in `sources`, text by script, a line each: texts that differ without a
     mark, and marks that mark nothing."""
-    found = {script: definitions(source) for script, source in sources.items()}
+    found = {script: definitions(source, mark) for script, source in sources.items()}
     problems = []
     for name in dict.fromkeys(name for parts in found.values() for name in parts):
         having = {script: parts[name] for script, parts in found.items() if name in parts}
@@ -101,42 +112,52 @@ def differences(sources: dict[str, str]) -> list[str]:
             problems.append(f"{name} has other members: {', '.join(shared)}")
         for script, part in having.items():
             alike = [(other.text, other.members) for other in shared.values()]
-            if part.ours and (without_mark(part), part.members) in alike:
+            if part.ours and (without(mark, part), part.members) in alike:
                 problems.append(f"{name} of {script} is marked as its own, and is not")
     return problems
 
 
-def without_mark(definition: Definition) -> str:
-    whole_lines = re.sub(rf"(?m)^ *{MARK}.*\n", "", definition.text)
-    return re.sub(rf"(?m) *{MARK}.*$", "", whole_lines)
+def without(mark: str, definition: Definition) -> str:
+    whole_lines = re.sub(rf"(?m)^ *{mark}.*\n", "", definition.text)
+    return re.sub(rf"(?m) *{mark}.*$", "", whole_lines)
 
 
-def repaired(source: str, target: str) -> str:
+def repaired(source: str, target: str, mark: str = MARK) -> str:
     """`target` with the text of `source` in every definition of both that neither marks."""
-    theirs = definitions(source)
+    theirs = definitions(source, mark)
     lines = target.splitlines()
-    for name, definition in reversed(definitions(target).items()):
+    for name, definition in reversed(definitions(target, mark).items()):
         if name in theirs and not definition.ours and not theirs[name].ours:
             lines[definition.start : definition.end] = theirs[name].text.splitlines()
     return "\n".join(lines) + "\n"
+
+
+def all_differences() -> list[str]:
+    """Of the scripts, and of each experiment and the script that it is a copy of."""
+    sources = {name: path_of(name).read_text() for name in [*SCRIPTS, *EXPERIMENTS]}
+    problems = differences({name: sources[name] for name in SCRIPTS})
+    for name, base in EXPERIMENTS.items():
+        problems += differences({base: sources[base], name: sources[name]}, CHANGED)
+    return problems
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = [*SCRIPTS, *EXPERIMENTS]
     parser.add_argument("--repair", choices=SCRIPTS, help="the script to copy from")
     parser.add_argument(
-        "--into", choices=SCRIPTS, nargs="*", help="the scripts to copy into (default: all others)"
+        "--into", choices=names, nargs="*", help="what to copy into (default: all that share it)"
     )
     options = parser.parse_args()
-    sources = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
-    if options.repair:
-        for name in options.into or SCRIPTS:
-            if name != options.repair:
-                sources[name] = repaired(sources[options.repair], sources[name])
-                (ROOT / f"{name}.py").write_text(sources[name])
-    problems = differences(sources)
+    base = options.repair
+    for name in options.into or names:
+        if base not in (None, name) and EXPERIMENTS.get(name, base) == base:
+            mark = CHANGED if name in EXPERIMENTS else MARK
+            source, target = (path_of(one).read_text() for one in (base, name))
+            path_of(name).write_text(repaired(source, target, mark))
+    problems = all_differences()
     print(*problems, sep="\n")
     return 1 if problems else 0
 

@@ -7,7 +7,7 @@ import pytest
 
 import copies
 from conftest import ROOT, SCRIPTS
-from copies import MARK, definitions, differences, repaired
+from copies import CHANGED, MARK, all_differences, definitions, differences, repaired
 
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
 PLAIN = '''"""One."""
@@ -53,7 +53,20 @@ def changed(*pairs: tuple[str, str]) -> str:
 
 def test_shared_definitions_are_the_same_text():
     assert copies.SCRIPTS == SCRIPTS
-    assert differences(SOURCES) == []
+    found = {path.stem for path in (ROOT / "benchmarks" / "experiments").glob("*.py")}
+    assert set(copies.EXPERIMENTS) == found
+    assert all_differences() == []
+
+
+def test_an_experiment_has_marks_of_its_own():
+    """Those of the script that it is a copy of do not excuse it."""
+    base = changed(("return 2 * x", f"return 2 * x  {MARK} doubles"))
+    copy = base.replace("2 * x", "3 * x")
+    assert differences({"a": base, "b": copy}, CHANGED) == ["double differs: a, b"]
+    marked = copy.replace("@cache", f"{CHANGED} triples\n@cache")
+    assert differences({"a": base, "b": marked}, CHANGED) == []
+    assert repaired(base, copy, CHANGED) == base
+    assert repaired(base, marked, CHANGED) == marked
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -115,6 +128,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     """It tells what differs, with status 1, and repairs the file."""
     monkeypatch.setattr(copies, "ROOT", tmp_path)
     monkeypatch.setattr(copies, "SCRIPTS", ["a", "b"])
+    monkeypatch.setattr(copies, "EXPERIMENTS", {})
     (tmp_path / "a.py").write_text(PLAIN)
     (tmp_path / "b.py").write_text(changed(("2 * x", "3 * x")))
     monkeypatch.setattr(sys, "argv", ["copies.py"])
@@ -125,19 +139,20 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "b.py").read_text() == (tmp_path / "a.py").read_text() == PLAIN
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, *copies.EXPERIMENTS])
 def test_a_script_stands_alone(name):
     """It imports no module of the repository, and its main is one line."""
+    source = copies.path_of(name).read_text()
     imported = set()
-    for node in ast.walk(ast.parse(SOURCES[name])):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             imported.add(node.module.partition(".")[0])
     modules = set()
-    for pattern in ("*.py", "benchmarks/*.py", "tests/**/*.py"):
+    for pattern in ("*.py", "benchmarks/**/*.py", "tests/**/*.py"):
         modules |= {path.stem for path in ROOT.glob(pattern)}
     assert "torch" in imported and set(SCRIPTS) <= modules
     assert not imported & modules
-    assert SOURCES[name].endswith('\n\nif __name__ == "__main__":\n    main()\n')
+    assert source.endswith('\n\nif __name__ == "__main__":\n    main()\n')
