@@ -2,9 +2,11 @@
 
     python benchmarks/run.py adaptation --only "msg | self-play | hop_mcts,reference | msg"
 
-A learner that was trained in self-play, or on the mixture (the main job), plays 2,400 steps with
-the same three co-players of one kind: one match, the protocol of HOP (Huang et al. 2024, arXiv
-2406.08002). `frozen`: no weight changes, what adapts is what is inferred of the co-players.
+A learner that was trained in self-play, on the mixture (the main job), or `diverse`, plays 2,400
+steps with the same three co-players of one kind: one match, the protocol of HOP (Huang et al. 2024,
+arXiv 2406.08002). `diverse` is the mixture and a pool: six short runs of plain PPO, in self-play,
+prosocial self-play, among each scripted kind and among the mixture, and snapshots of the learner's
+own past. `frozen`: no weight changes, what adapts is what is inferred of the co-players.
 `learning`: `--init` with its defaults, one learner a match; policy, V and opponent model go on
 learning, the planner plans. Kinds are scripted ones; strangers, which no training has
 (`strangers.py`; half of them were kept out of all choices); and self-play players of plain and of
@@ -24,6 +26,7 @@ import shlex
 import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,10 +35,11 @@ import hop_onestep as ppo
 import strangers
 from figures import draw as draw_panels
 from figures import figure, random_return, table
+from learning import KINDS as MIXTURE
 from run import ROOT, checkpoint_of, train_and_judge
 
 GAMES = ("msh-4x4-4h1s", "msh-4h1s", "msg")
-GROUPS = {"self-play": "--co-players self", "mixture": "--num-envs 16"}
+GROUPS = ("self-play", "mixture", "diverse")
 METHODS = ("hop_mcts", "hop_onestep", "hop_ppo_gumbel", "latent_world_model")
 SCRIPTED = {"msh": ("ns", "nh", "random"), "msg": ("cleaner", "exploiter", "random")}
 LEARNERS = {"plain PPO": "", "prosocial PPO": " --prosocial 1"}  # co-players that go on learning
@@ -66,45 +70,74 @@ def kinds_of(game: str, seed: int, quick: bool) -> dict[str, str]:
     return {kind: kinds[kind] for kind in list(kinds)[:: 5 if quick else 1]}
 
 
+def pool_of(game: str) -> dict[str, str]:
+    """Options of the runs of a pool, by name."""
+    pool = {kind: f"--co-players {kind}" for kind in ("self", *SCRIPTED[game[:3]])}
+    return pool | {"prosocial": "--co-players self --prosocial 1", "mixture": ""}
+
+
+def pool_at(game: str, seed: int, quick: bool) -> Path:
+    """Folder from ROOT of the runs that learners of the group `diverse` meet as well."""
+    return Path(kept(f"{game} | pool", seed, quick)).with_suffix("")
+
+
+def words_of(group: str, game: str, seed: int, quick: bool) -> str:
+    """Options that learners of a group are trained with."""
+    if group == "self-play":
+        return "--co-players self"
+    if group == "mixture":
+        return "--num-envs 16"
+    company = ",".join([*MIXTURE[game[:3]], str(pool_at(game, seed, quick))])
+    return f"--num-envs 16 --co-players {company} --snapshot-every 250"
+
+
 def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
-    """Trainings and references; then the matches of every learner with every kind."""
+    """Pools; trainings; then references, and the matches of every learner with every kind."""
     seeds = (1,) if quick else seeds or (1, 2, 3, 4, 5)
     games, groups, methods = GAMES, GROUPS, METHODS
     if quick:
-        games, groups, methods = GAMES[:1], {"self-play": GROUPS["self-play"]}, METHODS[1:3]
-    found = {}
+        games, groups, methods = GAMES[:1], GROUPS[:1], METHODS[1:3]
+    found = []
     for seed, game in itertools.product(seeds, games):
         plain = "--co-players self --goal none --plan-update none"
         for name, words in LEARNERS.items():
-            found |= training(game, name, "hop_onestep", plain + words, seed, quick)
+            keep = kept(f"{game} | {name}", seed, quick)
+            found.append(training(game, name, "hop_onestep", plain + words, seed, keep, quick))
+        for name, words in pool_of(game).items() if "diverse" in groups else ():
+            keep = str(pool_at(game, seed, quick) / name / "checkpoint.pt")
+            words = f"--plan-update none {words}"
+            found.append(training(game, f"pool | {name}", "hop_onestep", words, seed, keep, quick))
         for group, method in itertools.product(groups, methods):
-            found |= training(game, f"{group} | {method}", method, groups[group], seed, quick)
+            name = f"{group} | {method}"
+            keep = kept(f"{game} | {name}", seed, quick)
+            words = words_of(group, game, seed, quick)
+            job = training(game, name, method, words, seed, keep, quick)
+            found.append(job | {"stage": 1})
         for kind, entry in kinds_of(game, seed, quick).items():
             played = {"game": game, "kind": kind, "entry": entry, "steps": 600 if quick else STEPS}
-            played["matches"] = 2 if quick else MATCHES
-            setting = f"reference | {game} | {kind}"
-            reference = {"setting": setting, "seed": 1, "stage": 1, **played}
+            played |= {"matches": 2 if quick else MATCHES, "stage": 2}
+            reference = {"setting": f"reference | {game} | {kind}", "seed": 1, **played}
             reference["reference_steps"] = 4096 if quick else 300_000
-            found.setdefault((setting, 1), reference)
+            if seed == seeds[0]:
+                found.append(reference)
             for group, method in itertools.product(groups, methods):
                 name = f"{game} | {group} | {method}"
-                match = {**played, "seed": seed, "stage": 1, "group": group, "script": method}
+                match = {**played, "seed": seed, "group": group, "script": method}
                 match["learner"] = kept(name, seed, quick)
                 for way in ("frozen", "learning"):
-                    setting = f"{name} | {kind} | {way}"
                     if way == "learning" or not kind.startswith("learning "):
-                        found[setting, seed] = {**match, "setting": setting, "way": way}
-    return list(found.values())
+                        found.append({**match, "setting": f"{name} | {kind} | {way}", "way": way})
+    return found
 
 
-def training(game: str, name: str, script: str, words: str, seed: int, quick: bool) -> dict:
-    """The job of a learner, or of co-players that go on learning, by setting and seed."""
-    setting = f"training | {game} | {name}"
-    steps = 8192 if quick else 500_000
-    words = f"--env-id {game} {words} --seed {seed} --total-timesteps {steps}"
-    job = {"setting": setting, "seed": seed, "script": script, "options": words}
-    job |= {"kinds": {"self": "self"}, "episodes": 100}
-    return {(setting, seed): job | {"keep": kept(f"{game} | {name}", seed, quick)}}
+def training(game, name, script, words, seed, keep, quick):
+    """The job of a learner, of co-players that go on learning, or of a run of a pool."""
+    pool = name.startswith("pool")
+    steps = 8192 if quick else 150_000 if pool else 500_000
+    words = f"--env-id {game} {words} --seed {seed + 100 * pool} --total-timesteps {steps}"
+    job = {"setting": f"training | {game} | {name}", "seed": seed, "script": script}
+    job |= {"options": " ".join(words.split()), "kinds": {"self": "self"}, "episodes": 100}
+    return job | {"keep": keep}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the figures of benchmarks/adaptation.py rest on, and the strangers that it has."""
 
 from math import isnan
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,17 @@ def test_scores_lie_between_random_play_and_who_was_trained_on_the_same():
     assert adaptation.scored(result, "frozen", scales) is None
     near = adaptation.scale([{**reference, "random": 11.9, "trained": [12.0]}])
     assert adaptation.scored(result, "learning", near) is None
+
+
+def test_the_pool_of_a_diverse_learner_is_trained_before_it():
+    jobs = {job["setting"]: job for job in adaptation.jobs((2,), False)}
+    learner = jobs["training | msg | diverse | hop_onestep"]
+    company = learner["options"].split("--co-players ")[1].split()[0].split(",")
+    pool = [job for setting, job in jobs.items() if setting.startswith("training | msg | pool")]
+    assert len(pool) == 6 and len(company) == 7
+    for job in pool:
+        assert Path(job["keep"]).match(f"{company[-1]}/*/checkpoint.pt")
+        assert job.get("stage", 0) < learner["stage"]
 
 
 def small_run(folder, **options):
