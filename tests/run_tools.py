@@ -1,7 +1,8 @@
-"""What the tests of runs share: runs in folders of their own, their networks and logs, `main`."""
+"""What tests share: runs in folders of their own, their networks, logs and history, `main`."""
 
 import contextlib
 import io
+import itertools
 import sys
 import types
 from collections import defaultdict
@@ -10,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributions import Categorical
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def arguments(**options):
@@ -135,3 +141,72 @@ def refused(script, monkeypatch, capsys, *words):
     assert (status, out, error.count("\n")) == (2, "", 1), (words, error)
     assert sorted(Path().rglob("*")) == before, words
     return error
+
+
+def stacked(steps, name):
+    return torch.stack([step[name] for step in steps])
+
+
+def situations(script, game, batch=40):
+    """States of games under way, some players gone, some steps just before an end."""
+    generator = generator_of(0)
+    state = game.start(batch, generator)
+    state = state._replace(time=torch.randint(20, game.horizon - 1, (batch,), generator=generator))
+    for _ in range(12):
+        actions = script.random_actions(game.action_mask(state), generator)
+        state, _, terminated, truncated = game.step(state, actions)
+        state = game.restart(state, (terminated | truncated).all(1), generator)
+    return state
+
+
+def policy_of(logits, mask):
+    return Categorical(logits=logits.masked_fill(~mask, -1e9))
+
+
+PLAYED = {"num_steps": 10, "moa_learning_rate": 0.0, "plan_update": "none", "co_players": "self"}
+
+
+class History:
+    """What is held of a run by its buffer, read in plain loops."""
+
+    def __init__(self, script, steps, buffer):
+        self.steps = steps
+        self.buffer = buffer
+        self.limit = script.HISTORY
+        self.oldest = max(0, len(steps) - buffer.size)
+        self.running = (steps[-1]["episode"] + steps[-1]["ended"]).tolist()
+
+    def span(self, b, t):
+        """(game, start, end) of what is read of the match that step t of game b belongs to: all
+        that is held, of a long match the steps up to t."""
+        match = self.steps[t]["match"][b]
+        same = [s for s, step in enumerate(self.steps) if step["match"][b] == match]
+        start = max(same[0], t - self.limit + 1, self.oldest)
+        return b, start, min(same[-1] + 1, start + self.limit)
+
+    def spans(self):
+        """Those of all that is held."""
+        held = itertools.product(range(len(self.running)), range(self.oldest, len(self.steps)))
+        return [self.span(b, t) for b, t in held]
+
+    def read(self):
+        """All different spans, and what the buffer reads of them."""
+        spans = sorted(set(self.spans()))
+        return spans, self.buffer.read(*torch.tensor(spans).T[:2])
+
+    def later(self, span, t):
+        """Steps of the same episode within a span, from step t on, counted from its start."""
+        b, start, end = span
+        episode = [int(step["episode"][b]) for step in self.steps[start:end]]
+        return [k for k in range(t, end - start) if episode[k] == episode[t]]
+
+    def known(self, span, t):
+        """Whether what the episode of step t reaches is known: it has ended, and is not cut."""
+        b, start, end = span
+        cut = end - start == self.limit and (end - start - 1) in self.later(span, t)
+        return int(self.steps[start + t]["episode"][b]) < self.running[b] and not cut
+
+    def subgoal(self, span, t, i):
+        b, start, _ = span
+        reached = [int(self.steps[start + k]["reached"][b, i]) for k in self.later(span, t)]
+        return next((item for item in reached if item >= 0), -1)

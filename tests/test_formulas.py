@@ -12,95 +12,11 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from conftest import SCRIPTS, plans
-from run_tools import shake
+from conftest import HUNT, SCRIPTS, plans
+from run_tools import PLAYED, History, generator_of, policy_of, situations, stacked
 
 pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
 EVERY = pytest.mark.only(*SCRIPTS)
-HUNT = "msh-3x3-3p-2h1s"
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def lively(script, small):
-    """Makes a game and an agent whose every network says something, with the options given."""
-
-    def make(**options):
-        args = small(**{"env_id": HUNT, **options})
-        game = script.make_game(args, "cpu")
-        return game, enlivened(script.Agent(game, script.checked(args, game)))
-
-    return make
-
-
-@pytest.fixture
-def record(script, small, monkeypatch):
-    """Plays a run with the options given, from weights that say something. Returns its steps, dicts
-    by name of what was known before a step and what `train` stored of it, with the numbers of the
-    episode and of the match of each game; and what `watch` saw of each iteration."""
-
-    def play(**options):
-        args = small(**{"env_id": HUNT, "horizon": 8, "num_envs": 6, **options})
-        act = script.Player.act
-        plain = script.Agent
-        shown, steps, iterations = [], [], []
-
-        def noting(player, state, mask, seats, co_players):
-            seen = {"state": state, "memory": player.memory, "kind": co_players.kind}
-            shown.append({**seen, "scripted": co_players.scripted()})
-            return act(player, state, mask, seats, co_players)
-
-        def watch(storage, agent, **names):
-            episode = torch.zeros(args.num_envs, dtype=torch.int64)
-            if steps:
-                episode = steps[-1]["episode"] + steps[-1]["ended"]
-            for t in range(args.num_steps):
-                step = {**shown[len(steps)], **{name: x[t] for name, x in storage.items()}}
-                ended = ~step["goes_on"].any(1)
-                match = episode // args.match_episodes
-                steps.append({**step, "ended": ended, "episode": episode, "match": match})
-                episode = episode + ended
-            weights = {name: x.clone() for name, x in agent.state_dict().items()}
-            iterations.append(types.SimpleNamespace(**names, agent=agent, weights=weights))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(script.Player, "act", noting)
-            patch.setattr(script, "Agent", lambda *given: enlivened(plain(*given)))
-            script.train(args, watch)
-        return steps, iterations
-
-    return play
-
-
-def enlivened(agent):
-    """The agent, of whose networks each says something."""
-    if hasattr(agent, "plan_slope"):
-        agent.plan_slope.fill_(0.7)
-    return shake(agent)
-
-
-def stacked(steps, name):
-    return torch.stack([step[name] for step in steps])
-
-
-def situations(script, game, batch=40):
-    """States of games under way, some players gone, some steps just before an end."""
-    generator = generator_of(0)
-    state = game.start(batch, generator)
-    state = state._replace(time=torch.randint(20, game.horizon - 1, (batch,), generator=generator))
-    for _ in range(12):
-        actions = script.random_actions(game.action_mask(state), generator)
-        state, _, terminated, truncated = game.step(state, actions)
-        state = game.restart(state, (terminated | truncated).all(1), generator)
-    return state
 
 
 @torch.no_grad()
@@ -115,13 +31,7 @@ def decision_of(script, agent, state, seats=None):
     return player.act(state, mask, seats, players), player
 
 
-def policy_of(logits, mask):
-    return Categorical(logits=logits.masked_fill(~mask, -1e9))
-
-
-# ------------------------------------------------------------------------------------------------
-# Advantages and rollouts
-# ------------------------------------------------------------------------------------------------
+# ---- Advantages and rollouts ---------------------------------------------------------------------
 @pytest.mark.parametrize("gae_lambda", [0.6, 1.0])
 def test_advantages_in_closed_form(script, gae_lambda):
     """Sums of (gamma lambda)^k delta to the end of the player's episode."""
@@ -324,52 +234,7 @@ def test_rollouts_in_which_there_is_nothing_to_learn(script, record):
             assert (name in one.metrics) == (learnt[k] > 0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Match buffer, memory and the MOA's loss
-# ------------------------------------------------------------------------------------------------
-PLAYED = {"num_steps": 10, "moa_learning_rate": 0.0, "plan_update": "none", "co_players": "self"}
-
-
-class History:
-    """What is held of a run by a buffer of `size` steps, read in plain loops."""
-
-    def __init__(self, script, steps, size):
-        self.steps = steps
-        self.limit = script.HISTORY
-        self.oldest = max(0, len(steps) - size)
-        self.running = (steps[-1]["episode"] + steps[-1]["ended"]).tolist()
-
-    def span(self, b, t):
-        """(game, start, end) of what is read of the match that step t of game b belongs to: all
-        that is held, of a long match the steps up to t."""
-        match = self.steps[t]["match"][b]
-        same = [s for s, step in enumerate(self.steps) if step["match"][b] == match]
-        start = max(same[0], t - self.limit + 1, self.oldest)
-        return b, start, min(same[-1] + 1, start + self.limit)
-
-    def spans(self):
-        """Those of all that is held."""
-        held = itertools.product(range(len(self.running)), range(self.oldest, len(self.steps)))
-        return [self.span(b, t) for b, t in held]
-
-    def later(self, span, t):
-        """Steps of the same episode within a span, from step t on, counted from its start."""
-        b, start, end = span
-        episode = [int(step["episode"][b]) for step in self.steps[start:end]]
-        return [k for k in range(t, end - start) if episode[k] == episode[t]]
-
-    def known(self, span, t):
-        """Whether what the episode of step t reaches is known: it has ended, and is not cut."""
-        b, start, end = span
-        cut = end - start == self.limit and (end - start - 1) in self.later(span, t)
-        return int(self.steps[start + t]["episode"][b]) < self.running[b] and not cut
-
-    def subgoal(self, span, t, i):
-        b, start, _ = span
-        reached = [int(self.steps[start + k]["reached"][b, i]) for k in self.later(span, t)]
-        return next((item for item in reached if item >= 0), -1)
-
-
+# ---- Match buffer, memory and the MOA's loss -----------------------------------------------------
 @pytest.mark.parametrize("rule", ["all", "positive"])
 @pytest.mark.parametrize("match_episodes", [2, 99])
 def test_matches_are_read_as_they_were_played(script, record, monkeypatch, rule, match_episodes):
@@ -378,11 +243,9 @@ def test_matches_are_read_as_they_were_played(script, record, monkeypatch, rule,
     options = {"match_episodes": match_episodes, "moa_buffer": rule, "moa_capacity": 3 * 30}
     steps, iterations = record(num_envs=3, total_timesteps=30 * 7, **PLAYED, **options)
     buffer, game = iterations[-1].buffer, iterations[-1].game
-    history = History(script, steps, buffer.size)
+    history = History(script, steps, buffer)
     assert buffer.size == 30
-    spans = sorted(set(history.spans()))
-    games, starts, _ = torch.tensor(spans).unbind(1)
-    batch = buffer.read(games, starts)
+    spans, batch = history.read()
     seen = Counter()
     for s, span in enumerate(spans):
         b, start, end = span
@@ -420,7 +283,7 @@ def test_sampled_matches(script, record, monkeypatch, match_episodes):
     monkeypatch.setattr(buffer, "read", lambda *which: drawn.append(torch.stack(which, 1)))
     buffer.sample(20000, generator_of(0))
     found = Counter(tuple(row) for row in drawn[0].tolist())
-    spans = History(script, steps, buffer.size).spans()
+    spans = History(script, steps, buffer).spans()
     expected = Counter((b, start) for b, start, _ in spans)
     assert set(found) == set(expected)
     for key, number in expected.items():
@@ -475,10 +338,9 @@ def test_moa_loss_is_its_formula(script, record, monkeypatch, goal, pretraining)
     steps, iterations = record(total_timesteps=60 * 4, **options)
     agent = iterations[-1].agent
     moa = agent.moa
-    history = History(script, steps, len(steps))
-    spans = sorted(set(history.spans()))
-    games, starts, _ = torch.tensor(spans).unbind(1)
-    batch = iterations[-1].buffer.read(games, starts)
+    history = History(script, steps, iterations[-1].buffer)
+    spans, batch = history.read()
+    games, starts, _ = torch.tensor(spans).T
     assert batch["action"].shape[1] == max(end - start for _, start, end in spans)
     rows = batch["weight"].nonzero().flip(0)[:90]  # as they come by the numbers below
     monkeypatch.setattr(script, "SUBGOAL_COEF", 0.7)
@@ -663,16 +525,16 @@ def test_relabelled_seats_give_the_same_training_of_goals(script, record, monkey
     options = {} if plans(script) else {"goal_training": training}
     options |= {"env_id": "msh-3x3-4p-3h1s", "match_episodes": 2, **PLAYED}
     steps, iterations = record(total_timesteps=60 * 3, **options)
-    buffer, agent = iterations[-1].buffer, iterations[-1].agent
-    spans = sorted(set(History(script, steps, len(steps)).spans()))
-    games, starts, _ = torch.tensor(spans).unbind(1)
-    batch = buffer.read(games, starts)
+    agent = iterations[-1].agent
+    history = History(script, steps, iterations[-1].buffer)
+    _, batch = history.read()
+    ring = history.buffer.ring
     for name in ("players", "action", "alive", "reward", "reached"):
-        buffer.ring[name] = buffer.ring[name][:, :, ORDER]
+        ring[name] = ring[name][:, :, ORDER]
     monkeypatch.setattr(torch, "randn", lambda shape, **rest: torch.full(shape, 0.3))
     monkeypatch.setattr("torch.nn.functional.gumbel_softmax", lambda x, tau, hard: x.softmax(1))
     results = []
-    for one in (batch, buffer.read(games, starts)):
+    for one in (batch, history.read()[1]):
         loss, terms = script.moa_loss(agent, one, False, generator_of(0))
         gradients = torch.autograd.grad(loss, [*agent.moa.parameters()], allow_unused=True)
         results.append([loss, terms, [g for g in gradients if g is not None]])
