@@ -9,70 +9,23 @@ import pytest
 import torch
 
 from benchmarks import offline
-from conftest import load_script, small_args
-from run_tools import assert_same_run, broken_run, networks, parsed, refused, run, shake, trust
+from conftest import HUNT, small_args
+from run_tools import (
+    assert_same_run,
+    broken_run,
+    generator_of,
+    networks,
+    parsed,
+    refused,
+    run,
+    situations,
+    trust,
+)
 
-HUNT = "msh-3x3-3p-2h1s"
+pytestmark = pytest.mark.only("latent_world_model")
 ALONE = "msh-3x3-1p-2h1s"
 LEAVING = "test_pettingzoo_game:Leaving"
-STAY = 4
-GAMMA = 0.9
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script("latent_world_model")
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """Runs are written elsewhere; environments of another test module can be imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def lively(script):
-    """Makes a game and an agent whose every network says something, with the options given."""
-
-    def make(**options):
-        args = small_args(script, **{"env_id": HUNT, "horizon": 9, "gamma": GAMMA, **options})
-        game = script.make_game(args, "cpu")
-        return game, shake(script.Agent(game, script.checked(args, game)))
-
-    return make
-
-
-def some_actions(script, game, state, generator):
-    """Legal actions [B, N], the interactions ahead of moves."""
-    weights = game.action_mask(state).float()
-    weights[..., STAY + 1 :] *= 6.0
-    return script.sample(weights.log(), generator)
-
-
-def rows_of_play(script, game, agent, batch=40, steps=9):
-    """Transitions [R, ..] of all players in random play, with any goals and shifts."""
-    generator = generator_of(3)
-    found = []
-    state = game.start(batch, generator)
-    for _ in range(steps):
-        action = some_actions(script, game, state, generator)
-        after, reward, terminated, _ = game.step(state, action)
-        own, views = game.features(state)
-        goals = torch.randn(*action.shape, agent.moa.goal_size, generator=generator)
-        row = {"own": own, "others": agent.inputs(views, goals)[0], "action": action}
-        row |= {"other_actions": action[:, game.others], "reward": reward}
-        row |= {"shift": torch.randn(action.shape, generator=generator), "terminated": terminated}
-        row |= {"valued": torch.rand(action.shape, generator=generator) < 0.6}
-        row |= dict(zip(["next_own", "next_views"], game.features(after), strict=True))
-        found.append({name: value[game.alive(state)] for name, value in row.items()})
-        state = game.restart(after, terminated.all(1), generator)
-    return {name: torch.cat([row[name] for row in found]) for name in found[0]}
 
 
 # ---- Losses --------------------------------------------------------------------------------------
@@ -88,7 +41,9 @@ def plain_terms(agent, row):
     target = row["reward"] + row["shift"]
     observation = consistency = following = torch.zeros(())
     if not row["terminated"]:
-        target = target + GAMMA * (then if agent.args.td_target == "observed" else planned)
+        target = target + agent.args.gamma * (
+            then if agent.args.td_target == "observed" else planned
+        )
         following = (planned - then.detach()) ** 2
         pairs = [(own, row["next_own"]), (views, row["next_views"])]
         observation = sum(((x - y) ** 2).sum() for x, y in pairs)
@@ -102,12 +57,14 @@ def plain_terms(agent, row):
 
 
 @pytest.mark.parametrize("env_id, td_target", [(HUNT, "observed"), (ALONE, "model")])
-def test_losses_row_by_row(script, lively, monkeypatch, env_id, td_target):
+def test_losses_row_by_row(script, record, monkeypatch, env_id, td_target):
     """Terms, their weighted sum, and its gradient, on rows with ends and rows without a value."""
     coefs = {"observation": 0.5, "reward": 2.0, "value": 0.3, "consistency": 0.7}
     monkeypatch.setattr(script, "MODEL_COEFS", coefs)
-    game, agent = lively(env_id=env_id, td_target=td_target)
-    rows = rows_of_play(script, game, agent)
+    options = {"plan_update": "offset", "plan_until": 1.0, "num_steps": 40, "td_target": td_target}
+    _, iterations = record(**options, env_id=env_id, total_timesteps=240)
+    agent, rows = iterations[-1].agent, iterations[-1].moves
+    rows["valued"] = torch.rand(rows["reward"].shape, generator=generator_of(3)) < 0.6
     some = torch.arange(0, len(rows["reward"]), len(rows["reward"]) // 60)
     rows = {name: value[some] for name, value in rows.items()}
     assert len(set(zip(rows["terminated"].tolist(), rows["valued"].tolist(), strict=True))) == 4
@@ -128,15 +85,6 @@ def test_losses_row_by_row(script, lively, monkeypatch, env_id, td_target):
 
 
 # ---- Planner -------------------------------------------------------------------------------------
-def situation(script, game, batch=12):
-    """A state in which some have left."""
-    generator = generator_of(8)
-    state = game.start(batch, generator)
-    for _ in range(3):
-        state, *_ = game.step(state, some_actions(script, game, state, generator))
-    return state
-
-
 def plain_step(model, own, others, action, other_actions):
     """Latents after one joint action, one player at a time, and the reward."""
 
@@ -166,7 +114,7 @@ def test_scores_equal_a_plain_loop(script, lively, monkeypatch, co_player_model)
     monkeypatch.setattr(script, name, lambda *inputs: drawn.append(draw(*inputs)) or drawn[0])
     game, agent = lively(co_player_model=co_player_model)
     agent.args.reward_scale = 7.0  # is in the rewards that are learnt, and not applied twice
-    state = situation(script, game)
+    state = situations(script, game, batch=12)
     own, views = game.features(state)
     goals = torch.randn(12, 3, agent.moa.goal_size, generator=generator_of(5))
     chosen = game.alive(state).nonzero(as_tuple=True)
@@ -183,7 +131,7 @@ def test_scores_equal_a_plain_loop(script, lively, monkeypatch, co_player_model)
                 *ahead, reward = plain_step(model, *zs, a, joint[b, k, company].tolist())
                 plays_on = model.own_decoder(ahead[0])[-1].clamp(0.0, 1.0)
                 value = model.value(*ahead, goals[b, company].sum(0))[0]
-                expected += float(reward + GAMMA * plays_on * value) / 4
+                expected += float(reward + agent.args.gamma * plays_on * value) / 4
             assert float(q[d, a]) == pytest.approx(expected, abs=1e-4)
     assert len(q) > 20 and q.std(1).min() > 0.01
 
@@ -192,7 +140,7 @@ def test_a_rule_acts_as_the_scripted_kind(script, lively):
     """Without noise or a target that it had before; with the same draws."""
     for number, kind in enumerate(script.GridGame(HUNT).kinds):
         game, agent = lively(co_player_model=kind, plan_samples=30)
-        state = situation(script, game)
+        state = situations(script, game, batch=12)
         joint = script.rule_actions(agent, state, generator_of(1))
         copies = type(state)(*(field.repeat_interleave(30, 0) for field in state))
         kinds = torch.full_like(copies.players, number)
@@ -256,33 +204,32 @@ def test_rows_are_what_the_game_did(script, monkeypatch, tmp_path, env_id, plan,
         assert torch.equal(value, torch.cat([moves[name] for _, moves, *_ in seen])[-300:])
 
 
-def test_a_batch_is_of_late_and_of_surprising_rows(script, lively):
+def test_a_batch_is_of_late_and_of_surprising_rows(script, record):
     """Whole rows; V does not learn from the surprising ones."""
-    game, agent = lively()
-    rows = rows_of_play(script, game, agent)
+    _, iterations = record(plan_update="offset", plan_until=1.0, total_timesteps=96)
+    rows = iterations[-1].moves
+    rows["shift"] = torch.arange(len(rows["shift"]))
     rows["valued"][:] = True
-    recent = {name: value[:200] for name, value in rows.items()}
-    reservoir = {name: value[200:260] for name, value in rows.items()}
+    recent = {name: value[:100] for name, value in rows.items()}
+    reservoir = {name: value[100:130] for name, value in rows.items()}
     batch = script.model_batch(recent, reservoir, generator_of(0))
-    place = (rows["shift"] == batch["shift"][:, None]).nonzero()[:, 1]  # no shift is there twice
+    place = batch["shift"]
     late = torch.arange(script.MODEL_BATCH) < 0.75 * script.MODEL_BATCH
-    assert torch.equal(place < 200, late) and place.max() < 260
+    assert torch.equal(place < 100, late) and place.max() < 130
     for name in script.TRANSITION:
         expected = late if name == "valued" else rows[name][place]
         assert torch.equal(batch[name], expected), name
     assert reservoir["valued"].all()
 
 
-def test_a_tiny_game_is_learnt_exactly(script, monkeypatch):
+def test_a_tiny_game_is_learnt_exactly(script, record, monkeypatch):
     """Rewards, and who plays on, on 2x2 with a stag and a hare."""
     monkeypatch.setattr(script, "LATENT_SIZE", 32)
-    args = small_args(script, env_id="msh-2x2-2p-1h1s", goal="none")
-    game = script.make_game(args, "cpu")
-    torch.manual_seed(0)
-    agent = script.Agent(game, script.checked(args, game))
-    rows = rows_of_play(script, game, agent, batch=200)
-    rows["others"][..., game.other_size :] = 0.0
-    rows["reward"] *= agent.args.reward_scale
+    options = {"num_envs": 200, "num_steps": 9, "total_timesteps": 1800, "plan_update": "offset"}
+    options |= {"env_id": "msh-2x2-2p-1h1s", "goal": "none", "co_players": "random"}
+    _, iterations = record(**options, plan_until=1.0, plan_beta=0.0)
+    args, game, rows = iterations[-1].args, iterations[-1].game, iterations[-1].moves
+    agent = script.Agent(game, args)
     optimizer = torch.optim.Adam(agent.model.parameters())
     generator = generator_of(1)
     for k in range(400):
