@@ -41,9 +41,8 @@ def plain_terms(agent, row):
     target = row["reward"] + row["shift"]
     observation = consistency = following = torch.zeros(())
     if not row["terminated"]:
-        target = target + agent.args.gamma * (
-            then if agent.args.td_target == "observed" else planned
-        )
+        coming = then if agent.args.td_target == "observed" else planned
+        target = target + agent.args.gamma * coming
         following = (planned - then.detach()) ** 2
         pairs = [(own, row["next_own"]), (views, row["next_views"])]
         observation = sum(((x - y) ** 2).sum() for x, y in pairs)
@@ -65,7 +64,7 @@ def test_losses_row_by_row(script, record, monkeypatch, env_id, td_target):
     _, iterations = record(**options, env_id=env_id, total_timesteps=240)
     agent, rows = iterations[-1].agent, iterations[-1].moves
     rows["valued"] = torch.rand(rows["reward"].shape, generator=generator_of(3)) < 0.6
-    some = torch.arange(0, len(rows["reward"]), len(rows["reward"]) // 60)
+    some = torch.arange(0, len(rows["reward"]), len(rows["reward"]) // 120)
     rows = {name: value[some] for name, value in rows.items()}
     assert len(set(zip(rows["terminated"].tolist(), rows["valued"].tolist(), strict=True))) == 4
     by_row = []
@@ -251,7 +250,6 @@ def play(script, tmp_path_factory):
     """Of a game of each sort a file of recorded play of 50 steps of 3 games, and what is in it."""
     files = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
         patch.setattr(offline, "GAMES", 3)
         patch.setattr(offline, "EPISODES", 2)
         for env_id, pool in {HUNT: "nh,random", LEAVING: "random"}.items():
