@@ -139,7 +139,8 @@ def record(script, small, monkeypatch):
                 steps.append({**step, "ended": ended, "episode": episode, "match": match})
                 episode = episode + ended
             weights = {name: x.clone() for name, x in agent.state_dict().items()}
-            iterations.append(types.SimpleNamespace(**names, agent=agent, weights=weights))
+            seen = {**names, "storage": storage, "agent": agent, "weights": weights}
+            iterations.append(types.SimpleNamespace(**seen))
 
         with monkeypatch.context() as patch:
             patch.setattr(script.Player, "act", noting)

@@ -100,6 +100,8 @@ def test_rollout_step_by_step(script, record, options):
     reward = stacked(steps, "reward")
     learnt = 0.7 * reward + 0.3 * reward.mean(2, keepdim=True) if args.prosocial else reward
     learnt = args.reward_scale * learnt
+    if script.SCRIPT == "hop_onestep":  # its planner learns the reward without the bonus
+        assert torch.equal(second.moves["reward"], learnt[stacked(steps, "alive")])
     if plans(script) and args.plan_update == "hop":  # the entropy bonus, till 0.8 of the run
         learnt = learnt - (1 - 0.5 / 0.8) / 3.0 * stacked(steps, "log_prob")
     given = (learnt, stacked(steps, "value"), torch.stack(following), stacked(steps, "goes_on"))
@@ -224,7 +226,7 @@ def test_rollouts_in_which_there_is_nothing_to_learn(script, record):
     options = {"num_envs": 1, "num_steps": 1, "total_timesteps": 32, "update_epochs": 1}
     options |= {"moa_buffer": "positive", "plan_update": "hop", "moa_updates": 1}
     options |= {"env_id": "msh-2x2-3p-2h1s", "co_players": "random", "plan_until": 1.0}
-    steps, iterations = record(seed=3, **options)
+    steps, iterations = record(seed=3, **options, plan_beta=0.0)  # which acts at random
     learnt = [len(one.rows["advantage"]) for one in iterations]
     assert set(learnt) == {0, 1}
     paid = stacked(steps, "reward").any(2).flatten().int().argmax()  # in which iteration
@@ -378,8 +380,9 @@ def test_goals_that_are_inferred_predict_better_than_none(script, record):
     options |= {"moa_learning_rate": 1e-2, "hidden_size": 32, "match_episodes": 4}
     last = {}
     for goal in ("inferred", "none"):
-        _, iterations = record(goal=goal, **options)
+        steps, iterations = record(goal=goal, **options)
         last[goal] = iterations[-1].metrics
+        assert stacked(steps, "goals").any() == (goal == "inferred")
     for name, least in {"moa/nll": 0.05, "moa/recon": 0.05}.items():
         assert last["inferred"][name] < last["none"][name] - least, last
 

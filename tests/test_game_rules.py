@@ -1,9 +1,8 @@
-"""Rules of the grid games: a slow reference written from the rules, scenes by hand, invariances.
+"""Rules of the grid games: a slow reference written from the rules, views by hand, invariances.
 
 Cells are (row, column) in this file, and None for a player that has left or an item that is gone.
 """
 
-import functools
 import itertools
 import math
 import random
@@ -12,6 +11,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
+
+from run_tools import generator_of
 
 pytestmark = pytest.mark.only("hop_onestep")
 
@@ -34,16 +35,8 @@ GAMES = {  # id: height, width, players, kinds of the items
 }
 
 
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def places_of(cells, width):
     return [None if cell < 0 else divmod(cell, width) for cell in cells.tolist()]
-
-
-def cells_of(places, width):
-    return torch.tensor([[-1 if p is None else p[0] * width + p[1] for p in places]])
 
 
 class Reference:
@@ -176,51 +169,15 @@ def test_whole_episodes_agree_with_the_reference(script):
         assert events[name.strip()] > 0, name
 
 
-CORNER = (0, 0)
-PREY = [(1, 1), (0, 3), (3, 3), (3, 0), (2, 2)]  # the stag, four hares
-DRIFTS = [*PREY, None]
-
-
-def played(script, items, players, actions, time=0, first_hunt=0):
-    """Rewards, and how it ends for each player: t terminated, c cut off, . it goes on."""
-    game = script.GridGame("msh-4x4-4h1s" if len(items) == 5 else "msg-4x4")
-    cells = (cells_of(players, 4), cells_of(items, 4))
-    state = script.GridState(*cells, torch.tensor([time]), torch.tensor([first_hunt]))
-    _, reward, terminated, truncated = game.step(state, torch.tensor([actions]))
-    ends = ["t" if t else "c" if c else "." for t, c in zip(terminated[0], truncated[0])]
-    return reward[0].tolist(), "".join(ends)
-
-
-def test_scenes(script):
-    """Each is what a rule says; what is where afterwards is compared with the reference above."""
-    hunt = functools.partial(played, script, PREY)
-    drift = functools.partial(played, script, DRIFTS)
-    # hunters split the stag and leave; who stands by gets nothing
-    on_stag = [(1, 1), (1, 1), (1, 1), (0, 3)]
-    assert hunt(on_stag, [STAG, STAG, STAY, HARE]) == ([5, 5, 0, 1], "tt.t")
-    # one hunter is too few for a stag, and who arrives takes no part
-    assert hunt([(1, 1), (1, 0), (2, 2), CORNER], [STAG, RIGHT, STAG, UP]) == ([0] * 4, "....")
-    # the fifth step after the first hunt is the last, whatever happens in it
-    late = [None, (0, 3), CORNER, CORNER]
-    assert hunt(late, [STAG, HARE, UP, LEFT], 11, 7) == ([0, 1, 0, 0], "tttt")
-    # the horizon truncates who is still there
-    assert hunt(late, [STAY, HARE, STAY, STAY], 34, 31) == ([0, 1, 0, 0], "ttcc")
-    assert hunt([(1, 1)] * 4, [STAG] * 4, 34) == ([2.5] * 4, "tttt")
-    # each drift pays all 6, and those who remove it split 4; nobody leaves
-    places = [(1, 1), (1, 1), (2, 2), CORNER]
-    assert drift(places, [REMOVE] * 4) == ([10, 10, 8, 12], "....")
-    # the last drift terminates the game, also at the horizon
-    last = [None] * 5 + [CORNER]
-    assert played(script, last, places, [STAY, STAY, STAY, REMOVE], 49) == ([6, 6, 6, 2], "tttt")
-    assert drift(places, [STAY] * 4, 49) == ([0] * 4, "cccc")
+def scene(script, players, items):
+    """One game, seven steps after its start, with players and items in these cells."""
+    return script.GridState(*map(torch.tensor, ([players], [items], [7], [0])))
 
 
 def test_observations(script):
     """Planes: the player itself, those after it, kinds of items; who has left is nowhere."""
     game = script.GridGame("msh-4x4-4h1s")
-    cells = cells_of([CORNER, None, (2, 2), (0, 1)], 4), cells_of([None, *PREY[1:]], 4)
-    time = torch.tensor([4])
-    view = game.observe(script.GridState(*cells, time, time))[0, 2]
+    view = game.observe(scene(script, [0, -1, 10, 1], [-1, 3, 15, 12, 10]))[0, 2]
     places = [[[2, 2]], [[0, 1]], [[0, 0]], [], [], [[0, 3], [2, 2], [3, 0], [3, 3]]]
     assert [plane.nonzero().tolist() for plane in view] == places
 
@@ -334,11 +291,6 @@ def test_starts_are_uniform(script):
     freedom = len(counts) - 1
     statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
-
-
-def scene(script, players, items, time=7):
-    cells = (torch.tensor([players]), torch.tensor([items]))
-    return script.GridState(*cells, torch.tensor([time]), torch.tensor([0]))
 
 
 def test_features_of_who_has_left_and_what_is_gone_are_zero(script):
