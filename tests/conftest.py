@@ -12,7 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from run_tools import shake
+from run_tools import run, shake, trust
 
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in processes
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +84,14 @@ def small_args(script, **options):
 def small(script):
     """Makes the Args of a small and short run, with the options given."""
     return functools.partial(small_args, script)
+
+
+@pytest.fixture(scope="session")
+def done(script, small, tmp_path_factory):
+    """The folder of a run with a planner, if there is one, that is on, and trusted, at its end."""
+    folder = tmp_path_factory.mktemp("done")
+    options = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
+    return run(script, small(env_id=HUNT, co_players="self,nh", **options), folder, trust).path
 
 
 @pytest.fixture(autouse=True)

@@ -137,6 +137,7 @@ def main(script, monkeypatch, capsys, *words):
 def refused(script, monkeypatch, capsys, *words):
     """`main` says one line on standard error, ends with status 2 and writes nothing; the line."""
     before = sorted(Path().rglob("*"))
+    words = words[0].split() if len(words) == 1 else words
     status, out, error = main(script, monkeypatch, capsys, *words)
     assert (status, out, error.count("\n")) == (2, "", 1), (words, error)
     assert sorted(Path().rglob("*")) == before, words

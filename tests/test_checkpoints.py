@@ -274,7 +274,6 @@ def test_signals_end_a_run_with_a_checkpoint(
         for _ in range(times if iteration == 2 else 0):
             os.kill(os.getpid(), number)
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "train", lambda args: train(args, watch))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     words = arguments(**vars(small(**BASE)))

@@ -1,6 +1,7 @@
 """The command line: how options are read, what is refused, a copy under another name."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -10,33 +11,16 @@ import time
 import pytest
 import torch
 
-from conftest import SCRIPTS
+from conftest import HUNT, SCRIPTS
 from run_tools import arguments, main, parsed, refused, run
 
-ENV_ID = "msh-3x3-3p-2h1s"
 one_script = pytest.mark.only("hop_onestep")
 
 
-@pytest.fixture(scope="module")
-def done(script, small, tmp_path_factory):
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("done")
-    options = {"env_id": ENV_ID, "co_players": "self,nh", "update_epochs": 1}
-    return run(script, small(**options, plan_update="offset", plan_until=1.0), folder).path
-
-
 @pytest.fixture
-def refuse(script, tmp_path, monkeypatch, capsys):
-    """In an empty folder: what `main` says when it refuses words, given as they are or as text."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def line_of(*words):
-        words = words[0].split() if len(words) == 1 else words
-        return refused(script, monkeypatch, capsys, *words)
-
-    return line_of
+def refuse(script, monkeypatch, capsys):
+    """What `main` says when it refuses words, given as they are or as text."""
+    return functools.partial(refused, script, monkeypatch, capsys)
 
 
 def test_every_option_can_be_given(script, monkeypatch, capsys):
@@ -78,7 +62,6 @@ def test_switches_take_a_value_as_well(script):
 def test_words_that_are_no_options(script, tmp_path, monkeypatch, capsys, words):
     """The message names them, and nothing is trained or written; also what an empty variable of
     the shell gives."""
-    monkeypatch.chdir(tmp_path)
     status, out, error = main(script, monkeypatch, capsys, *words.split("=", 1))
     assert status == 2 and out == ""
     assert words.split("=")[0] in error or "Unrecognized options: b" in error
@@ -91,7 +74,7 @@ FROM_0 = ["seed", "env_workers", "pretrain_moa_steps", "snapshot_every"]
 
 def test_wrong_numbers(script):
     """Every number has bounds, and a message names the option and the bounds."""
-    game = script.GridGame(ENV_ID)
+    game = script.GridGame(HUNT)
     for field in dataclasses.fields(script.Args):
         kind = str(field.type)
         if "int" not in kind and "float" not in kind or "Literal" in kind:
@@ -175,7 +158,7 @@ def failing(observation, action_mask, clock, generator):
 @one_script
 def test_co_player_that_fails(done, refuse):
     """It is named, in training before anything is written."""
-    for words in (f"--env-id {ENV_ID}", f"--evaluate {done} --eval-episodes 2"):
+    for words in (f"--env-id {HUNT}", f"--evaluate {done} --eval-episodes 2"):
         line = refuse(f"{words} --co-players test_command_line:failing")
         assert "test_command_line:failing" in line and "what it needs" in line
 
@@ -207,7 +190,7 @@ def test_wrong_checkpoints(script, done, refuse, tmp_path, option):
     (tmp_path / "text.pt").write_text("text")
     (tmp_path / "folder.pt").mkdir()
     for path in [*tmp_path.glob("*.pt"), tmp_path / "missing.pt"]:
-        assert path.name in refuse("--env-id", ENV_ID, option, path)
+        assert path.name in refuse("--env-id", HUNT, option, path)
     assert not (tmp_path / "harmed").exists()
 
 
@@ -218,7 +201,7 @@ OTHER_RUNS = {  # and what the line says
     "--resume DONE --seed 2": "--seed was 1",
     "--init DONE --hidden-size 17": "does not fit",
     "--load-moa DONE --env-id msg": "--load-moa",
-    f"--env-id {ENV_ID} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
+    f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
     "--env-id msg --co-players DONE": "does not fit",
     "--evaluate DONE --eval-episodes 0": "at least 1",
 }
@@ -232,7 +215,7 @@ def test_checkpoints_of_other_runs(done, refuse, words):
 
 def test_run_of_another_script_is_no_run_of_this_one(script, sibling, refuse, tmp_path):
     """To evaluate, to go on with or to start from."""
-    words = arguments(env_id=ENV_ID, num_envs=1, num_steps=4, total_timesteps=4, hidden_size=8)
+    words = arguments(env_id=HUNT, num_envs=1, num_steps=4, total_timesteps=4, hidden_size=8)
     foreign = run(sibling, parsed(sibling, tmp_path, *words), tmp_path).path
     for option in ("--evaluate", "--resume", "--init"):
         assert "run of other options" in refuse(option, foreign)

@@ -13,8 +13,8 @@ import torch
 from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
-from conftest import ROOT, SCRIPTS
-from run_tools import networks
+from conftest import SCRIPTS
+from run_tools import generator_of, networks
 
 pytestmark = pytest.mark.only("hop_onestep")
 
@@ -99,24 +99,16 @@ class Mixed(Small):
 
 
 class Leaving(Small):
-    """`done` is terminated after two steps, `cut` truncated after four, `last` after `length`."""
+    """`done` is terminated after two steps (and truncated too, which is of no account), `cut`
+    truncated after four, `last` after `length`."""
 
     def __init__(self, length=6):
         super().__init__(length, ["done", "cut", "last"])
 
     def ends(self, agent):
         if agent == "done":
-            return self.time == 2, False
+            return self.time == 2, self.time == 2
         return False, self.time == (4 if agent == "cut" else self.length)
-
-
-class Won(Small):
-    """Terminated and truncated in the second step; does not say how long it can last."""
-
-    max_cycles = property(lambda self: None, lambda self, value: None)
-
-    def ends(self, agent):
-        return self.time == 2, self.time == 2
 
 
 class Broken(Small):
@@ -155,18 +147,6 @@ class Imitator:
 
 
 # ---- Help ----------------------------------------------------------------------------------------
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """Runs are written elsewhere; this module and the scripts can be imported by workers."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    monkeypatch.syspath_prepend(ROOT)
-
-
 @pytest.fixture
 def make(script, small):
     """Makes the game of an environment of this module."""
@@ -275,21 +255,14 @@ def test_players_that_leave(make):
         assert game.clock(after).tolist() == [[0, 6], [steps, 6 - steps]]
 
 
-def test_horizon(script, make):
-    """Past it, who still plays is truncated. What ends in both ways is terminated."""
+def test_horizon(make):
+    """Past it, who still plays is truncated."""
     game = make("Leaving", horizon=3)
     state = game.start(1, generator_of(0))
     for t in range(1, 4):
         state, _, terminated, truncated = game.step(state, last_actions(game, state))
         assert terminated[0].tolist() == [t >= 2, False, False]
         assert truncated[0].tolist() == [False, t == 3, t == 3]
-    with pytest.raises(script.UsageError, match="--horizon"):
-        make("Won")
-    game = make("Won", horizon=2)
-    state = game.start(1, generator_of(0))
-    for t in (1, 2):
-        state, _, terminated, truncated = game.step(state, last_actions(game, state))
-        assert terminated.tolist() == [[t == 2] * 2] and not truncated.any()
 
 
 def test_truncation_bootstraps_and_termination_does_not(script, small):
@@ -361,6 +334,7 @@ BAD = [  # environment, its arguments, other options, a part of the message
     ("Broken", {"where": "reset"}, {}, "Broken.*RuntimeError: the cat sat on the reset key"),
     ("Broken", {"where": "init of a worker"}, {"env_workers": 1}, "the cat sat on the init key"),
     ("Small", {"actions": [2]}, {}, "Discrete"),
+    ("Small", {"length": None}, {}, "--horizon"),
     ("Small", {"views": [84, 84, 3]}, {}, "4096"),
     ("Small", {"agents": []}, {}, "needs agents"),
     ("nobody", {}, {}, "nobody"),
