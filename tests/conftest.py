@@ -91,7 +91,7 @@ def done(script, small, tmp_path_factory):
     """The folder of a run with a planner, if there is one, that is on, and trusted, at its end."""
     folder = tmp_path_factory.mktemp("done")
     options = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
-    return run(script, small(env_id=HUNT, co_players="self,nh", **options), folder, trust).path
+    return run(script, small(env_id=HUNT, co_players="self,nh", **options), trust, folder).path
 
 
 @pytest.fixture(autouse=True)

@@ -27,12 +27,12 @@ def arguments(**options):
     return words
 
 
-def run(script, args, folder, watch=None):
+def run(script, args, watch=None, folder="."):
     """A run of `args` in `folder`: its metrics, its own folder (absolute), and what it printed."""
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         metrics = script.train(args, watch)
-    path = Path(folder, metrics.pop("run"))
+    path = Path(folder, metrics.pop("run")).absolute()
     return types.SimpleNamespace(metrics=metrics, path=path, printed=printed.getvalue())
 
 
@@ -52,7 +52,7 @@ def shake(module, seed=0):
     return module
 
 
-def broken_run(script, args, folder, iteration):
+def broken_run(script, args, iteration):
     """A run of `args` that dies after `iteration`, as if it were killed; the path of its folder."""
 
     def watch(**names):
@@ -60,14 +60,13 @@ def broken_run(script, args, folder, iteration):
             raise InterruptedError(names["folder"])
 
     with pytest.raises(InterruptedError) as broken:
-        run(script, args, folder, watch)
-    return Path(folder, str(broken.value))
+        run(script, args, watch)
+    return Path(str(broken.value)).absolute()
 
 
-def parsed(script, folder, *words):
-    """Args of the command line `words`, read in `folder`."""
-    with contextlib.chdir(folder):
-        return script.parse_arguments([str(word) for word in words])
+def parsed(script, *words):
+    """Args of the command line `words`."""
+    return script.parse_arguments([str(word) for word in words])
 
 
 def networks(agent):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import plans, small_args
+from conftest import HUNT, plans, small_args
 from run_tools import (
     arguments,
     assert_equal,
@@ -28,9 +28,8 @@ from run_tools import (
     weights_of,
 )
 
-ENV_ID = "msh-3x3-3p-2h1s"
 BASE = {  # four iterations
-    **dict(env_id=ENV_ID, co_players="self,nh,ns-noisy", total_timesteps=256, checkpoint_every=100),
+    **dict(env_id=HUNT, co_players="self,nh,ns-noisy", total_timesteps=256, checkpoint_every=100),
     **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2),
 }
 one_script = pytest.mark.only("hop_onestep")
@@ -40,14 +39,14 @@ one_script = pytest.mark.only("hop_onestep")
 def done(script, small, tmp_path_factory):
     """The folder of a finished run whose planner went off."""
     folder = tmp_path_factory.mktemp("done")
-    return run(script, small(**{**BASE, "plan_until": 0.5}), folder).path
+    return run(script, small(**{**BASE, "plan_until": 0.5}), folder=folder).path
 
 
 @pytest.fixture(scope="module")
 def foreign(sibling, tmp_path_factory):
     """The folder of a finished run of another script, whose planner is on, and trusted."""
     folder = tmp_path_factory.mktemp("foreign")
-    return run(sibling, small_args(sibling, **{**BASE, "total_timesteps": 64}), folder, trust).path
+    return run(sibling, small_args(sibling, **{**BASE, "total_timesteps": 64}), trust, folder).path
 
 
 def step_of(script, path):
@@ -59,9 +58,7 @@ def step_of(script, path):
     "every, seconds, expected",
     [(2, 0.0, [0, 0, 128, 128, 256]), (100, 25.0, [0, 0, 0, 192, 256])],
 )
-def test_when_checkpoints_are_written(
-    script, small, tmp_path, monkeypatch, every, seconds, expected
-):
+def test_when_checkpoints_are_written(script, small, monkeypatch, every, seconds, expected):
     """At the start, after so many iterations or a minute since the last one, and at the end: the
     steps of the one that lies there at the end of each iteration, which takes so many seconds."""
     steps = []
@@ -73,7 +70,7 @@ def test_when_checkpoints_are_written(
 
     fake = types.SimpleNamespace(**{**vars(time), "time": lambda: clock[0]})
     monkeypatch.setattr(script, "time", fake)
-    finished = run(script, small(**{**BASE, "checkpoint_every": every}), tmp_path, watch)
+    finished = run(script, small(**{**BASE, "checkpoint_every": every}), watch)
     assert [*steps, step_of(script, finished.path)] == expected
 
 
@@ -89,11 +86,11 @@ def test_failed_write_keeps_the_old_checkpoint(script, small, tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "save", failing)
     with pytest.raises(OSError, match="no space left"):
-        run(script, small(**{**BASE, "checkpoint_every": 1}), tmp_path)
+        run(script, small(**{**BASE, "checkpoint_every": 1}))
     monkeypatch.undo()
     (path,) = tmp_path.glob("runs/*")
     assert step_of(script, path) == 64
-    run(script, parsed(script, tmp_path, "--resume", path), tmp_path)
+    run(script, parsed(script, "--resume", path))
     assert step_of(script, path) == 256
     assert {*path.glob("*.pt")} | {*path.glob(".*.pt")} == {path / "checkpoint.pt"}
 
@@ -128,13 +125,13 @@ def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_pa
     if variant == "runs":
         options = {**OWN[script.SCRIPT], **options, "co_players": f"self,{done},{foreign.parent}"}
     begins = {"init": {"init": donor}, "pretraining": {"load_moa": donor}}.get(variant, {})
-    args = parsed(script, tmp_path, *arguments(**vars(small(**BASE | options | begins))))
-    unbroken = run(script, args, tmp_path)
-    path = broken_run(script, args, tmp_path, iteration)
+    args = parsed(script, *arguments(**vars(small(**BASE | options | begins))))
+    unbroken = run(script, args)
+    path = broken_run(script, args, iteration)
     donor.unlink()
     assert script.load_checkpoint(path)["progress"][1] < iteration
     time.sleep(1.0 - time.time() % 1.0)  # names of TensorBoard's files have whole seconds
-    assert run(script, parsed(script, tmp_path, "--resume", path), tmp_path).path == path
+    assert run(script, parsed(script, "--resume", path)).path == path
     assert_same_run(script, unbroken.path, path)
     whole, parts = scalars(unbroken.path), scalars(path)
     assert list(parts.pop("charts/SPS")) == list(whole.pop("charts/SPS")) == [64, 128, 192, 256]
@@ -143,7 +140,7 @@ def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_pa
 
 
 @one_script
-def test_finished_run_can_be_made_longer(script, small, tmp_path):
+def test_finished_run_can_be_made_longer(script, small):
     """From its folder, or a copy of an earlier checkpoint in it; a planner that is off stays off,
     also where `--plan-until` lies ahead again."""
     modes = []
@@ -152,12 +149,12 @@ def test_finished_run_can_be_made_longer(script, small, tmp_path):
         modes.append(agent.plan_mode)
 
     options = {**BASE, "anneal": False, "plan_until": 0.5}
-    short = run(script, small(**{**options, "total_timesteps": 128}), tmp_path, watch)
+    short = run(script, small(**{**options, "total_timesteps": 128}), watch)
     shutil.copy(short.path / "checkpoint.pt", short.path / "early.pt")
     weights = []
     for file in ("", "early.pt"):
         words = ["--resume", short.path / file, "--total-timesteps", 512]
-        run(script, parsed(script, tmp_path, *words), tmp_path, watch)
+        run(script, parsed(script, *words), watch)
         assert step_of(script, short.path) == 512
         weights.append(weights_of(script, short.path))
     assert_equal(*weights)
@@ -173,8 +170,8 @@ def test_run_of_a_gpu_goes_on_without_one_in_a_thread(script, done, tmp_path):
     content["generator"] = torch.zeros(16, dtype=torch.uint8)
     torch.save(content, tmp_path / "checkpoint.pt")
     words = ["--resume", tmp_path, "--no-cuda", "--total-timesteps", 320]
-    args = parsed(script, tmp_path, *words)
-    thread = threading.Thread(target=run, args=(script, args, tmp_path))
+    args = parsed(script, *words)
+    thread = threading.Thread(target=run, args=(script, args))
     thread.start()
     thread.join()
     assert step_of(script, tmp_path) == 320
@@ -190,7 +187,7 @@ def test_init_goes_on_learning_within_one_match(script, done, tmp_path):
     donor = tmp_path / "donor.pt"
     torch.save(before, donor)
     typed = dict(init=str(donor), num_steps=2, total_timesteps=2, co_players="nh")
-    args = parsed(script, tmp_path, *arguments(**typed))
+    args = parsed(script, *arguments(**typed))
     new = {name: value for name, value in script.INIT.items() if name in stored}
     assert vars(args) == {**stored, **new, **typed}
     assert not any(getattr(args, name) for name in began)
@@ -208,11 +205,11 @@ def test_init_goes_on_learning_within_one_match(script, done, tmp_path):
         for name, weights in networks(before["agent"]).items():
             assert 0.0 < (networks(agent)[name] - weights).abs().max() < 0.2, name
 
-    run(script, args, tmp_path, watch)
+    run(script, args, watch)
 
 
 @one_script
-def test_snapshots_join_the_co_players(script, small, tmp_path):
+def test_snapshots_join_the_co_players(script, small):
     """The learner as it was then, without a planner, in the matches that begin later."""
     weights = []
     kinds = []
@@ -229,7 +226,7 @@ def test_snapshots_join_the_co_players(script, small, tmp_path):
             assert snapshot.plan_mode == "none"
 
     options = dict(co_players="nh", snapshot_every=2, match_episodes=1, horizon=8)
-    finished = run(script, small(**BASE | options | {"total_timesteps": 384}), tmp_path, watch)
+    finished = run(script, small(**BASE | options | {"total_timesteps": 384}), watch)
     assert kinds[1] == {0, 1} and 2 in kinds[3] and {2, 3} <= kinds[5] and 4 not in kinds[5]
     snapshot = finished.path / "snapshot_2.pt"
     assert len(script.evaluate(snapshot, str(snapshot), episodes=2)["focal_returns"]) == 2
@@ -242,7 +239,7 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
     folder = tmp_path / "pool"
     runs = [shutil.copytree(foreign, f"{folder}/a"), shutil.copytree(done, f"{folder}/b")]
     pool = f"nh,{folder},self,{folder}/b"
-    args = small(env_id=ENV_ID, co_players=pool, num_steps=4, total_timesteps=32)
+    args = small(env_id=HUNT, co_players=pool, num_steps=4, total_timesteps=32)
 
     def watch(co_players, pool, iteration, **names):
         assert pool == ["nh", *runs, "self", f"{folder}/b"]
@@ -252,9 +249,9 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
         if iteration == 1:
             shutil.copytree(done, folder / "c", dirs_exist_ok=True)
 
-    finished = run(script, args, tmp_path, watch)
+    finished = run(script, args, watch)
     words = ["--resume", finished.path, "--total-timesteps", 48]
-    run(script, parsed(script, tmp_path, *words), tmp_path, watch)
+    run(script, parsed(script, *words), watch)
 
 
 @one_script
@@ -263,7 +260,7 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
     [(signal.SIGINT, 1, 130, 128), (signal.SIGTERM, 1, 143, 128), (signal.SIGTERM, 2, 130, 0)],
 )
 def test_signals_end_a_run_with_a_checkpoint(
-    script, small, tmp_path, monkeypatch, capsys, number, times, status, step
+    script, small, monkeypatch, capsys, number, times, status, step
 ):
     """After the iteration, or at once at the second one; the exit status is the shell's, and the
     caller's handlers are back."""
@@ -304,7 +301,7 @@ def test_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(script, function, poisoned)
     options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": pretraining}
     with pytest.raises(FloatingPointError, match=f"{metric}.* is nan at step 192"):
-        run(script, small(**BASE | options), tmp_path, lambda **names: iterations.append(1))
+        run(script, small(**BASE | options), lambda **names: iterations.append(1))
     (path,) = tmp_path.glob("runs/*")
     assert step_of(script, path) == 128
     assert all(value.isfinite().all() for value in weights_of(script, path).values())

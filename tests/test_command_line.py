@@ -109,16 +109,26 @@ WRONG = {  # and what the line says
     "--goal none --pretrain-moa-steps 100": "--pretrain-moa-steps",
     "--cuda": "CUDA",
     "--num-envs 1 --num-steps 8": "cannot write",  # a file is where the folder should be
+    "--resume DONE --env-id msg": "'nh' is no co-player",
+    "--resume DONE --num-envs 5": "--num-envs was 4",
+    "--resume DONE --learning-rate 0.5": "--learning-rate was 0.001",
+    "--resume DONE --seed 2": "--seed was 1",
+    "--init DONE --hidden-size 17": "does not fit",
+    "--load-moa DONE --env-id msg": "--load-moa",
+    f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
+    "--env-id msg --co-players DONE": "does not fit",
+    "--evaluate DONE --eval-episodes 0": "at least 1",
 }
 
 
 @one_script
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_command_lines(script, refuse, monkeypatch, words):
+def test_wrong_command_lines(done, refuse, monkeypatch, words):
+    """DONE is a run: some do not go together with it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if "cannot write" in WRONG[words]:
         open("runs", "w").close()
-    line = refuse(words)
+    line = refuse(words.replace("DONE", str(done)))
     assert WRONG[words] in line and len(line) < 700
 
 
@@ -146,7 +156,7 @@ def test_status_of_a_run_that_fails(script, monkeypatch, capsys):
 def test_name_of_an_experiment(script, small, tmp_path):
     """Any text; a slash makes no folder within the runs. Two runs at once have two folders."""
     args = small(exp_name="a/b ü", total_timesteps=64)
-    paths = [run(script, args, tmp_path).path for _ in range(2)]
+    paths = [run(script, args).path for _ in range(2)]
     assert sorted(tmp_path.glob("runs/*")) == sorted(paths)
     assert "__a_b ü__" in paths[0].name and paths[0] != paths[1]
 
@@ -194,29 +204,10 @@ def test_wrong_checkpoints(script, done, refuse, tmp_path, option):
     assert not (tmp_path / "harmed").exists()
 
 
-OTHER_RUNS = {  # and what the line says
-    "--resume DONE --env-id msg": "'nh' is no co-player",
-    "--resume DONE --num-envs 5": "--num-envs was 4",
-    "--resume DONE --learning-rate 0.5": "--learning-rate was 0.001",
-    "--resume DONE --seed 2": "--seed was 1",
-    "--init DONE --hidden-size 17": "does not fit",
-    "--load-moa DONE --env-id msg": "--load-moa",
-    f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
-    "--env-id msg --co-players DONE": "does not fit",
-    "--evaluate DONE --eval-episodes 0": "at least 1",
-}
-
-
-@one_script
-@pytest.mark.parametrize("words", OTHER_RUNS)
-def test_checkpoints_of_other_runs(done, refuse, words):
-    assert OTHER_RUNS[words] in refuse(words.replace("DONE", str(done)))
-
-
-def test_run_of_another_script_is_no_run_of_this_one(script, sibling, refuse, tmp_path):
+def test_run_of_another_script_is_no_run_of_this_one(script, sibling, refuse):
     """To evaluate, to go on with or to start from."""
     words = arguments(env_id=HUNT, num_envs=1, num_steps=4, total_timesteps=4, hidden_size=8)
-    foreign = run(sibling, parsed(sibling, tmp_path, *words), tmp_path).path
+    foreign = run(sibling, parsed(sibling, *words)).path
     for option in ("--evaluate", "--resume", "--init"):
         assert "run of other options" in refuse(option, foreign)
 
@@ -237,16 +228,16 @@ def test_killed_run_of_a_copy_under_another_name(script, done, tmp_path):
         while len(list(tmp_path.glob("runs/*/*.pt"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         (path,) = tmp_path.glob("runs/*")
-        args = parsed(script, tmp_path, "--resume", path)
+        args = parsed(script, "--resume", path)
         with pytest.raises(script.UsageError, match=path.name):
-            run(script, args, tmp_path)
+            run(script, args)
         assert process.poll() is None
     finally:
         process.kill()
         process.communicate()
     content = script.load_checkpoint(path)
     step = content["progress"][0] + 64
-    assert run(script, dataclasses.replace(args, total_timesteps=step), tmp_path).path == path
+    assert run(script, dataclasses.replace(args, total_timesteps=step)).path == path
     assert script.load_checkpoint(path)["progress"][0] == step
     assert len(script.evaluate(path, str(path), episodes=2)["focal_returns"]) == 2
     finished = subprocess.run([sys.executable, copied, "--resume", "nowhere"], **where)

@@ -194,10 +194,10 @@ def test_moa_loss_by_a_loop(script, record, monkeypatch, training, rule, limit, 
 
 # ---- What is learnt ------------------------------------------------------------------------------
 @pytest.mark.parametrize("training", ["gumbel", "em"])
-def test_two_kinds_are_told_apart(script, tmp_path, training):
+def test_two_kinds_are_told_apart(script, training):
     """Hunters of stags and of hares: goals tell of the kind, and not of the seat."""
     options = {"co_players": "ns,nh", "total_timesteps": 24576, "pretrain_moa_steps": 24576}
-    metrics = run(script, script.Args(goal_training=training, **options), tmp_path).metrics
+    metrics = run(script, script.Args(goal_training=training, **options)).metrics
     assert metrics["moa/kind_information"] > 0.4  # of log 2 = 0.69
     assert metrics["moa/seat_information"] < 0.1
 
@@ -235,7 +235,7 @@ def test_goal_metrics(script, channel):
 
 
 @pytest.mark.parametrize("anneal", [True, False])
-def test_entropy_bonus(script, small, tmp_path, monkeypatch, anneal):
+def test_entropy_bonus(script, small, monkeypatch, anneal):
     """Reward minus the bonus' temperature times log pi of what was played, 0 from half of the run
     on."""
     rewards = []
@@ -249,7 +249,7 @@ def test_entropy_bonus(script, small, tmp_path, monkeypatch, anneal):
     storages = []
     options = {"env_id": HUNT, "co_players": "self", "total_timesteps": 256, "soft_coef": 0.4}
     args = small(**options, reward_scale=0.5, anneal=anneal)
-    run(script, args, tmp_path, lambda storage, **names: storages.append(storage))
+    run(script, args, lambda storage, **names: storages.append(storage))
     for k, (reward, storage) in enumerate(zip(rewards, storages, strict=True)):
         bonus = 0.4 * max(0.0, 1 - k / 2) * anneal
         log_prob = torch.stack(storage["log_prob"])

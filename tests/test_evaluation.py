@@ -19,7 +19,7 @@ one_script = pytest.mark.only("hop_onestep")
 def plain(script, small, tmp_path_factory):
     """The folder of a run whose planner was off from the start."""
     folder = tmp_path_factory.mktemp("plain")
-    return run(script, small(env_id=HUNT, **{**OFFSET, "plan_until": 0.0}), folder).path
+    return run(script, small(env_id=HUNT, **{**OFFSET, "plan_until": 0.0}), folder=folder).path
 
 
 def note_calls(monkeypatch, script):
@@ -126,10 +126,10 @@ def test_forms_of_co_players(script, done, monkeypatch):
             script.evaluate(done, wrong, episodes=2)
 
 
-def test_run_of_another_script_is_played_by_that(script, sibling, done, tmp_path, monkeypatch):
+def test_run_of_another_script_is_played_by_that(script, sibling, done, monkeypatch):
     """Its planner, or its assignment of goals, included; in an evaluation and in training."""
     args = small_args(sibling, env_id=HUNT, co_players="self,nh", **OFFSET)
-    foreign = run(sibling, args, tmp_path, trust).path
+    foreign = run(sibling, args, trust).path
     game = script.make_game(script.Args(env_id=HUNT), "cpu")
     player = script.load_player(foreign, game, 2)
     assert type(player) is sibling.Player is not script.Player
@@ -139,7 +139,7 @@ def test_run_of_another_script_is_played_by_that(script, sibling, done, tmp_path
     assert calls and all(set(options) == names for options in calls)
     calls.clear()
     options = {"co_players": f"self,{foreign}", "num_steps": 40, "total_timesteps": 160}
-    finished = run(script, small_args(script, env_id=HUNT, **options), tmp_path)
+    finished = run(script, small_args(script, env_id=HUNT, **options))
     assert calls and f"returns/{foreign}" in finished.metrics
 
 

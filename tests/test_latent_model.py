@@ -249,7 +249,7 @@ def offline_args(script, path, **options):
 
 
 @pytest.mark.parametrize("env_id", [HUNT, LEAVING])
-def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, tmp_path, env_id):
+def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_id):
     """No game is stepped; matches end where they did, and with the last row. Every player's rows
     are learnt from, by the model and the MOA alone."""
     for game in (script.GridGame, script.PettingZooGame):
@@ -269,7 +269,7 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, tmp_p
         weights = {name: value.clone() for name, value in networks(names["agent"]).items()}
         seen.append({**names, "kept": kept, "weights": weights, "memory": names["player"].memory})
 
-    run(script, offline_args(script, path, env_id=env_id, num_steps=5), tmp_path, watch)
+    run(script, offline_args(script, path, env_id=env_id, num_steps=5), watch)
     last = seen[-1]
     game = last["game"]
     kept = {k: torch.cat([names["kept"][k] for names in seen]) for k in last["kept"]}
@@ -299,31 +299,31 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, tmp_p
         assert torch.equal(seen[0]["weights"][name], last["weights"][name]) != learns, name
 
 
-def test_an_offline_run_goes_on_to_the_bit(script, play, tmp_path, monkeypatch, capsys):
+def test_an_offline_run_goes_on_to_the_bit(script, play, monkeypatch, capsys):
     """And not if its file has become shorter."""
     _, arrays = play[LEAVING]
     np.savez("cut.npz", **arrays)
     args = offline_args(script, "cut.npz", env_id=LEAVING, checkpoint_every=1)
-    unbroken = run(script, args, tmp_path)
-    broken = broken_run(script, args, tmp_path, 3)
+    unbroken = run(script, args)
+    broken = broken_run(script, args, 3)
     np.savez("cut.npz", **{k: x[:3] if x.ndim else x for k, x in arrays.items()})
     assert "does not fit this run" in refused(script, monkeypatch, capsys, "--resume", broken)
     np.savez("cut.npz", **arrays)
-    run(script, parsed(script, tmp_path, "--resume", broken), tmp_path)
+    run(script, parsed(script, "--resume", broken))
     assert_same_run(script, unbroken.path, broken)
 
 
-def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play, tmp_path):
+def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play):
     """The planner is trusted in full; `--init` takes all options but the file."""
-    path = run(script, offline_args(script, play[HUNT][0]), tmp_path).path
+    path = run(script, offline_args(script, play[HUNT][0])).path
     agent = script.load_player(path, script.GridGame(HUNT), 2).agent
     assert agent.plan_mode == "hop" and float(agent.plan_slope) == 1.0
     result = script.evaluate(path, "nh,random", episodes=6, match_episodes=2)
     assert all(map(math.isfinite, result["focal_returns"]))
     words = ["--init", path, "--co-players", "self,nh", "--total-timesteps", 100]
     seen = []
-    args = parsed(script, tmp_path, *words)
-    run(script, args, tmp_path, lambda storage, **others: seen.extend(storage["offset"]))
+    args = parsed(script, *words)
+    run(script, args, lambda storage, **others: seen.extend(storage["offset"]))
     assert torch.stack(seen).abs().max() > 0.0
 
 
