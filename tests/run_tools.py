@@ -99,8 +99,9 @@ def assert_equal(first, second, path=""):
     """Nested containers of tensors and plain values are the same to the bit, types included."""
     assert type(first) is type(second), path
     if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and first.shape == second.shape, path
-        assert torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True), path
+        torch.testing.assert_close(
+            first, second, rtol=0.0, atol=0.0, equal_nan=True, msg=path or None
+        )
     elif isinstance(first, dict):
         assert list(first) == list(second), path
         for key in first:

@@ -1,5 +1,5 @@
 """The latent world model of latent_world_model.py: losses, targets and planner, each by a slow
-way to the same; what it learns of a tiny game; and training from a file of recorded play."""
+way to the same; and training from a file of recorded play."""
 
 import math
 from pathlib import Path
@@ -201,29 +201,6 @@ def test_a_batch_is_of_late_and_of_surprising_rows(script, record):
         expected = late if name == "valued" else rows[name][place]
         assert torch.equal(batch[name], expected), name
     assert reservoir["valued"].all()
-
-
-def test_a_tiny_game_is_learnt_exactly(script, record, monkeypatch):
-    """Rewards, and who plays on, on 2x2 with a stag and a hare."""
-    monkeypatch.setattr(script, "LATENT_SIZE", 32)
-    options = {"num_envs": 200, "num_steps": 9, "total_timesteps": 1800, "plan_update": "offset"}
-    options |= {"env_id": "msh-2x2-2p-1h1s", "goal": "none", "co_players": "random"}
-    _, iterations = record(**options, plan_until=1.0, plan_beta=0.0)
-    args, game, rows = iterations[-1].args, iterations[-1].game, iterations[-1].moves
-    agent = script.Agent(game, args)
-    optimizer = torch.optim.Adam(agent.model.parameters())
-    generator = generator_of(1)
-    for k in range(400):
-        index = torch.randint(len(rows["reward"]), (128,), generator=generator)
-        loss, _ = script.model_loss(agent, {name: x[index] for name, x in rows.items()})
-        optimizer.param_groups[0]["lr"] = 2 * script.MODEL_LEARNING_RATE * (1 - k / 400)
-        script.descend(optimizer, 0, loss, 10.0, {}, {})
-    with torch.no_grad():
-        zs = agent.model.encode(rows["own"], rows["others"])
-        *ahead, reward = agent.model(*zs, rows["action"], rows["other_actions"])
-        _, _, plays_on = agent.model.decode(*ahead)
-    assert (reward - rows["reward"]).abs().max() < 0.4
-    assert ((plays_on < 0.5) == rows["terminated"]).float().mean() > 0.95
 
 
 # ---- Recorded play -------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import time
 import types
 
@@ -85,15 +84,10 @@ def test_metrics_are_logged_and_are_what_their_names_say(script, done):
     sometimes = "returns/nh returns/ns-noisy returns/seat_0 returns/seat_1 returns/seat_2".split()
     assert {*always, *sometimes, *OWN_METRICS[script.SCRIPT].split()} <= set(logged)
     for name, series in logged.items():
-        assert set(series) <= set(STEPS) and all(map(math.isfinite, series.values())), name
-        if name in always:
-            assert list(series) == STEPS, name
-        if name.startswith("returns/"):
-            assert all(0.0 <= value <= 11.0 for value in series.values()), name
-    for name, value in done.metrics.items():
-        assert logged[name][640] == pytest.approx(value, rel=1e-5, abs=1e-7), name
-    assert logged["charts/episodic_return"] == logged["returns/self"]
-    assert all(1.0 <= value <= 35.0 for value in logged["charts/episodic_length"].values())
+        assert list(series) == STEPS or name not in always, name
+    for k, (*_, metrics, _, _) in enumerate(done.seen):
+        for name, value in metrics.items():
+            assert logged[name][STEPS[k]] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     fill = [*logged["moa/buffer_fill"].values()]
     assert fill == pytest.approx([k * 40 / 512 for k in (1, 2, 3, 4)])
 
@@ -316,8 +310,8 @@ def test_video_of_a_pettingzoo_environment(script, small, monkeypatch):
 
 @one_script
 def test_tracking_offline(script, small, tmp_path, monkeypatch):
-    """Every metric at its step. The run is finished, so that the next logs nothing into it; its id
-    is kept and used again. Without a login it is refused in one line."""
+    """Every metric at its step, also of a run that goes on. The run is finished, so that the next
+    logs nothing into it. Without a login it is refused in one line."""
     wandb = pytest.importorskip("wandb")
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "WANDB_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
