@@ -54,11 +54,8 @@ def step_of(script, path):
 
 
 @one_script
-@pytest.mark.parametrize(
-    "every, seconds, expected",
-    [(2, 0.0, [0, 0, 128, 128, 256]), (100, 25.0, [0, 0, 0, 192, 256])],
-)
-def test_when_checkpoints_are_written(script, small, monkeypatch, every, seconds, expected):
+@pytest.mark.parametrize("every, seconds, third", [(2, 0.0, 128), (100, 25.0, 0)])
+def test_when_checkpoints_are_written(script, small, monkeypatch, every, seconds, third):
     """At the start, after so many iterations or a minute since the last one, and at the end: the
     steps of the one that lies there at the end of each iteration, which takes so many seconds."""
     steps = []
@@ -71,7 +68,8 @@ def test_when_checkpoints_are_written(script, small, monkeypatch, every, seconds
     fake = types.SimpleNamespace(**{**vars(time), "time": lambda: clock[0]})
     monkeypatch.setattr(script, "time", fake)
     finished = run(script, small(**{**BASE, "checkpoint_every": every}), watch)
-    assert [*steps, step_of(script, finished.path)] == expected
+    fourth = 192 if seconds else 128
+    assert [*steps, step_of(script, finished.path)] == [0, 0, third, fourth, 256]
 
 
 @one_script
@@ -255,21 +253,16 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
 
 
 @one_script
-@pytest.mark.parametrize(
-    "number, times, status, step",
-    [(signal.SIGINT, 1, 130, 128), (signal.SIGTERM, 1, 143, 128), (signal.SIGTERM, 2, 130, 0)],
-)
-def test_signals_end_a_run_with_a_checkpoint(
-    script, small, monkeypatch, capsys, number, times, status, step
-):
-    """After the iteration, or at once at the second one; the exit status is the shell's, and the
-    caller's handlers are back."""
+@pytest.mark.parametrize("signals, status", [("INT", 130), ("TERM", 143), ("TERM TERM", 130)])
+def test_signals_end_a_run(script, small, monkeypatch, capsys, signals, status):
+    """After the iteration, with a checkpoint, or at once at the second one; the exit status is the
+    shell's, and the caller's handlers are back."""
     train = script.train
 
     def watch(iteration, **names):
         assert iteration <= 2
-        for _ in range(times if iteration == 2 else 0):
-            os.kill(os.getpid(), number)
+        for name in signals.split() if iteration == 2 else ():
+            os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
 
     monkeypatch.setattr(script, "train", lambda args: train(args, watch))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -277,19 +270,15 @@ def test_signals_end_a_run_with_a_checkpoint(
     got, _, error = main(script, monkeypatch, capsys, *words)
     assert got == status and "ends after this iteration" in error and "Traceback" not in error
     (path,) = Path("runs").iterdir()
-    assert step_of(script, path) == step
+    assert step_of(script, path) == (0 if " " in signals else 128)
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
 @one_script
-@pytest.mark.parametrize(
-    "function, metric, pretraining",
-    [("ppo_loss", "losses/", 0), ("moa_loss", "moa/", 0), ("moa_loss", "moa/", 256)],
-)
-def test_loss_that_is_not_finite_stops_the_run(
-    script, small, tmp_path, monkeypatch, function, metric, pretraining
-):
-    """In the third iteration, by the metric's name; the checkpoint of the second is kept."""
+@pytest.mark.parametrize("function, steps", [("ppo_loss", 0), ("moa_loss", 0), ("moa_loss", 256)])
+def test_loss_that_is_not_finite(script, small, tmp_path, monkeypatch, function, steps):
+    """It stops the run in the third iteration, pretraining (for so many steps) or not, by the
+    metric's name; the checkpoint of the second is kept."""
     loss_of = getattr(script, function)
     iterations = []
 
@@ -299,8 +288,9 @@ def test_loss_that_is_not_finite_stops_the_run(
         return loss * factor, {name: term * factor for name, term in terms.items()}
 
     monkeypatch.setattr(script, function, poisoned)
-    options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": pretraining}
-    with pytest.raises(FloatingPointError, match=f"{metric}.* is nan at step 192"):
+    options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": steps}
+    metric = {"ppo_loss": "losses", "moa_loss": "moa"}[function]
+    with pytest.raises(FloatingPointError, match=f"{metric}/.* is nan at step 192"):
         run(script, small(**BASE | options), lambda **names: iterations.append(1))
     (path,) = tmp_path.glob("runs/*")
     assert step_of(script, path) == 128

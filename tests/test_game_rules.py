@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from run_tools import generator_of
+from run_tools import generator_of, situations
 
 pytestmark = pytest.mark.only("hop_onestep")
 
@@ -181,20 +181,19 @@ def test_observations(script):
     assert [plane.nonzero().tolist() for plane in view] == places
 
 
-@pytest.mark.parametrize(
-    "env_id, height, width, players, item_counts, best",
-    [
-        ("msh", 8, 8, 4, [1, 4], (10 + 2) / 4),
-        ("msh-3x5-3p", 3, 5, 3, [1, 4], (10 + 1) / 3),
-        ("msh-2p-1h3s", 8, 8, 2, [3, 1], 10 / 2),
-        ("msh-1x1-1p-0h1s", 1, 1, 1, [1, 0], 0),
-        ("msh-10x12-11p-20h10s", 10, 12, 11, [10, 20], (50 + 1) / 11),
-        ("msg", 8, 8, 4, [6], 6 * (6 - 4 / 4)),
-        ("msg-5x6-2p-10d", 5, 6, 2, [10], 10 * (6 - 4 / 2)),
-    ],
-)
+IDS = [  # height, width, players, numbers of items, highest mean return of a player
+    ("msh", 8, 8, 4, [1, 4], (10 + 2) / 4),
+    ("msh-3x5-3p", 3, 5, 3, [1, 4], (10 + 1) / 3),
+    ("msh-2p-1h3s", 8, 8, 2, [3, 1], 10 / 2),
+    ("msh-1x1-1p-0h1s", 1, 1, 1, [1, 0], 0),
+    ("msh-10x12-11p-20h10s", 10, 12, 11, [10, 20], (50 + 1) / 11),
+    ("msg", 8, 8, 4, [6], 6 * (6 - 4 / 4)),
+    ("msg-5x6-2p-10d", 5, 6, 2, [10], 10 * (6 - 4 / 2)),
+]
+
+
+@pytest.mark.parametrize("env_id, height, width, players, item_counts, best", IDS)
 def test_ids(script, env_id, height, width, players, item_counts, best):
-    """Sizes of the game, and the highest mean return of a player."""
     game = script.GridGame(env_id)
     assert game.horizon == (35 if env_id.startswith("msh") else 50)
     assert script.GridGame(env_id, horizon=12).horizon == 12
@@ -219,18 +218,6 @@ def test_bad_ids_raise_usage_error(script, env_id):
     assert repr(env_id) in str(error.value)
 
 
-def random_situations(script, game, batch, seed):
-    """States of games under way, some at their last step; actions, not all of them legal."""
-    generator = generator_of(seed)
-    state = game.start(batch, generator)
-    state = state._replace(time=torch.randint(20, game.horizon - 8, (batch,), generator=generator))
-    for _ in range(8):
-        actions = script.random_actions(game.action_mask(state), generator)
-        state, _, terminated, truncated = game.step(state, actions)
-        state = game.restart(state, (terminated | truncated).all(1), generator)
-    return state, torch.randint(game.num_actions, actions.shape, generator=generator)
-
-
 def by_seat(game, state, actions):
     """All that is [B, N, ..] of a state and of the one after it, and both states."""
     after, reward, terminated, truncated = game.step(state, actions)
@@ -247,7 +234,9 @@ def test_no_seat_and_no_game_of_the_batch_is_special(script, env_id):
     order, from arguments that stay as they were, with no random number drawn."""
     game = script.GridGame(env_id)
     n = game.num_players
-    state, actions = random_situations(script, game, 200, 0)
+    state = situations(script, game, batch=200)
+    state.time[:50] = game.horizon - 1
+    actions = torch.randint(game.num_actions, (200, n), generator=generator_of(0))
     kept = [field.clone() for field in (*state, actions)]
     drawn = torch.get_rng_state()
     seats, games = by_seat(game, state, actions)

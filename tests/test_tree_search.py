@@ -50,15 +50,11 @@ class Scene:
         return self.script.search(self.script.Model(*given), value, self.args)
 
 
-@pytest.mark.parametrize(
-    "env_id, options",
-    [
-        ("msh-4x4-4h1s", {}),
-        ("msg-4x4-3p-2d", {"prosocial": 0.3}),
-        ("msh-3x3-2p-1h2s", {"max_depth": 2}),
-        ("msh-3x2-6p-2h2s", {"max_depth": 1}),
-    ],
-)
+GAMES = [("msh-4x4-4h1s", {}), ("msg-4x4-3p-2d", {"prosocial": 0.3})]
+GAMES += [("msh-3x3-2p-1h2s", {"max_depth": 2}), ("msh-3x2-6p-2h2s", {"max_depth": 1})]
+
+
+@pytest.mark.parametrize("env_id, options", GAMES)
 def test_search_equals_a_sequential_one(script, monkeypatch, env_id, options):
     """Visit counts in every tree, and means of returns but for rounding; and a tree is the same in
     another batch, at another place."""
@@ -87,14 +83,14 @@ class Bandit:
         return reward, torch.zeros_like(reward), torch.zeros_like(actions) > 0
 
 
-@pytest.mark.parametrize(
-    "payoffs, prior, simulations, constant, expected",
-    [
-        ([-4.0, -3.0, -4.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0, [1, 8, 1, 0]),
-        ([1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2, 1.25, [1, 0, 1]),
-        ([0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000, 1.25, [600, 300, 100]),
-    ],
-)
+BANDITS = [
+    ([-4.0, -3.0, -4.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0, [1, 8, 1, 0]),
+    ([1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2, 1.25, [1, 0, 1]),
+    ([0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000, 1.25, [600, 300, 100]),
+]
+
+
+@pytest.mark.parametrize("payoffs, prior, simulations, constant, expected", BANDITS)
 def test_bandit(script, payoffs, prior, simulations, constant, expected):
     """Each legal action once, then the best; the likely ones alone; as the prior says."""
     tensors = [torch.tensor([row], dtype=torch.float64) for row in (payoffs, prior)]
