@@ -46,8 +46,7 @@ def act(players, place, items=PREY):
 
 
 def assert_shares(rows, shares):
-    """Rows of an integer tensor [R] or [R, ..] are those of `shares`, {row: probability}, and as
-    frequent as that."""
+    """Rows of an integer tensor are those of `shares`, {row: probability}, and as frequent."""
     count = Counter(tuple(row) if isinstance(row, list) else row for row in rows.tolist())
     assert set(count) == set(shares)
     for row, share in shares.items():

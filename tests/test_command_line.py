@@ -60,8 +60,7 @@ def test_switches_take_a_value_as_well(script):
     --co-players= --exp-name= --resume=a\0b --env-id=a\0b --exp-name=a\0b""".split(),
 )
 def test_words_that_are_no_options(script, tmp_path, monkeypatch, capsys, words):
-    """The message names them, and nothing is trained or written; also what an empty variable of
-    the shell gives."""
+    """The message names them, and nothing is written; also what an empty shell variable gives."""
     status, out, error = main(script, monkeypatch, capsys, *words.split("=", 1))
     assert status == 2 and out == ""
     assert words.split("=")[0] in error or "Unrecognized options: b" in error
@@ -139,6 +138,8 @@ def test_wrong_command_lines_of_one_script(script, refuse):
         "latent_world_model": "--co-player-model cleaner",
     }
     line = refuse(words.get(script.SCRIPT, "--plan-samples 0"))
+    if script.SCRIPT == "hop_ppo_gumbel":
+        assert "at most 6" in line and line == refuse("--assignment exclusive --goals 7")
     if script.SCRIPT == "hop_mcts":  # the line names those that need no simulator
         assert all(f"{name}.py" in line for name in set(SCRIPTS) - {"hop_mcts"})
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from conftest import HUNT
-from run_tools import PLAYED, History, generator_of, refused, run, situations, stacked
+from run_tools import PLAYED, History, generator_of, run, situations, stacked
 
 pytestmark = pytest.mark.only("hop_ppo_gumbel")
 FOUR = "msh-3x3-4p-3h1s"
@@ -91,8 +91,7 @@ def test_soft_and_hard_assignment(lively):
 
 
 def mean_of_the_best(logits):
-    """Shares [N, G]: the mean of the best one-to-one assignments, by a loop over all of them; and
-    how many are best."""
+    """Shares [N, G], the mean of the best one-to-one assignments by a loop; how many are best."""
     players, goals = logits.shape
     values = logits.double().tolist()
     totals = {}
@@ -124,12 +123,6 @@ def test_exclusive_assignment_is_optimal(lively, env_id, goals):
         torch.testing.assert_close(shares, expected, atol=1e-5, rtol=0)
         ties.add(count)
     assert env_id == ALONE or {1, 2} < ties
-
-
-@pytest.mark.parametrize("goals", [2, 7])
-def test_exclusive_assignment_needs_a_goal_for_each(script, monkeypatch, capsys, goals):
-    words = ["--env-id", HUNT, "--goals", goals, "--assignment", "exclusive"]
-    assert "--assignment exclusive" in refused(script, monkeypatch, capsys, *words)
 
 
 # ---- Loss of the MOA -----------------------------------------------------------------------------
@@ -236,8 +229,7 @@ def test_goal_metrics(script, channel):
 
 @pytest.mark.parametrize("anneal", [True, False])
 def test_entropy_bonus(script, small, monkeypatch, anneal):
-    """Reward minus the bonus' temperature times log pi of what was played, 0 from half of the run
-    on."""
+    """Reward minus a temperature times log pi of what was played, 0 from half of the run on."""
     rewards = []
     advantages = script.generalised_advantages
 

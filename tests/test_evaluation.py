@@ -23,8 +23,7 @@ def plain(script, small, tmp_path_factory):
 
 
 def note_calls(monkeypatch, script):
-    """Options by which the planner scores, or where there is none goals are assigned, every time:
-    a list."""
+    """A list: options by which the planner scores, or else goals are assigned, every time."""
     calls = []
     owner, name = (script, "scores") if plans(script) else (script.MOA, "encode")
     function = getattr(owner, name)

@@ -147,22 +147,16 @@ def test_policy_loss_is_its_formula(script, lively, alone):
     options = {} if plans(script) else {"pg": alone}
     game, agent = lively(clip_coef=0.15, vf_coef=0.7, **options)
     agent.plan_mode = mode
-    generator = generator_of(0)
-    goal = agent.moa.goal_size
-    mask = torch.rand(60, 7, generator=generator) < 0.7
-    mask[:, 4] = True
-    seen = [torch.randn(60, game.own_size, generator=generator)]
-    seen.append(torch.randn(60, 2, game.other_size + goal, generator=generator))
-    seen.append(torch.randn(60, goal, generator=generator))
-    offset = torch.randn(60, 7, generator=generator) * mask * plans(script)
-    advantage = 2 * torch.randn(60, generator=generator) + 1
-    returns = 2 * torch.randn(60, generator=generator) + 1
+    decision, _ = decision_of(script, agent, situations(script, game, batch=20))
+    rows = {name: value.flatten(0, 1) for name, value in decision.items()}
+    mask, action = rows["mask"], rows["action"]
+    seen = [rows[name] for name in ("own", "others", "goal")]
+    noise, advantage, returns = 2 * torch.randn(3, 60, generator=generator_of(0)) + 1
+    offset = noise[:, None] * torch.arange(7) * mask * plans(script) / 7
     prior = agent.actor(*seen)
     policy = policy_of(prior if mode == "hop" else prior + offset, mask)
-    action = policy.sample()
-    before = policy.log_prob(action).detach() + 0.3 * torch.randn(60, generator=generator)
-    rows = dict(zip(["own", "others", "goal"], seen), mask=mask, offset=offset, action=action)
-    rows |= {"log_prob": before, "advantage": advantage, "return": returns}
+    before = policy.log_prob(action).detach() + 0.2 * noise
+    rows |= {"offset": offset, "log_prob": before, "advantage": advantage, "return": returns}
     expected = {"losses/value": 0.5 * (agent.critic(*seen)[:, 0] - returns).square().mean()}
     expected["losses/entropy"] = policy.entropy().mean()
     advantage = (advantage - advantage.mean()) / advantage.std(correction=0)
