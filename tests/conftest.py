@@ -12,7 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from run_tools import run, shake, trust
+from run_tools import refused, run, shake, trust
 
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in processes
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,3 +157,9 @@ def record(script, small, monkeypatch):
         return steps, iterations
 
     return play
+
+
+@pytest.fixture
+def refuse(script, monkeypatch, capsys):
+    """What `main` says when it refuses words, given as they are or as text."""
+    return functools.partial(refused, script, monkeypatch, capsys)

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -276,23 +277,25 @@ def test_signals_end_a_run(script, small, monkeypatch, capsys, signals, status):
 
 @one_script
 @pytest.mark.parametrize("function, steps", [("ppo_loss", 0), ("moa_loss", 0), ("moa_loss", 256)])
-def test_loss_that_is_not_finite(script, small, tmp_path, monkeypatch, function, steps):
+def test_loss_that_is_not_finite(script, small, monkeypatch, capsys, function, steps):
     """It stops the run in the third iteration, pretraining (for so many steps) or not, by the
-    metric's name; the checkpoint of the second is kept."""
+    metric's name and with status 1; the checkpoint of the second is kept."""
     loss_of = getattr(script, function)
-    iterations = []
+    metric, good = {"ppo_loss": ("losses", 2), "moa_loss": ("moa", 4)}[function]
+    calls = []
 
     def poisoned(*inputs):
         loss, terms = loss_of(*inputs)
-        factor = 1.0 if len(iterations) < 2 else math.nan
+        calls.append(loss)
+        factor = 1.0 if len(calls) <= good else math.nan
         return loss * factor, {name: term * factor for name, term in terms.items()}
 
     monkeypatch.setattr(script, function, poisoned)
     options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": steps}
-    metric = {"ppo_loss": "losses", "moa_loss": "moa"}[function]
-    with pytest.raises(FloatingPointError, match=f"{metric}/.* is nan at step 192"):
-        run(script, small(**BASE | options), lambda **names: iterations.append(1))
-    (path,) = tmp_path.glob("runs/*")
+    words = arguments(**vars(small(**BASE | options)))
+    status, _, error = main(script, monkeypatch, capsys, *words)
+    assert status == 1 and re.search(f"{metric}/.* is nan at step 192", error)
+    (path,) = Path("runs").iterdir()
     assert step_of(script, path) == 128
     assert all(value.isfinite().all() for value in weights_of(script, path).values())
     assert all(math.isfinite(x) for series in scalars(path).values() for x in series.values())

@@ -1,7 +1,6 @@
 """The command line: how options are read, what is refused, a copy under another name."""
 
 import dataclasses
-import functools
 import os
 import shutil
 import subprocess
@@ -12,15 +11,9 @@ import pytest
 import torch
 
 from conftest import HUNT, SCRIPTS
-from run_tools import arguments, main, parsed, refused, run
+from run_tools import arguments, main, parsed, run
 
 one_script = pytest.mark.only("hop_onestep")
-
-
-@pytest.fixture
-def refuse(script, monkeypatch, capsys):
-    """What `main` says when it refuses words, given as they are or as text."""
-    return functools.partial(refused, script, monkeypatch, capsys)
 
 
 def test_every_option_can_be_given(script, monkeypatch, capsys):
@@ -142,15 +135,6 @@ def test_wrong_command_lines_of_one_script(script, refuse):
         assert "at most 6" in line and line == refuse("--assignment exclusive --goals 7")
     if script.SCRIPT == "hop_mcts":  # the line names those that need no simulator
         assert all(f"{name}.py" in line for name in set(SCRIPTS) - {"hop_mcts"})
-
-
-@one_script
-def test_status_of_a_run_that_fails(script, monkeypatch, capsys):
-    def train(args):
-        raise FloatingPointError("losses/policy is nan")
-
-    monkeypatch.setattr(script, "train", train)
-    assert main(script, monkeypatch, capsys)[0] == 1
 
 
 @one_script

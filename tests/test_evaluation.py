@@ -149,7 +149,7 @@ def test_other_games_of_the_family(script, done):
 
 
 @pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
-def test_planner_is_on_as_asked(script, done, plain, monkeypatch):
+def test_planner_is_on_as_asked(script, done, plain, monkeypatch, capsys):
     """One that steps the game itself also on top of a run without one, and trusted in full."""
     calls = note_calls(monkeypatch, script)
     script.evaluate(done, "nh", **FEW)
@@ -165,6 +165,10 @@ def test_planner_is_on_as_asked(script, done, plain, monkeypatch):
         assert script.evaluate(plain, "nh", **options) != without
         player = script.load_player(plain, script.GridGame(HUNT), 2, plan_update="offset")
         assert float(player.agent.plan_slope) == 1.0
+        calls.clear()
+        words = ["--evaluate", plain, "--co-players", "nh", "--eval-episodes", 2]
+        assert main(script, monkeypatch, capsys, *words)[0] == 0 and not calls
+        assert main(script, monkeypatch, capsys, *words, "--plan-update", "hop")[0] == 0 and calls
     else:
         with pytest.raises(script.UsageError, match="has not learnt"):  # it was never trained
             script.evaluate(plain, "nh", **options)
@@ -217,11 +221,3 @@ def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
     assert not list(Path().iterdir()) and not (done / "episode.gif").exists()
     status, out, error = main(script, monkeypatch, capsys, *words, "--eval-episodes", 3)
     assert status == 0 and "+- inf" in out and "Warning" not in error  # of one match
-
-
-@pytest.mark.only("hop_mcts")
-def test_planner_is_switched_on_on_the_command_line(script, plain, monkeypatch, capsys):
-    calls = note_calls(monkeypatch, script)
-    words = ["--evaluate", plain, "--co-players", "nh", "--eval-episodes", 2]
-    assert main(script, monkeypatch, capsys, *words)[0] == 0 and not calls
-    assert main(script, monkeypatch, capsys, *words, "--plan-update", "hop")[0] == 0 and calls

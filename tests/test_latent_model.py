@@ -16,7 +16,6 @@ from run_tools import (
     generator_of,
     networks,
     parsed,
-    refused,
     run,
     situations,
 )
@@ -276,7 +275,7 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_i
         assert torch.equal(seen[0]["weights"][name], last["weights"][name]) != learns, name
 
 
-def test_an_offline_run_goes_on_to_the_bit(script, play, monkeypatch, capsys):
+def test_an_offline_run_goes_on_to_the_bit(script, play, refuse):
     """And not if its file has become shorter."""
     _, arrays = play[LEAVING]
     np.savez("cut.npz", **arrays)
@@ -284,7 +283,7 @@ def test_an_offline_run_goes_on_to_the_bit(script, play, monkeypatch, capsys):
     unbroken = run(script, args)
     broken = broken_run(script, args, 3)
     np.savez("cut.npz", **{k: x[:3] if x.ndim else x for k, x in arrays.items()})
-    assert "does not fit this run" in refused(script, monkeypatch, capsys, "--resume", broken)
+    assert "does not fit this run" in refuse("--resume", broken)
     np.savez("cut.npz", **arrays)
     run(script, parsed(script, "--resume", broken))
     assert_same_run(script, unbroken.path, broken)
@@ -304,9 +303,9 @@ def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play):
     assert torch.stack(seen).abs().max() > 0.0
 
 
-def test_what_cannot_be_learnt_from(script, play, monkeypatch, capsys):
-    """One line, status 2, and nothing is written."""
+def test_what_cannot_be_learnt_from(play, refuse):
     path, arrays = play[HUNT]
+    words = f"--env-id {HUNT} --horizon 6 --offline"
 
     def edited(name, place, value):
         array = arrays[name].astype(float)
@@ -328,11 +327,9 @@ def test_what_cannot_be_learnt_from(script, play, monkeypatch, capsys):
     for name in [*changes, "text", "missing"]:
         if name in changes:
             np.savez(f"{name}.npz", **{**arrays, **changes[name]})
-        words = ["--env-id", HUNT, "--horizon", 6, "--offline", f"{name}.npz"]
-        assert f"{name}.npz" in refused(script, monkeypatch, capsys, *words), name
-    words = ["--env-id", HUNT, "--horizon", 6, "--offline", path]
+        assert f"{name}.npz" in refuse(f"{words} {name}.npz"), name
     for wrong in ("--plan-update none", "--goal oracle", "--plan-until 0.5"):
-        assert "--offline" in refused(script, monkeypatch, capsys, *words, *wrong.split())
-    words += ["--num-envs", 1, "--num-steps", 100, "--total-timesteps", 299]
-    assert "--total-timesteps" in refused(script, monkeypatch, capsys, *words)
-    assert "--co-player-model" in refused(script, monkeypatch, capsys, "--co-player-model", "self")
+        assert "--offline" in refuse(f"{words} {path} {wrong}")
+    short = "--num-envs 1 --num-steps 100 --total-timesteps 299"
+    assert "--total-timesteps" in refuse(f"{words} {path} {short}")
+    assert "--co-player-model" in refuse("--co-player-model self")

@@ -250,9 +250,8 @@ def test_profile(script, small):
     events = json.loads((finished.path / "trace.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     calls = collections.Counter(name.partition("#")[0] for name in names)
-    assert calls["rollout"] == calls["PPO"] == calls["MOA"] == calls["ProfilerStep"] == 3
-    assert calls["players"] == calls["game"] == 12 and calls["planner"] == 12
-    assert calls["select"] == calls["search: game"] in (0, 12 * 4)
+    assert [calls[name] for name in ("ProfilerStep", "rollout", "PPO", "planner")] == [3, 3, 3, 12]
+    assert calls["search: game"] in (0, 12 * 4)
 
 
 @pytest.mark.only("hop_ppo_gumbel")
