@@ -48,6 +48,9 @@ def run(tmp_path, monkeypatch):
 
 
 def test_what_is_there_is_not_run_again(run):
+    """And nothing starts after the deadline."""
+    file, ran = run(minutes=0.0)
+    assert not ran and not file.exists()
     _, ran = run(only="msg | a")
     assert ran == [("msg | a", 1), ("msg | a", 2)]
     _, ran = run(only="msg | a,msh")
@@ -60,11 +63,6 @@ def test_what_is_there_is_not_run_again(run):
     )
     assert all(r["commit"] and r["benchmark"] == "goals" for r in results)
     assert len(run(quick=True)[1]) == len(JOBS)
-
-
-def test_nothing_starts_after_the_deadline(run):
-    file, ran = run(minutes=0.0)
-    assert not ran and not file.exists()
 
 
 @pytest.mark.parametrize("at_once", [1, 3])

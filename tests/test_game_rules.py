@@ -4,7 +4,6 @@ Cells are (row, column) in this file, and None for a player that has left or an 
 """
 
 import itertools
-import math
 import random
 from collections import Counter, defaultdict
 
@@ -312,16 +311,12 @@ def test_the_clock_by_hand(script):
     state = game.start(5, generator_of(0))
     times = torch.tensor([0, 7, 32, 34, 35])
     hunts = torch.tensor([0, 4, 0, 30, 0])
-    clock = script.clock_features(game, state._replace(time=times, first_hunt=hunts))
-    expected = []
-    for time, left in zip(times.tolist(), (35, 2, 3, 1, 1)):
-        numbers = [time / 35, left / 35, math.exp(-left / 8), left <= 5]
-        numbers += [left == 1, left == 2, left == 3, time == 7]
-        expected.append([float(number) for number in numbers])
-    for seat in range(2):
-        torch.testing.assert_close(clock[:, seat], torch.tensor(expected))
+    left = torch.tensor([35, 2, 3, 1, 1])
+    numbers = [times / 35, left / 35, (-left / 8).exp(), left <= 5]
+    numbers += [left == 1, left == 2, left == 3, times == 7]
+    expected = torch.stack([number.float() for number in numbers], 1)
     own, _ = game.features(state._replace(time=times, first_hunt=hunts))
-    assert torch.equal(own[..., :8], clock)
+    torch.testing.assert_close(own[..., :8], expected[:, None].expand(5, 2, 8))
 
 
 def test_subgoals(script):

@@ -35,7 +35,6 @@ def stay(env):
     return dict.fromkeys(env.agents, STAY)
 
 
-# ---- The interface -------------------------------------------------------------------------------
 @pytest.mark.parametrize("env_id", ["msh-3x3-4h1s", "msh-2x4-2p-1h1s", "msg-2x3-3p-3d"])
 def test_the_published_tests_of_environments(env_id):
     with warnings.catch_warnings():
@@ -97,7 +96,6 @@ def test_seeds(script, env_id):
     assert len(set(starts)) == 4
 
 
-# ---- Pictures ------------------------------------------------------------------------------------
 def test_a_frame_shows_players_items_and_time():
     changes = [{}, {"time": 4}, {"items": [3, 5, 15, 12, 10]}, {"items": [5, 3, 15, 12, -1]}]
     changes += [{"players": [0, 1, 2, 7]}, {"players": [1, 0, 2, 3]}, {"players": [0, 1, 2, -1]}]
@@ -121,7 +119,6 @@ def test_beliefs_are_on_the_picture():
         assert len({picture.tobytes() for picture in pictures}) == (3 if shows else 1)
 
 
-# ---- Agreement with the game ---------------------------------------------------------------------
 def first_state(game, planes):
     """Fields of the grid state at time 0 that float [B, N, C * H * W] `planes` show."""
     planes = planes[:, 0].unflatten(1, (-1, game.num_cells))  # seat 0 sees players in seat order
@@ -170,7 +167,6 @@ def test_the_environment_plays_the_game_of_the_script(script, env_id, horizon):
     assert torch.stack(events).any(0).tolist() == [True, True, env_id.startswith("msh")]
 
 
-# ---- Other games ---------------------------------------------------------------------------------
 def test_foraging(script):
     """Terminated when all food is loaded, truncated after 50 steps; the script plays it."""
     env = foraging_env("Foraging-5x5-2p-1f-v3")

@@ -10,15 +10,7 @@ import torch
 
 from benchmarks import offline
 from conftest import HUNT, small_args
-from run_tools import (
-    assert_same_run,
-    broken_run,
-    generator_of,
-    networks,
-    parsed,
-    run,
-    situations,
-)
+from run_tools import assert_same_run, broken_run, generator_of, networks, parsed, run, situations
 
 pytestmark = pytest.mark.only("latent_world_model")
 ALONE = "msh-3x3-1p-2h1s"
@@ -26,7 +18,6 @@ LEAVING = "test_pettingzoo_game:Leaving"
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-# ---- Losses --------------------------------------------------------------------------------------
 def plain_terms(agent, row):
     """The four terms of one row."""
     model = agent.model
@@ -70,18 +61,16 @@ def test_losses_row_by_row(script, record, monkeypatch, env_id, td_target):
         by_row.append(plain_terms(agent, {name: value[r] for name, value in rows.items()}))
     expected = {name: sum(row[name] for row in by_row) / len(some) for name in coefs}
     loss, terms = script.model_loss(agent, rows)
-    for name in coefs:
-        torch.testing.assert_close(terms[f"model/{name}"], expected[name], **CLOSE)
+    named = {f"model/{name}": term for name, term in expected.items()}
+    torch.testing.assert_close(terms, named, **CLOSE)
     whole = sum(coefs[name] * expected[name] for name in coefs)
     torch.testing.assert_close(loss, whole, **CLOSE)
     parameters = [*agent.model.parameters()]
     options = {"allow_unused": True, "materialize_grads": True}
     gradients = (torch.autograd.grad(x, parameters, **options) for x in (loss, whole))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
-# ---- Planner -------------------------------------------------------------------------------------
 def plain_step(model, own, others, action, other_actions):
     """Latents after one joint action, one player at a time, and the reward."""
 
@@ -146,7 +135,6 @@ def test_a_rule_acts_as_the_scripted_kind(script, lively):
         assert torch.equal(joint, expected.view(12, 30, 3))
 
 
-# ---- What is learnt from -------------------------------------------------------------------------
 @pytest.mark.parametrize("plan, anneal", [("offset", False), ("hop", True)])
 def test_rows_are_what_the_game_did(script, record, monkeypatch, plan, anneal):
     """Of every player that is there; next features are those of the step's own next state. The
@@ -202,7 +190,6 @@ def test_a_batch_is_of_late_and_of_surprising_rows(script, record):
     assert reservoir["valued"].all()
 
 
-# ---- Recorded play -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def play(script, tmp_path_factory):
     """Of a game of each sort a file of recorded play of 50 steps of 3 games, and what is in it."""

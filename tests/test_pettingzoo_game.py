@@ -21,7 +21,6 @@ pytestmark = pytest.mark.only("hop_onestep")
 HERE = Path(__file__).stem
 
 
-# ---- Environments --------------------------------------------------------------------------------
 class Small(ParallelEnv):
     """Agents that see (time, a number drawn in this episode, own last action); rewards are the
     numbers of the actions; truncated after `length` steps. Subclasses change one thing each."""
@@ -146,7 +145,6 @@ class Imitator:
         return action_mask.int().cumsum(1).argmax(1)
 
 
-# ---- Help ----------------------------------------------------------------------------------------
 @pytest.fixture
 def make(script, small):
     """Makes the game of an environment of this module."""
@@ -168,7 +166,6 @@ def last_actions(game, state):
     return game.action_mask(state).int().cumsum(2).argmax(2)
 
 
-# ---- Observations, masks and actions -------------------------------------------------------------
 def test_observations_masks_and_actions(make):
     """The environment itself asserts that it gets actions of its own spaces, legal ones. Views are
     flattened, padded and scaled by sign(x) log(1 + |x|), and kinds of agents told apart."""
@@ -218,7 +215,6 @@ def test_scale_of_rewards(script, small, length, steps):
     assert [one[0] for one in seen] == [scale] * 3
 
 
-# ---- Ends ----------------------------------------------------------------------------------------
 def test_players_that_leave(make):
     """One is terminated while others go on, one truncated alone, the last truncated at the end. A
     restart leaves the other game as it was."""
@@ -274,7 +270,6 @@ def test_truncation_bootstraps_and_termination_does_not(script, small):
         assert not step["reward"][~step["learner"]].any()
 
 
-# ---- Seeds and workers ---------------------------------------------------------------------------
 def test_every_episode_has_a_seed_of_the_generator(make):
     seeds = environments().Small.seeds
     game = make("Small")
@@ -309,7 +304,6 @@ def test_workers_change_nothing_and_are_shut_down(script, small):
     assert_equal(*weights)
 
 
-# ---- Errors --------------------------------------------------------------------------------------
 def test_an_environment_that_fails_during_the_run(script, small):
     """One line, a checkpoint, and no process left."""
     options = {"num_envs": 1, "num_steps": 100, "total_timesteps": 2000, "env_workers": 1}
@@ -348,7 +342,6 @@ def test_what_cannot_be_used(script, small, name, kwargs, options, message):
     assert not Path("runs").exists()
 
 
-# ---- Runs ----------------------------------------------------------------------------------------
 @pytest.mark.only(*SCRIPTS)
 def test_any_script_trains_on_simple_tag(script, small):
     """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on. A

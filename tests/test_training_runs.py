@@ -13,17 +13,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from conftest import HUNT, plans
-from run_tools import (
-    assert_equal,
-    broken_run,
-    main,
-    networks,
-    parsed,
-    run,
-    scalars,
-    trust,
-    weights_of,
-)
+from run_tools import assert_equal, broken_run, main, networks, run, scalars, trust, weights_of
 
 LONGER = {  # four iterations with a planner that stays on, and episodes that end in each
     **dict(env_id=HUNT, co_players="self,nh,ns-noisy", num_steps=40, total_timesteps=640),
@@ -370,8 +360,8 @@ def test_learns_within_one_match(script):
             returns.extend(totals[kinds == 0].tolist())
         assert int(co_players.episode) == len(returns)  # it is still the first match
 
-    words = ["--init", path, "--co-players", "nh", "--total-timesteps", 1000]
-    run(script, parsed(script, *words), watch)
+    words = f"--init {path} --co-players nh --total-timesteps 1000"
+    run(script, script.parse_arguments(words.split()), watch)
     late = returns[-(len(returns) // 3) :]
     assert len(returns) > 150
     assert sum(late) / len(late) > frozen["focal_return"] + 0.4
