@@ -268,8 +268,8 @@ def test_frozen_matches_are_played_as_evaluation_plays_them(tmp_path):
 
 
 def test_a_learning_co_player_gets_what_pays(tmp_path):
-    """Rewarded for one action whatever happens, it comes to prefer it. The learner does not learn
-    here, and of the agents only that of the co-players changes."""
+    """Rewarded at its seats for one action, it comes to prefer it. The learner does not learn here,
+    and of the agents only that of the co-players changes."""
     script = adaptation.ppo
     path = small_run(tmp_path)
     learner = adaptation.Learner()
@@ -280,7 +280,7 @@ def test_a_learning_co_player_gets_what_pays(tmp_path):
         before = [weight.clone() for weight in weights]
         stays = torch.stack(storage["action"]) == script.STAY
         chosen.append(float(stays[:, co_players.kind == 1].float().mean()))
-        storage["reward"] = [*stays.float()]
+        storage["reward"] = [*torch.where(co_players.kind == 1, 1.0, -1.0) * stays]
         learner.learn(co_players=co_players, storage=storage, **variables)
         assert [torch.equal(x, y) for x, y in zip(before, weights)] == [True, False]
 

@@ -46,12 +46,14 @@ def test_every_episode_counts_once_and_in_order(script, done, monkeypatch, num_e
     played = torch.zeros(games)
 
     class Numbered(script.GridGame):
-        """An episode's return is 100 times the number of the game, and its number in that."""
+        """An episode's return is 100 times the number of the game, and its number in that; half
+        of it is paid in the first step, half in the last."""
 
         def step(self, state, actions):
+            begins = state.time == 0
             state, reward, terminated, truncated = super().step(state, actions)
             ended = (terminated | truncated).all(1)
-            number = ended * (100 * torch.arange(games) + played)
+            number = (0.5 * begins + 0.5 * ended) * (100 * torch.arange(games) + played)
             played.add_(ended)
             return state, number[:, None].expand_as(reward), terminated, truncated
 
