@@ -60,6 +60,7 @@ def test_every_episode_counts_once_and_in_order(script, done, monkeypatch, num_e
     monkeypatch.setattr(script, "GridGame", Numbered)
     options = {"episodes": episodes, "num_envs": num_envs, "match_episodes": 3}
     result = script.evaluate(done, "nh,random", **options)
+    assert played.min() <= 3 * math.ceil(episodes / 3 / games)  # and no more is played
     expected = []
     for number in range(episodes):
         rounds, game = divmod(number // 3, games)
