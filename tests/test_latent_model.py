@@ -235,6 +235,7 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_i
     run(script, offline_args(script, path, env_id=env_id, num_steps=5), watch)
     last = seen[-1]
     game = last["game"]
+    assert game.defaults["plan_update"] != "none"  # a planner is on by default on any game
     kept = {k: torch.cat([names["kept"][k] for names in seen]) for k in last["kept"]}
     over = data["terminated"] | data["truncated"]
     data["goes_on"] = ~over
