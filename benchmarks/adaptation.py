@@ -106,7 +106,8 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
         for name, words in pool_of(game).items() if "diverse" in groups else ():
             keep = str(pool_at(game, seed, quick) / name / "checkpoint.pt")
             words = f"--plan-update none {words}"
-            found.append(training(game, f"pool | {name}", "hop_onestep", words, seed, keep, quick))
+            own = seed + 100  # another than that of who meets it
+            found.append(training(game, f"pool | {name}", "hop_onestep", words, own, keep, quick))
         for group, method in itertools.product(groups, methods):
             name = f"{group} | {method}"
             keep = kept(f"{game} | {name}", seed, quick)
@@ -132,9 +133,8 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
 
 def training(game, name, script, words, seed, keep, quick):
     """The job of a learner, of co-players that go on learning, or of a run of a pool."""
-    pool = name.startswith("pool")
-    steps = 8192 if quick else 150_000 if pool else 500_000
-    words = f"--env-id {game} {words} --seed {seed + 100 * pool} --total-timesteps {steps}"
+    steps = 8192 if quick else 150_000 if name.startswith("pool") else 500_000
+    words = f"--env-id {game} {words} --seed {seed} --total-timesteps {steps}"
     job = {"setting": f"training | {game} | {name}", "seed": seed, "script": script}
     job |= {"options": " ".join(words.split()), "kinds": {"self": "self"}, "episodes": 100}
     return job | {"keep": keep}

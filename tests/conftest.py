@@ -5,16 +5,20 @@ for those that it names, `@pytest.mark.only("hop_onestep")`: what scripts share 
 import functools
 import importlib
 import os
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from tqdm import tqdm
 
+from run_tools import refused, run, shake, trust
+
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in processes
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
 
+HUNT = "msh-3x3-3p-2h1s"
 SMALL = {  # options of a small and short run
     **dict(num_envs=4, num_steps=16, total_timesteps=128, num_minibatches=2, match_episodes=2),
     **dict(hidden_size=16, goal_size=3, moa_capacity=2000),
@@ -80,3 +84,82 @@ def small_args(script, **options):
 def small(script):
     """Makes the Args of a small and short run, with the options given."""
     return functools.partial(small_args, script)
+
+
+@pytest.fixture(scope="session")
+def done(script, small, tmp_path_factory):
+    """The folder of a run with a planner, if there is one, that is on, and trusted, at its end."""
+    folder = tmp_path_factory.mktemp("done")
+    options = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
+    return run(script, small(env_id=HUNT, co_players="self,nh", **options), trust, folder).path
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Every test is in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def enlivened(agent):
+    """The agent, of whose networks each says something."""
+    if hasattr(agent, "plan_slope"):
+        agent.plan_slope.fill_(0.7)
+    return shake(agent)
+
+
+@pytest.fixture
+def lively(script, small):
+    """Makes a game and an agent whose every network says something, with the options given."""
+
+    def make(**options):
+        args = small(**{"env_id": HUNT, **options})
+        game = script.make_game(args, "cpu")
+        return game, enlivened(script.Agent(game, script.checked(args, game)))
+
+    return make
+
+
+@pytest.fixture
+def record(script, small, monkeypatch):
+    """Plays a run with the options given, from weights that say something. Returns its steps, dicts
+    by name of what was known before a step and what `train` stored of it, with the numbers of the
+    episode and of the match of each game; and what `watch` saw of each iteration."""
+
+    def play(**options):
+        args = small(**{"env_id": HUNT, "horizon": 8, "num_envs": 6, **options})
+        act = script.Player.act
+        plain = script.Agent
+        shown, steps, iterations = [], [], []
+
+        def noting(player, state, mask, seats, co_players):
+            seen = {"state": state, "memory": player.memory, "kind": co_players.kind}
+            shown.append({**seen, "scripted": co_players.scripted()})
+            return act(player, state, mask, seats, co_players)
+
+        def watch(storage, agent, **names):
+            episode = torch.zeros(args.num_envs, dtype=torch.int64)
+            if steps:
+                episode = steps[-1]["episode"] + steps[-1]["ended"]
+            for t in range(args.num_steps):
+                step = {**shown[len(steps)], **{name: x[t] for name, x in storage.items()}}
+                ended = ~step["goes_on"].any(1)
+                match = episode // args.match_episodes
+                steps.append({**step, "ended": ended, "episode": episode, "match": match})
+                episode = episode + ended
+            weights = {name: x.clone() for name, x in agent.state_dict().items()}
+            seen = {**names, "storage": storage, "agent": agent, "weights": weights}
+            iterations.append(types.SimpleNamespace(**seen))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script.Player, "act", noting)
+            patch.setattr(script, "Agent", lambda *given: enlivened(plain(*given)))
+            script.train(args, watch)
+        return steps, iterations
+
+    return play
+
+
+@pytest.fixture
+def refuse(script, monkeypatch, capsys):
+    """What `main` says when it refuses words, given as they are or as text."""
+    return functools.partial(refused, script, monkeypatch, capsys)

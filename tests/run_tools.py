@@ -1,7 +1,8 @@
-"""What the tests of runs share: runs in folders of their own, their networks and logs, `main`."""
+"""What tests share: runs in folders of their own, their networks, logs and history, `main`."""
 
 import contextlib
 import io
+import itertools
 import sys
 import types
 from collections import defaultdict
@@ -10,6 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributions import Categorical
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def arguments(**options):
@@ -21,12 +27,12 @@ def arguments(**options):
     return words
 
 
-def run(script, args, folder, watch=None):
+def run(script, args, watch=None, folder="."):
     """A run of `args` in `folder`: its metrics, its own folder (absolute), and what it printed."""
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         metrics = script.train(args, watch)
-    path = Path(folder, metrics.pop("run"))
+    path = Path(folder, metrics.pop("run")).absolute()
     return types.SimpleNamespace(metrics=metrics, path=path, printed=printed.getvalue())
 
 
@@ -46,7 +52,7 @@ def shake(module, seed=0):
     return module
 
 
-def broken_run(script, args, folder, iteration):
+def broken_run(script, args, iteration):
     """A run of `args` that dies after `iteration`, as if it were killed; the path of its folder."""
 
     def watch(**names):
@@ -54,14 +60,13 @@ def broken_run(script, args, folder, iteration):
             raise InterruptedError(names["folder"])
 
     with pytest.raises(InterruptedError) as broken:
-        run(script, args, folder, watch)
-    return Path(folder, str(broken.value))
+        run(script, args, watch)
+    return Path(str(broken.value)).absolute()
 
 
-def parsed(script, folder, *words):
-    """Args of the command line `words`, read in `folder`."""
-    with contextlib.chdir(folder):
-        return script.parse_arguments([str(word) for word in words])
+def parsed(script, *words):
+    """Args of the command line `words`."""
+    return script.parse_arguments([str(word) for word in words])
 
 
 def networks(agent):
@@ -94,8 +99,9 @@ def assert_equal(first, second, path=""):
     """Nested containers of tensors and plain values are the same to the bit, types included."""
     assert type(first) is type(second), path
     if isinstance(first, torch.Tensor):
-        assert first.dtype == second.dtype and first.shape == second.shape, path
-        assert torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True), path
+        torch.testing.assert_close(
+            first, second, rtol=0.0, atol=0.0, equal_nan=True, msg=path or None
+        )
     elif isinstance(first, dict):
         assert list(first) == list(second), path
         for key in first:
@@ -131,7 +137,77 @@ def main(script, monkeypatch, capsys, *words):
 def refused(script, monkeypatch, capsys, *words):
     """`main` says one line on standard error, ends with status 2 and writes nothing; the line."""
     before = sorted(Path().rglob("*"))
+    words = words[0].split() if len(words) == 1 else words
     status, out, error = main(script, monkeypatch, capsys, *words)
     assert (status, out, error.count("\n")) == (2, "", 1), (words, error)
     assert sorted(Path().rglob("*")) == before, words
     return error
+
+
+def stacked(steps, name):
+    return torch.stack([step[name] for step in steps])
+
+
+def situations(script, game, batch=40):
+    """States of games under way, some players gone, some steps just before an end."""
+    generator = generator_of(0)
+    state = game.start(batch, generator)
+    state = state._replace(time=torch.randint(20, game.horizon - 1, (batch,), generator=generator))
+    for _ in range(12):
+        actions = script.random_actions(game.action_mask(state), generator)
+        state, _, terminated, truncated = game.step(state, actions)
+        state = game.restart(state, (terminated | truncated).all(1), generator)
+    return state
+
+
+def policy_of(logits, mask):
+    return Categorical(logits=logits.masked_fill(~mask, -1e9))
+
+
+PLAYED = {"num_steps": 10, "moa_learning_rate": 0.0, "plan_update": "none", "co_players": "self"}
+
+
+class History:
+    """What is held of a run by its buffer, read in plain loops."""
+
+    def __init__(self, script, steps, buffer):
+        self.steps = steps
+        self.buffer = buffer
+        self.limit = script.HISTORY
+        self.oldest = max(0, len(steps) - buffer.size)
+        self.running = (steps[-1]["episode"] + steps[-1]["ended"]).tolist()
+
+    def span(self, b, t):
+        """(game, start, end) of what is read of the match that step t of game b belongs to: all
+        that is held, of a long match the steps up to t."""
+        match = self.steps[t]["match"][b]
+        same = [s for s, step in enumerate(self.steps) if step["match"][b] == match]
+        start = max(same[0], t - self.limit + 1, self.oldest)
+        return b, start, min(same[-1] + 1, start + self.limit)
+
+    def spans(self):
+        """Those of all that is held."""
+        held = itertools.product(range(len(self.running)), range(self.oldest, len(self.steps)))
+        return [self.span(b, t) for b, t in held]
+
+    def read(self):
+        """All different spans, and what the buffer reads of them."""
+        spans = sorted(set(self.spans()))
+        return spans, self.buffer.read(*torch.tensor(spans).T[:2])
+
+    def later(self, span, t):
+        """Steps of the same episode within a span, from step t on, counted from its start."""
+        b, start, end = span
+        episode = [int(step["episode"][b]) for step in self.steps[start:end]]
+        return [k for k in range(t, end - start) if episode[k] == episode[t]]
+
+    def known(self, span, t):
+        """Whether what the episode of step t reaches is known: it has ended, and is not cut."""
+        b, start, end = span
+        cut = end - start == self.limit and (end - start - 1) in self.later(span, t)
+        return int(self.steps[start + t]["episode"][b]) < self.running[b] and not cut
+
+    def subgoal(self, span, t, i):
+        b, start, _ = span
+        reached = [int(self.steps[start + k]["reached"][b, i]) for k in self.later(span, t)]
+        return next((item for item in reached if item >= 0), -1)

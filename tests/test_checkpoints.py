@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 import shutil
 import signal
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import plans, small_args
+from conftest import HUNT, plans, small_args
 from run_tools import (
     arguments,
     assert_equal,
@@ -28,9 +29,8 @@ from run_tools import (
     weights_of,
 )
 
-ENV_ID = "msh-3x3-3p-2h1s"
 BASE = {  # four iterations
-    **dict(env_id=ENV_ID, co_players="self,nh,ns-noisy", total_timesteps=256, checkpoint_every=100),
+    **dict(env_id=HUNT, co_players="self,nh,ns-noisy", total_timesteps=256, checkpoint_every=100),
     **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2),
 }
 one_script = pytest.mark.only("hop_onestep")
@@ -40,14 +40,14 @@ one_script = pytest.mark.only("hop_onestep")
 def done(script, small, tmp_path_factory):
     """The folder of a finished run whose planner went off."""
     folder = tmp_path_factory.mktemp("done")
-    return run(script, small(**{**BASE, "plan_until": 0.5}), folder).path
+    return run(script, small(**{**BASE, "plan_until": 0.5}), folder=folder).path
 
 
 @pytest.fixture(scope="module")
 def foreign(sibling, tmp_path_factory):
     """The folder of a finished run of another script, whose planner is on, and trusted."""
     folder = tmp_path_factory.mktemp("foreign")
-    return run(sibling, small_args(sibling, **{**BASE, "total_timesteps": 64}), folder, trust).path
+    return run(sibling, small_args(sibling, **{**BASE, "total_timesteps": 64}), trust, folder).path
 
 
 def step_of(script, path):
@@ -55,13 +55,8 @@ def step_of(script, path):
 
 
 @one_script
-@pytest.mark.parametrize(
-    "every, seconds, expected",
-    [(2, 0.0, [0, 0, 128, 128, 256]), (100, 25.0, [0, 0, 0, 192, 256])],
-)
-def test_when_checkpoints_are_written(
-    script, small, tmp_path, monkeypatch, every, seconds, expected
-):
+@pytest.mark.parametrize("every, seconds, third", [(2, 0.0, 128), (100, 25.0, 0)])
+def test_when_checkpoints_are_written(script, small, monkeypatch, every, seconds, third):
     """At the start, after so many iterations or a minute since the last one, and at the end: the
     steps of the one that lies there at the end of each iteration, which takes so many seconds."""
     steps = []
@@ -73,8 +68,9 @@ def test_when_checkpoints_are_written(
 
     fake = types.SimpleNamespace(**{**vars(time), "time": lambda: clock[0]})
     monkeypatch.setattr(script, "time", fake)
-    finished = run(script, small(**{**BASE, "checkpoint_every": every}), tmp_path, watch)
-    assert [*steps, step_of(script, finished.path)] == expected
+    finished = run(script, small(**{**BASE, "checkpoint_every": every}), watch)
+    fourth = 192 if seconds else 128
+    assert [*steps, step_of(script, finished.path)] == [0, 0, third, fourth, 256]
 
 
 @one_script
@@ -89,11 +85,11 @@ def test_failed_write_keeps_the_old_checkpoint(script, small, tmp_path, monkeypa
 
     monkeypatch.setattr(torch, "save", failing)
     with pytest.raises(OSError, match="no space left"):
-        run(script, small(**{**BASE, "checkpoint_every": 1}), tmp_path)
+        run(script, small(**{**BASE, "checkpoint_every": 1}))
     monkeypatch.undo()
     (path,) = tmp_path.glob("runs/*")
     assert step_of(script, path) == 64
-    run(script, parsed(script, tmp_path, "--resume", path), tmp_path)
+    run(script, parsed(script, "--resume", path))
     assert step_of(script, path) == 256
     assert {*path.glob("*.pt")} | {*path.glob(".*.pt")} == {path / "checkpoint.pt"}
 
@@ -121,20 +117,20 @@ OWN = {  # options of the variant "runs"
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_path, variant):
-    """To the bit, whatever its last checkpoint was, also without the run that it began from;
-    figures do not stand twice in TensorBoard."""
+    """To the bit, whatever its last checkpoint was, also where it was moved to, and without the run
+    that it began from; figures do not stand twice in TensorBoard."""
     options, iteration = VARIANTS[variant]
     donor = shutil.copy(done / "checkpoint.pt", tmp_path / "donor.pt")
     if variant == "runs":
         options = {**OWN[script.SCRIPT], **options, "co_players": f"self,{done},{foreign.parent}"}
     begins = {"init": {"init": donor}, "pretraining": {"load_moa": donor}}.get(variant, {})
-    args = parsed(script, tmp_path, *arguments(**vars(small(**BASE | options | begins))))
-    unbroken = run(script, args, tmp_path)
-    path = broken_run(script, args, tmp_path, iteration)
+    args = parsed(script, *arguments(**vars(small(**BASE | options | begins))))
+    unbroken = run(script, args)
+    path = broken_run(script, args, iteration).rename(tmp_path / "moved")
     donor.unlink()
     assert script.load_checkpoint(path)["progress"][1] < iteration
     time.sleep(1.0 - time.time() % 1.0)  # names of TensorBoard's files have whole seconds
-    assert run(script, parsed(script, tmp_path, "--resume", path), tmp_path).path == path
+    assert run(script, parsed(script, "--resume", path)).path == path
     assert_same_run(script, unbroken.path, path)
     whole, parts = scalars(unbroken.path), scalars(path)
     assert list(parts.pop("charts/SPS")) == list(whole.pop("charts/SPS")) == [64, 128, 192, 256]
@@ -143,7 +139,7 @@ def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_pa
 
 
 @one_script
-def test_finished_run_can_be_made_longer(script, small, tmp_path):
+def test_finished_run_can_be_made_longer(script, small):
     """From its folder, or a copy of an earlier checkpoint in it; a planner that is off stays off,
     also where `--plan-until` lies ahead again."""
     modes = []
@@ -152,12 +148,12 @@ def test_finished_run_can_be_made_longer(script, small, tmp_path):
         modes.append(agent.plan_mode)
 
     options = {**BASE, "anneal": False, "plan_until": 0.5}
-    short = run(script, small(**{**options, "total_timesteps": 128}), tmp_path, watch)
+    short = run(script, small(**{**options, "total_timesteps": 128}), watch)
     shutil.copy(short.path / "checkpoint.pt", short.path / "early.pt")
     weights = []
     for file in ("", "early.pt"):
         words = ["--resume", short.path / file, "--total-timesteps", 512]
-        run(script, parsed(script, tmp_path, *words), tmp_path, watch)
+        run(script, parsed(script, *words), watch)
         assert step_of(script, short.path) == 512
         weights.append(weights_of(script, short.path))
     assert_equal(*weights)
@@ -173,8 +169,8 @@ def test_run_of_a_gpu_goes_on_without_one_in_a_thread(script, done, tmp_path):
     content["generator"] = torch.zeros(16, dtype=torch.uint8)
     torch.save(content, tmp_path / "checkpoint.pt")
     words = ["--resume", tmp_path, "--no-cuda", "--total-timesteps", 320]
-    args = parsed(script, tmp_path, *words)
-    thread = threading.Thread(target=run, args=(script, args, tmp_path))
+    args = parsed(script, *words)
+    thread = threading.Thread(target=run, args=(script, args))
     thread.start()
     thread.join()
     assert step_of(script, tmp_path) == 320
@@ -190,7 +186,7 @@ def test_init_goes_on_learning_within_one_match(script, done, tmp_path):
     donor = tmp_path / "donor.pt"
     torch.save(before, donor)
     typed = dict(init=str(donor), num_steps=2, total_timesteps=2, co_players="nh")
-    args = parsed(script, tmp_path, *arguments(**typed))
+    args = parsed(script, *arguments(**typed))
     new = {name: value for name, value in script.INIT.items() if name in stored}
     assert vars(args) == {**stored, **new, **typed}
     assert not any(getattr(args, name) for name in began)
@@ -208,11 +204,11 @@ def test_init_goes_on_learning_within_one_match(script, done, tmp_path):
         for name, weights in networks(before["agent"]).items():
             assert 0.0 < (networks(agent)[name] - weights).abs().max() < 0.2, name
 
-    run(script, args, tmp_path, watch)
+    run(script, args, watch)
 
 
 @one_script
-def test_snapshots_join_the_co_players(script, small, tmp_path):
+def test_snapshots_join_the_co_players(script, small):
     """The learner as it was then, without a planner, in the matches that begin later."""
     weights = []
     kinds = []
@@ -229,7 +225,7 @@ def test_snapshots_join_the_co_players(script, small, tmp_path):
             assert snapshot.plan_mode == "none"
 
     options = dict(co_players="nh", snapshot_every=2, match_episodes=1, horizon=8)
-    finished = run(script, small(**BASE | options | {"total_timesteps": 384}), tmp_path, watch)
+    finished = run(script, small(**BASE | options | {"total_timesteps": 384}), watch)
     assert kinds[1] == {0, 1} and 2 in kinds[3] and {2, 3} <= kinds[5] and 4 not in kinds[5]
     snapshot = finished.path / "snapshot_2.pt"
     assert len(script.evaluate(snapshot, str(snapshot), episodes=2)["focal_returns"]) == 2
@@ -242,7 +238,7 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
     folder = tmp_path / "pool"
     runs = [shutil.copytree(foreign, f"{folder}/a"), shutil.copytree(done, f"{folder}/b")]
     pool = f"nh,{folder},self,{folder}/b"
-    args = small(env_id=ENV_ID, co_players=pool, num_steps=4, total_timesteps=32)
+    args = small(env_id=HUNT, co_players=pool, num_steps=4, total_timesteps=32)
 
     def watch(co_players, pool, iteration, **names):
         assert pool == ["nh", *runs, "self", f"{folder}/b"]
@@ -252,61 +248,54 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
         if iteration == 1:
             shutil.copytree(done, folder / "c", dirs_exist_ok=True)
 
-    finished = run(script, args, tmp_path, watch)
+    finished = run(script, args, watch)
     words = ["--resume", finished.path, "--total-timesteps", 48]
-    run(script, parsed(script, tmp_path, *words), tmp_path, watch)
+    run(script, parsed(script, *words), watch)
 
 
 @one_script
-@pytest.mark.parametrize(
-    "number, times, status, step",
-    [(signal.SIGINT, 1, 130, 128), (signal.SIGTERM, 1, 143, 128), (signal.SIGTERM, 2, 130, 0)],
-)
-def test_signals_end_a_run_with_a_checkpoint(
-    script, small, tmp_path, monkeypatch, capsys, number, times, status, step
-):
-    """After the iteration, or at once at the second one; the exit status is the shell's, and the
-    caller's handlers are back."""
+@pytest.mark.parametrize("signals, status", [("INT", 130), ("TERM", 143), ("TERM TERM", 130)])
+def test_signals_end_a_run(script, small, monkeypatch, capsys, signals, status):
+    """After the iteration, with a checkpoint, or at once at the second one; the exit status is the
+    shell's, and the caller's handlers are back."""
     train = script.train
 
     def watch(iteration, **names):
         assert iteration <= 2
-        for _ in range(times if iteration == 2 else 0):
-            os.kill(os.getpid(), number)
+        for name in signals.split() if iteration == 2 else ():
+            os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "train", lambda args: train(args, watch))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     words = arguments(**vars(small(**BASE)))
     got, _, error = main(script, monkeypatch, capsys, *words)
     assert got == status and "ends after this iteration" in error and "Traceback" not in error
     (path,) = Path("runs").iterdir()
-    assert step_of(script, path) == step
+    assert step_of(script, path) == (0 if " " in signals else 128)
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
 @one_script
-@pytest.mark.parametrize(
-    "function, metric, pretraining",
-    [("ppo_loss", "losses/", 0), ("moa_loss", "moa/", 0), ("moa_loss", "moa/", 256)],
-)
-def test_loss_that_is_not_finite_stops_the_run(
-    script, small, tmp_path, monkeypatch, function, metric, pretraining
-):
-    """In the third iteration, by the metric's name; the checkpoint of the second is kept."""
+@pytest.mark.parametrize("function, steps", [("ppo_loss", 0), ("moa_loss", 0), ("moa_loss", 256)])
+def test_loss_that_is_not_finite(script, small, monkeypatch, capsys, function, steps):
+    """It stops the run in the third iteration, pretraining (for so many steps) or not, by the
+    metric's name and with status 1; the checkpoint of the second is kept."""
     loss_of = getattr(script, function)
-    iterations = []
+    metric, good = {"ppo_loss": ("losses", 2), "moa_loss": ("moa", 4)}[function]
+    calls = []
 
     def poisoned(*inputs):
         loss, terms = loss_of(*inputs)
-        factor = 1.0 if len(iterations) < 2 else math.nan
+        calls.append(loss)
+        factor = 1.0 if len(calls) <= good else math.nan
         return loss * factor, {name: term * factor for name, term in terms.items()}
 
     monkeypatch.setattr(script, function, poisoned)
-    options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": pretraining}
-    with pytest.raises(FloatingPointError, match=f"{metric}.* is nan at step 192"):
-        run(script, small(**BASE | options), tmp_path, lambda **names: iterations.append(1))
-    (path,) = tmp_path.glob("runs/*")
+    options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": steps}
+    words = arguments(**vars(small(**BASE | options)))
+    status, _, error = main(script, monkeypatch, capsys, *words)
+    assert status == 1 and re.search(f"{metric}/.* is nan at step 192", error)
+    (path,) = Path("runs").iterdir()
     assert step_of(script, path) == 128
     assert all(value.isfinite().all() for value in weights_of(script, path).values())
     assert all(math.isfinite(x) for series in scalars(path).values() for x in series.values())

@@ -12,95 +12,11 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from conftest import SCRIPTS, plans
-from run_tools import shake
+from conftest import HUNT, SCRIPTS, plans
+from run_tools import PLAYED, History, generator_of, policy_of, situations, stacked
 
 pytestmark = pytest.mark.only("hop_onestep")  # most are of what is the same text in all scripts
 EVERY = pytest.mark.only(*SCRIPTS)
-HUNT = "msh-3x3-3p-2h1s"
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def lively(script, small):
-    """Makes a game and an agent whose every network says something, with the options given."""
-
-    def make(**options):
-        args = small(**{"env_id": HUNT, **options})
-        game = script.make_game(args, "cpu")
-        return game, enlivened(script.Agent(game, script.checked(args, game)))
-
-    return make
-
-
-@pytest.fixture
-def record(script, small, monkeypatch):
-    """Plays a run with the options given, from weights that say something. Returns its steps, dicts
-    by name of what was known before a step and what `train` stored of it, with the numbers of the
-    episode and of the match of each game; and what `watch` saw of each iteration."""
-
-    def play(**options):
-        args = small(**{"env_id": HUNT, "horizon": 8, "num_envs": 6, **options})
-        act = script.Player.act
-        plain = script.Agent
-        shown, steps, iterations = [], [], []
-
-        def noting(player, state, mask, seats, co_players):
-            seen = {"state": state, "memory": player.memory, "kind": co_players.kind}
-            shown.append({**seen, "scripted": co_players.scripted()})
-            return act(player, state, mask, seats, co_players)
-
-        def watch(storage, agent, **names):
-            episode = torch.zeros(args.num_envs, dtype=torch.int64)
-            if steps:
-                episode = steps[-1]["episode"] + steps[-1]["ended"]
-            for t in range(args.num_steps):
-                step = {**shown[len(steps)], **{name: x[t] for name, x in storage.items()}}
-                ended = ~step["goes_on"].any(1)
-                match = episode // args.match_episodes
-                steps.append({**step, "ended": ended, "episode": episode, "match": match})
-                episode = episode + ended
-            weights = {name: x.clone() for name, x in agent.state_dict().items()}
-            iterations.append(types.SimpleNamespace(**names, agent=agent, weights=weights))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(script.Player, "act", noting)
-            patch.setattr(script, "Agent", lambda *given: enlivened(plain(*given)))
-            script.train(args, watch)
-        return steps, iterations
-
-    return play
-
-
-def enlivened(agent):
-    """The agent, of whose networks each says something."""
-    if hasattr(agent, "plan_slope"):
-        agent.plan_slope.fill_(0.7)
-    return shake(agent)
-
-
-def stacked(steps, name):
-    return torch.stack([step[name] for step in steps])
-
-
-def situations(script, game, batch=40):
-    """States of games under way, some players gone, some steps just before an end."""
-    generator = generator_of(0)
-    state = game.start(batch, generator)
-    state = state._replace(time=torch.randint(20, game.horizon - 1, (batch,), generator=generator))
-    for _ in range(12):
-        actions = script.random_actions(game.action_mask(state), generator)
-        state, _, terminated, truncated = game.step(state, actions)
-        state = game.restart(state, (terminated | truncated).all(1), generator)
-    return state
 
 
 @torch.no_grad()
@@ -115,13 +31,7 @@ def decision_of(script, agent, state, seats=None):
     return player.act(state, mask, seats, players), player
 
 
-def policy_of(logits, mask):
-    return Categorical(logits=logits.masked_fill(~mask, -1e9))
-
-
-# ------------------------------------------------------------------------------------------------
-# Advantages and rollouts
-# ------------------------------------------------------------------------------------------------
+# ---- Advantages and rollouts ---------------------------------------------------------------------
 @pytest.mark.parametrize("gae_lambda", [0.6, 1.0])
 def test_advantages_in_closed_form(script, gae_lambda):
     """Sums of (gamma lambda)^k delta to the end of the player's episode."""
@@ -143,14 +53,12 @@ def test_advantages_in_closed_form(script, gae_lambda):
         assert float(result[t, b, i]) == pytest.approx(total, rel=1e-5)
 
 
+PLAYS = [{"co_players": "self,nh,random", "plan_update": "offset", "prosocial": 0.3}]
+PLAYS += [{"co_players": "self,nh-noisy,ns", "goal": "oracle", "plan_update": "hop"}]
+
+
 @EVERY
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"co_players": "self,nh,random", "plan_update": "offset", "prosocial": 0.3},
-        {"co_players": "self,nh-noisy,ns", "goal": "oracle", "plan_update": "hop"},
-    ],
-)
+@pytest.mark.parametrize("options", PLAYS)
 def test_rollout_step_by_step(script, record, options):
     """Every row of the second iteration against a replay: games that go on and begin, the learner's
     rows alone, V of the last state at truncation and nothing at an end, the reward learnt from."""
@@ -190,6 +98,8 @@ def test_rollout_step_by_step(script, record, options):
     reward = stacked(steps, "reward")
     learnt = 0.7 * reward + 0.3 * reward.mean(2, keepdim=True) if args.prosocial else reward
     learnt = args.reward_scale * learnt
+    if script.SCRIPT == "hop_onestep":  # its planner learns the reward without the bonus
+        assert torch.equal(second.moves["reward"], learnt[stacked(steps, "alive")])
     if plans(script) and args.plan_update == "hop":  # the entropy bonus, till 0.8 of the run
         learnt = learnt - (1 - 0.5 / 0.8) / 3.0 * stacked(steps, "log_prob")
     given = (learnt, stacked(steps, "value"), torch.stack(following), stacked(steps, "goes_on"))
@@ -216,17 +126,15 @@ def test_logged_returns(record):
                 totals["charts/episodic_length"].append(float(step["state"].time[b] + 1))
                 for i, value in enumerate(returns[b].tolist()):
                     kind = int(step["kind"][b, i])
-                    totals[f"returns/{one.co_players.names[kind]}"].append(value)
+                    names = [f"returns/{one.co_players.names[kind]}"]
                     if kind == 0:
-                        totals["charts/episodic_return"].append(value)
-                        totals[f"returns/seat_{i}"].append(value)
+                        names += ["charts/episodic_return", f"returns/seat_{i}"]
+                    for name in names:
+                        totals[name].append(value)
             returns[step["ended"]] = 0.0
-        logged = {}
-        for name, value in one.metrics.items():
-            if name.startswith(("returns/", "charts/episodic")):
-                logged[name] = value
         expected = {name: sum(values) / len(values) for name, values in totals.items()}
-        assert logged == pytest.approx(expected, abs=1e-4)
+        logged = {name for name in one.metrics if name.startswith(("returns/", "charts/episodic"))}
+        assert {name: one.metrics[name] for name in logged} == pytest.approx(expected, abs=1e-4)
         assert len(expected) == 7
 
 
@@ -239,22 +147,16 @@ def test_policy_loss_is_its_formula(script, lively, alone):
     options = {} if plans(script) else {"pg": alone}
     game, agent = lively(clip_coef=0.15, vf_coef=0.7, **options)
     agent.plan_mode = mode
-    generator = generator_of(0)
-    goal = agent.moa.goal_size
-    mask = torch.rand(60, 7, generator=generator) < 0.7
-    mask[:, 4] = True
-    seen = [torch.randn(60, game.own_size, generator=generator)]
-    seen.append(torch.randn(60, 2, game.other_size + goal, generator=generator))
-    seen.append(torch.randn(60, goal, generator=generator))
-    offset = torch.randn(60, 7, generator=generator) * mask * plans(script)
-    advantage = 2 * torch.randn(60, generator=generator) + 1
-    returns = 2 * torch.randn(60, generator=generator) + 1
+    decision, _ = decision_of(script, agent, situations(script, game, batch=20))
+    rows = {name: value.flatten(0, 1) for name, value in decision.items()}
+    mask, action = rows["mask"], rows["action"]
+    seen = [rows[name] for name in ("own", "others", "goal")]
+    noise, advantage, returns = 2 * torch.randn(3, 60, generator=generator_of(0)) + 1
+    offset = noise[:, None] * torch.arange(7) * mask * plans(script) / 7
     prior = agent.actor(*seen)
     policy = policy_of(prior if mode == "hop" else prior + offset, mask)
-    action = policy.sample()
-    before = policy.log_prob(action).detach() + 0.3 * torch.randn(60, generator=generator)
-    rows = dict(zip(["own", "others", "goal"], seen), mask=mask, offset=offset, action=action)
-    rows |= {"log_prob": before, "advantage": advantage, "return": returns}
+    before = policy.log_prob(action).detach() + 0.2 * noise
+    rows |= {"offset": offset, "log_prob": before, "advantage": advantage, "return": returns}
     expected = {"losses/value": 0.5 * (agent.critic(*seen)[:, 0] - returns).square().mean()}
     expected["losses/entropy"] = policy.entropy().mean()
     advantage = (advantage - advantage.mean()) / advantage.std(correction=0)
@@ -277,9 +179,7 @@ def test_policy_loss_is_its_formula(script, lively, alone):
 
 
 @EVERY
-def test_the_first_ratio_is_one_and_each_row_is_learnt_from_once_a_pass(
-    script, record, monkeypatch
-):
+def test_ratios_and_passes(script, record, monkeypatch):
     """Before any step of the optimiser PPO's policy is the one that acted, planner included. The
     learner's rows are learnt from, co-players' and leavers' rows are not."""
     parts = []
@@ -314,7 +214,7 @@ def test_rollouts_in_which_there_is_nothing_to_learn(script, record):
     options = {"num_envs": 1, "num_steps": 1, "total_timesteps": 32, "update_epochs": 1}
     options |= {"moa_buffer": "positive", "plan_update": "hop", "moa_updates": 1}
     options |= {"env_id": "msh-2x2-3p-2h1s", "co_players": "random", "plan_until": 1.0}
-    steps, iterations = record(seed=3, **options)
+    steps, iterations = record(seed=3, **options, plan_beta=0.0)  # which acts at random
     learnt = [len(one.rows["advantage"]) for one in iterations]
     assert set(learnt) == {0, 1}
     paid = stacked(steps, "reward").any(2).flatten().int().argmax()  # in which iteration
@@ -324,52 +224,7 @@ def test_rollouts_in_which_there_is_nothing_to_learn(script, record):
             assert (name in one.metrics) == (learnt[k] > 0)
 
 
-# ------------------------------------------------------------------------------------------------
-# Match buffer, memory and the MOA's loss
-# ------------------------------------------------------------------------------------------------
-PLAYED = {"num_steps": 10, "moa_learning_rate": 0.0, "plan_update": "none", "co_players": "self"}
-
-
-class History:
-    """What is held of a run by a buffer of `size` steps, read in plain loops."""
-
-    def __init__(self, script, steps, size):
-        self.steps = steps
-        self.limit = script.HISTORY
-        self.oldest = max(0, len(steps) - size)
-        self.running = (steps[-1]["episode"] + steps[-1]["ended"]).tolist()
-
-    def span(self, b, t):
-        """(game, start, end) of what is read of the match that step t of game b belongs to: all
-        that is held, of a long match the steps up to t."""
-        match = self.steps[t]["match"][b]
-        same = [s for s, step in enumerate(self.steps) if step["match"][b] == match]
-        start = max(same[0], t - self.limit + 1, self.oldest)
-        return b, start, min(same[-1] + 1, start + self.limit)
-
-    def spans(self):
-        """Those of all that is held."""
-        held = itertools.product(range(len(self.running)), range(self.oldest, len(self.steps)))
-        return [self.span(b, t) for b, t in held]
-
-    def later(self, span, t):
-        """Steps of the same episode within a span, from step t on, counted from its start."""
-        b, start, end = span
-        episode = [int(step["episode"][b]) for step in self.steps[start:end]]
-        return [k for k in range(t, end - start) if episode[k] == episode[t]]
-
-    def known(self, span, t):
-        """Whether what the episode of step t reaches is known: it has ended, and is not cut."""
-        b, start, end = span
-        cut = end - start == self.limit and (end - start - 1) in self.later(span, t)
-        return int(self.steps[start + t]["episode"][b]) < self.running[b] and not cut
-
-    def subgoal(self, span, t, i):
-        b, start, _ = span
-        reached = [int(self.steps[start + k]["reached"][b, i]) for k in self.later(span, t)]
-        return next((item for item in reached if item >= 0), -1)
-
-
+# ---- Match buffer, memory and the MOA's loss -----------------------------------------------------
 @pytest.mark.parametrize("rule", ["all", "positive"])
 @pytest.mark.parametrize("match_episodes", [2, 99])
 def test_matches_are_read_as_they_were_played(script, record, monkeypatch, rule, match_episodes):
@@ -378,11 +233,9 @@ def test_matches_are_read_as_they_were_played(script, record, monkeypatch, rule,
     options = {"match_episodes": match_episodes, "moa_buffer": rule, "moa_capacity": 3 * 30}
     steps, iterations = record(num_envs=3, total_timesteps=30 * 7, **PLAYED, **options)
     buffer, game = iterations[-1].buffer, iterations[-1].game
-    history = History(script, steps, buffer.size)
+    history = History(script, steps, buffer)
     assert buffer.size == 30
-    spans = sorted(set(history.spans()))
-    games, starts, _ = torch.tensor(spans).unbind(1)
-    batch = buffer.read(games, starts)
+    spans, batch = history.read()
     seen = Counter()
     for s, span in enumerate(spans):
         b, start, end = span
@@ -420,7 +273,7 @@ def test_sampled_matches(script, record, monkeypatch, match_episodes):
     monkeypatch.setattr(buffer, "read", lambda *which: drawn.append(torch.stack(which, 1)))
     buffer.sample(20000, generator_of(0))
     found = Counter(tuple(row) for row in drawn[0].tolist())
-    spans = History(script, steps, buffer.size).spans()
+    spans = History(script, steps, buffer).spans()
     expected = Counter((b, start) for b, start, _ in spans)
     assert set(found) == set(expected)
     for key, number in expected.items():
@@ -475,10 +328,9 @@ def test_moa_loss_is_its_formula(script, record, monkeypatch, goal, pretraining)
     steps, iterations = record(total_timesteps=60 * 4, **options)
     agent = iterations[-1].agent
     moa = agent.moa
-    history = History(script, steps, len(steps))
-    spans = sorted(set(history.spans()))
-    games, starts, _ = torch.tensor(spans).unbind(1)
-    batch = iterations[-1].buffer.read(games, starts)
+    history = History(script, steps, iterations[-1].buffer)
+    spans, batch = history.read()
+    games, starts, _ = torch.tensor(spans).T
     assert batch["action"].shape[1] == max(end - start for _, start, end in spans)
     rows = batch["weight"].nonzero().flip(0)[:90]  # as they come by the numbers below
     monkeypatch.setattr(script, "SUBGOAL_COEF", 0.7)
@@ -516,8 +368,9 @@ def test_goals_that_are_inferred_predict_better_than_none(script, record):
     options |= {"moa_learning_rate": 1e-2, "hidden_size": 32, "match_episodes": 4}
     last = {}
     for goal in ("inferred", "none"):
-        _, iterations = record(goal=goal, **options)
+        steps, iterations = record(goal=goal, **options)
         last[goal] = iterations[-1].metrics
+        assert stacked(steps, "goals").any() == (goal == "inferred")
     for name, least in {"moa/nll": 0.05, "moa/recon": 0.05}.items():
         assert last["inferred"][name] < last["none"][name] - least, last
 
@@ -580,10 +433,8 @@ def test_joint_actions_are_drawn_from_the_moa_at_drawn_goals(script, lively):
 
 
 @EVERY
-@pytest.mark.parametrize(
-    "mode, slope, share", [("offset", 0.6, 0.6), ("hop", 1.8, 1.0), ("offset", -0.5, 0.0)]
-)
-def test_the_policy_that_acts(script, lively, mode, slope, share):
+@pytest.mark.parametrize("mode, slope", [("offset", 0.6), ("hop", 1.8), ("offset", -0.5)])
+def test_the_policy_that_acts(script, lively, mode, slope):
     """pi_theta of own features, of co-players' with the goals inferred, and of their sum; in the
     logits beta times centred Q, or that alone; beta by the slope. Actions are drawn from it."""
     game, agent = lively(plan_update=mode, plan_beta=6.0)
@@ -606,7 +457,7 @@ def test_the_policy_that_acts(script, lively, mode, slope, share):
         q = decision["q_plan"]
         assert torch.equal(q.any(2), seats & game.alive(state))
         mean = (q * mask).sum(2, keepdim=True) / mask.sum(2, keepdim=True)
-        offset = 6.0 * share * (q - mean) * mask
+        offset = 6.0 * min(1.0, max(0.0, slope)) * (q - mean) * mask
         torch.testing.assert_close(decision["offset"], offset, rtol=1e-4, atol=1e-4)
         logits = offset if mode == "hop" else prior + offset
     policy = policy_of(logits, mask)
@@ -663,16 +514,16 @@ def test_relabelled_seats_give_the_same_training_of_goals(script, record, monkey
     options = {} if plans(script) else {"goal_training": training}
     options |= {"env_id": "msh-3x3-4p-3h1s", "match_episodes": 2, **PLAYED}
     steps, iterations = record(total_timesteps=60 * 3, **options)
-    buffer, agent = iterations[-1].buffer, iterations[-1].agent
-    spans = sorted(set(History(script, steps, len(steps)).spans()))
-    games, starts, _ = torch.tensor(spans).unbind(1)
-    batch = buffer.read(games, starts)
+    agent = iterations[-1].agent
+    history = History(script, steps, iterations[-1].buffer)
+    _, batch = history.read()
+    ring = history.buffer.ring
     for name in ("players", "action", "alive", "reward", "reached"):
-        buffer.ring[name] = buffer.ring[name][:, :, ORDER]
+        ring[name] = ring[name][:, :, ORDER]
     monkeypatch.setattr(torch, "randn", lambda shape, **rest: torch.full(shape, 0.3))
     monkeypatch.setattr("torch.nn.functional.gumbel_softmax", lambda x, tau, hard: x.softmax(1))
     results = []
-    for one in (batch, buffer.read(games, starts)):
+    for one in (batch, history.read()[1]):
         loss, terms = script.moa_loss(agent, one, False, generator_of(0))
         gradients = torch.autograd.grad(loss, [*agent.moa.parameters()], allow_unused=True)
         results.append([loss, terms, [g for g in gradients if g is not None]])

@@ -1,17 +1,16 @@
-"""Rules of the grid games: a slow reference written from the rules, scenes by hand, invariances.
+"""Rules of the grid games: a slow reference written from the rules, views by hand, invariances.
 
 Cells are (row, column) in this file, and None for a player that has left or an item that is gone.
 """
 
-import functools
 import itertools
-import math
 import random
 from collections import Counter, defaultdict
 
-import numpy as np
 import pytest
 import torch
+
+from run_tools import generator_of, situations
 
 pytestmark = pytest.mark.only("hop_onestep")
 
@@ -34,16 +33,8 @@ GAMES = {  # id: height, width, players, kinds of the items
 }
 
 
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def places_of(cells, width):
     return [None if cell < 0 else divmod(cell, width) for cell in cells.tolist()]
-
-
-def cells_of(places, width):
-    return torch.tensor([[-1 if p is None else p[0] * width + p[1] for p in places]])
 
 
 class Reference:
@@ -176,69 +167,32 @@ def test_whole_episodes_agree_with_the_reference(script):
         assert events[name.strip()] > 0, name
 
 
-CORNER = (0, 0)
-PREY = [(1, 1), (0, 3), (3, 3), (3, 0), (2, 2)]  # the stag, four hares
-DRIFTS = [*PREY, None]
-
-
-def played(script, items, players, actions, time=0, first_hunt=0):
-    """Rewards, and how it ends for each player: t terminated, c cut off, . it goes on."""
-    game = script.GridGame("msh-4x4-4h1s" if len(items) == 5 else "msg-4x4")
-    cells = (cells_of(players, 4), cells_of(items, 4))
-    state = script.GridState(*cells, torch.tensor([time]), torch.tensor([first_hunt]))
-    _, reward, terminated, truncated = game.step(state, torch.tensor([actions]))
-    ends = ["t" if t else "c" if c else "." for t, c in zip(terminated[0], truncated[0])]
-    return reward[0].tolist(), "".join(ends)
-
-
-def test_scenes(script):
-    """Each is what a rule says; what is where afterwards is compared with the reference above."""
-    hunt = functools.partial(played, script, PREY)
-    drift = functools.partial(played, script, DRIFTS)
-    # hunters split the stag and leave; who stands by gets nothing
-    on_stag = [(1, 1), (1, 1), (1, 1), (0, 3)]
-    assert hunt(on_stag, [STAG, STAG, STAY, HARE]) == ([5, 5, 0, 1], "tt.t")
-    # one hunter is too few for a stag, and who arrives takes no part
-    assert hunt([(1, 1), (1, 0), (2, 2), CORNER], [STAG, RIGHT, STAG, UP]) == ([0] * 4, "....")
-    # the fifth step after the first hunt is the last, whatever happens in it
-    late = [None, (0, 3), CORNER, CORNER]
-    assert hunt(late, [STAG, HARE, UP, LEFT], 11, 7) == ([0, 1, 0, 0], "tttt")
-    # the horizon truncates who is still there
-    assert hunt(late, [STAY, HARE, STAY, STAY], 34, 31) == ([0, 1, 0, 0], "ttcc")
-    assert hunt([(1, 1)] * 4, [STAG] * 4, 34) == ([2.5] * 4, "tttt")
-    # each drift pays all 6, and those who remove it split 4; nobody leaves
-    places = [(1, 1), (1, 1), (2, 2), CORNER]
-    assert drift(places, [REMOVE] * 4) == ([10, 10, 8, 12], "....")
-    # the last drift terminates the game, also at the horizon
-    last = [None] * 5 + [CORNER]
-    assert played(script, last, places, [STAY, STAY, STAY, REMOVE], 49) == ([6, 6, 6, 2], "tttt")
-    assert drift(places, [STAY] * 4, 49) == ([0] * 4, "cccc")
+def scene(script, players, items):
+    """One game, seven steps after its start, with players and items in these cells."""
+    return script.GridState(*map(torch.tensor, ([players], [items], [7], [0])))
 
 
 def test_observations(script):
     """Planes: the player itself, those after it, kinds of items; who has left is nowhere."""
     game = script.GridGame("msh-4x4-4h1s")
-    cells = cells_of([CORNER, None, (2, 2), (0, 1)], 4), cells_of([None, *PREY[1:]], 4)
-    time = torch.tensor([4])
-    view = game.observe(script.GridState(*cells, time, time))[0, 2]
+    view = game.observe(scene(script, [0, -1, 10, 1], [-1, 3, 15, 12, 10]))[0, 2]
     places = [[[2, 2]], [[0, 1]], [[0, 0]], [], [], [[0, 3], [2, 2], [3, 0], [3, 3]]]
     assert [plane.nonzero().tolist() for plane in view] == places
 
 
-@pytest.mark.parametrize(
-    "env_id, height, width, players, item_counts, best",
-    [
-        ("msh", 8, 8, 4, [1, 4], (10 + 2) / 4),
-        ("msh-3x5-3p", 3, 5, 3, [1, 4], (10 + 1) / 3),
-        ("msh-2p-1h3s", 8, 8, 2, [3, 1], 10 / 2),
-        ("msh-1x1-1p-0h1s", 1, 1, 1, [1, 0], 0),
-        ("msh-10x12-11p-20h10s", 10, 12, 11, [10, 20], (50 + 1) / 11),
-        ("msg", 8, 8, 4, [6], 6 * (6 - 4 / 4)),
-        ("msg-5x6-2p-10d", 5, 6, 2, [10], 10 * (6 - 4 / 2)),
-    ],
-)
+IDS = [  # height, width, players, numbers of items, highest mean return of a player
+    ("msh", 8, 8, 4, [1, 4], (10 + 2) / 4),
+    ("msh-3x5-3p", 3, 5, 3, [1, 4], (10 + 1) / 3),
+    ("msh-2p-1h3s", 8, 8, 2, [3, 1], 10 / 2),
+    ("msh-1x1-1p-0h1s", 1, 1, 1, [1, 0], 0),
+    ("msh-10x12-11p-20h10s", 10, 12, 11, [10, 20], (50 + 1) / 11),
+    ("msg", 8, 8, 4, [6], 6 * (6 - 4 / 4)),
+    ("msg-5x6-2p-10d", 5, 6, 2, [10], 10 * (6 - 4 / 2)),
+]
+
+
+@pytest.mark.parametrize("env_id, height, width, players, item_counts, best", IDS)
 def test_ids(script, env_id, height, width, players, item_counts, best):
-    """Sizes of the game, and the highest mean return of a player."""
     game = script.GridGame(env_id)
     assert game.horizon == (35 if env_id.startswith("msh") else 50)
     assert script.GridGame(env_id, horizon=12).horizon == 12
@@ -263,18 +217,6 @@ def test_bad_ids_raise_usage_error(script, env_id):
     assert repr(env_id) in str(error.value)
 
 
-def random_situations(script, game, batch, seed):
-    """States of games under way, some at their last step; actions, not all of them legal."""
-    generator = generator_of(seed)
-    state = game.start(batch, generator)
-    state = state._replace(time=torch.randint(20, game.horizon - 8, (batch,), generator=generator))
-    for _ in range(8):
-        actions = script.random_actions(game.action_mask(state), generator)
-        state, _, terminated, truncated = game.step(state, actions)
-        state = game.restart(state, (terminated | truncated).all(1), generator)
-    return state, torch.randint(game.num_actions, actions.shape, generator=generator)
-
-
 def by_seat(game, state, actions):
     """All that is [B, N, ..] of a state and of the one after it, and both states."""
     after, reward, terminated, truncated = game.step(state, actions)
@@ -291,7 +233,9 @@ def test_no_seat_and_no_game_of_the_batch_is_special(script, env_id):
     order, from arguments that stay as they were, with no random number drawn."""
     game = script.GridGame(env_id)
     n = game.num_players
-    state, actions = random_situations(script, game, 200, 0)
+    state = situations(script, game, batch=200)
+    state.time[:50] = game.horizon - 1
+    actions = torch.randint(game.num_actions, (200, n), generator=generator_of(0))
     kept = [field.clone() for field in (*state, actions)]
     drawn = torch.get_rng_state()
     seats, games = by_seat(game, state, actions)
@@ -323,22 +267,15 @@ def test_starts_are_uniform(script):
     """Players on any cells, items on distinct ones, all independent: by chi square."""
     game = script.GridGame("msh-2x3-3p-1h1s")
     state = game.start(36000, generator_of(0))
-    assert not state.time.any()
-    assert not state.first_hunt.any()
-    stag, hare = state.items.unbind(1)
-    assert (stag != hare).all()
-    other = hare - (hare > stag).long()  # the hare's place among the five cells left by the stag
-    cells = [*state.players.unbind(1), stag, other]
-    joint = np.ravel_multi_index([column.numpy() for column in cells], (6, 6, 6, 6, 5))
-    counts = np.bincount(joint, minlength=6**4 * 5)
+    assert not state.time.any() and not state.first_hunt.any()
+    assert (state.items[:, 0] != state.items[:, 1]).all()
+    cells = torch.cat([state.players, state.items], 1)
+    found = cells.unique(dim=0, return_counts=True)[1]
+    counts = torch.zeros(6**4 * 5)
+    counts[: len(found)] = found.float()
     freedom = len(counts) - 1
     statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
-
-
-def scene(script, players, items, time=7):
-    cells = (torch.tensor([players]), torch.tensor([items]))
-    return script.GridState(*cells, torch.tensor([time]), torch.tensor([0]))
 
 
 def test_features_of_who_has_left_and_what_is_gone_are_zero(script):
@@ -372,18 +309,14 @@ def test_the_clock_by_hand(script):
     horizon. With 0 left V is not trained: it reads, to bootstrap, as with 1 left."""
     game = script.GridGame("msh-4x4-2p-1h1s")
     state = game.start(5, generator_of(0))
-    times = torch.tensor([0, 7, 32, 34, 35])
+    times = torch.tensor([0, 7, 32, 30, 35])
     hunts = torch.tensor([0, 4, 0, 30, 0])
-    clock = script.clock_features(game, state._replace(time=times, first_hunt=hunts))
-    expected = []
-    for time, left in zip(times.tolist(), (35, 2, 3, 1, 1)):
-        numbers = [time / 35, left / 35, math.exp(-left / 8), left <= 5]
-        numbers += [left == 1, left == 2, left == 3, time == 7]
-        expected.append([float(number) for number in numbers])
-    for seat in range(2):
-        torch.testing.assert_close(clock[:, seat], torch.tensor(expected))
+    left = torch.tensor([35, 2, 3, 5, 1])
+    numbers = [times / 35, left / 35, (-left / 8).exp(), left <= 5]
+    numbers += [left == 1, left == 2, left == 3, times == 7]
+    expected = torch.stack([number.float() for number in numbers], 1)
     own, _ = game.features(state._replace(time=times, first_hunt=hunts))
-    assert torch.equal(own[..., :8], clock)
+    torch.testing.assert_close(own[..., :8], expected[:, None].expand(5, 2, 8))
 
 
 def test_subgoals(script):

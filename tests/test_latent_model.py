@@ -1,5 +1,5 @@
 """The latent world model of latent_world_model.py: losses, targets and planner, each by a slow
-way to the same; what it learns of a tiny game; and training from a file of recorded play."""
+way to the same; and training from a file of recorded play."""
 
 import math
 from pathlib import Path
@@ -9,73 +9,15 @@ import pytest
 import torch
 
 from benchmarks import offline
-from conftest import load_script, small_args
-from run_tools import assert_same_run, broken_run, networks, parsed, refused, run, shake, trust
+from conftest import HUNT, small_args
+from run_tools import assert_same_run, broken_run, generator_of, networks, parsed, run, situations
 
-HUNT = "msh-3x3-3p-2h1s"
+pytestmark = pytest.mark.only("latent_world_model")
 ALONE = "msh-3x3-1p-2h1s"
 LEAVING = "test_pettingzoo_game:Leaving"
-STAY = 4
-GAMMA = 0.9
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load_script("latent_world_model")
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    """Runs are written elsewhere; environments of another test module can be imported."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def lively(script):
-    """Makes a game and an agent whose every network says something, with the options given."""
-
-    def make(**options):
-        args = small_args(script, **{"env_id": HUNT, "horizon": 9, "gamma": GAMMA, **options})
-        game = script.make_game(args, "cpu")
-        return game, shake(script.Agent(game, script.checked(args, game)))
-
-    return make
-
-
-def some_actions(script, game, state, generator):
-    """Legal actions [B, N], the interactions ahead of moves."""
-    weights = game.action_mask(state).float()
-    weights[..., STAY + 1 :] *= 6.0
-    return script.sample(weights.log(), generator)
-
-
-def rows_of_play(script, game, agent, batch=40, steps=9):
-    """Transitions [R, ..] of all players in random play, with any goals and shifts."""
-    generator = generator_of(3)
-    found = []
-    state = game.start(batch, generator)
-    for _ in range(steps):
-        action = some_actions(script, game, state, generator)
-        after, reward, terminated, _ = game.step(state, action)
-        own, views = game.features(state)
-        goals = torch.randn(*action.shape, agent.moa.goal_size, generator=generator)
-        row = {"own": own, "others": agent.inputs(views, goals)[0], "action": action}
-        row |= {"other_actions": action[:, game.others], "reward": reward}
-        row |= {"shift": torch.randn(action.shape, generator=generator), "terminated": terminated}
-        row |= {"valued": torch.rand(action.shape, generator=generator) < 0.6}
-        row |= dict(zip(["next_own", "next_views"], game.features(after), strict=True))
-        found.append({name: value[game.alive(state)] for name, value in row.items()})
-        state = game.restart(after, terminated.all(1), generator)
-    return {name: torch.cat([row[name] for row in found]) for name in found[0]}
-
-
-# ---- Losses --------------------------------------------------------------------------------------
 def plain_terms(agent, row):
     """The four terms of one row."""
     model = agent.model
@@ -88,7 +30,8 @@ def plain_terms(agent, row):
     target = row["reward"] + row["shift"]
     observation = consistency = following = torch.zeros(())
     if not row["terminated"]:
-        target = target + GAMMA * (then if agent.args.td_target == "observed" else planned)
+        coming = then if agent.args.td_target == "observed" else planned
+        target = target + agent.args.gamma * coming
         following = (planned - then.detach()) ** 2
         pairs = [(own, row["next_own"]), (views, row["next_views"])]
         observation = sum(((x - y) ** 2).sum() for x, y in pairs)
@@ -102,13 +45,15 @@ def plain_terms(agent, row):
 
 
 @pytest.mark.parametrize("env_id, td_target", [(HUNT, "observed"), (ALONE, "model")])
-def test_losses_row_by_row(script, lively, monkeypatch, env_id, td_target):
+def test_losses_row_by_row(script, record, monkeypatch, env_id, td_target):
     """Terms, their weighted sum, and its gradient, on rows with ends and rows without a value."""
     coefs = {"observation": 0.5, "reward": 2.0, "value": 0.3, "consistency": 0.7}
     monkeypatch.setattr(script, "MODEL_COEFS", coefs)
-    game, agent = lively(env_id=env_id, td_target=td_target)
-    rows = rows_of_play(script, game, agent)
-    some = torch.arange(0, len(rows["reward"]), len(rows["reward"]) // 60)
+    options = {"plan_update": "offset", "plan_until": 1.0, "num_steps": 40, "td_target": td_target}
+    _, iterations = record(**options, env_id=env_id, total_timesteps=240)
+    agent, rows = iterations[-1].agent, iterations[-1].moves
+    rows["valued"] = torch.rand(rows["reward"].shape, generator=generator_of(3)) < 0.6
+    some = torch.arange(0, len(rows["reward"]), len(rows["reward"]) // 120)
     rows = {name: value[some] for name, value in rows.items()}
     assert len(set(zip(rows["terminated"].tolist(), rows["valued"].tolist(), strict=True))) == 4
     by_row = []
@@ -116,25 +61,14 @@ def test_losses_row_by_row(script, lively, monkeypatch, env_id, td_target):
         by_row.append(plain_terms(agent, {name: value[r] for name, value in rows.items()}))
     expected = {name: sum(row[name] for row in by_row) / len(some) for name in coefs}
     loss, terms = script.model_loss(agent, rows)
-    for name in coefs:
-        torch.testing.assert_close(terms[f"model/{name}"], expected[name], **CLOSE)
+    named = {f"model/{name}": term for name, term in expected.items()}
+    torch.testing.assert_close(terms, named, **CLOSE)
     whole = sum(coefs[name] * expected[name] for name in coefs)
     torch.testing.assert_close(loss, whole, **CLOSE)
     parameters = [*agent.model.parameters()]
     options = {"allow_unused": True, "materialize_grads": True}
     gradients = (torch.autograd.grad(x, parameters, **options) for x in (loss, whole))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
-
-
-# ---- Planner -------------------------------------------------------------------------------------
-def situation(script, game, batch=12):
-    """A state in which some have left."""
-    generator = generator_of(8)
-    state = game.start(batch, generator)
-    for _ in range(3):
-        state, *_ = game.step(state, some_actions(script, game, state, generator))
-    return state
+    torch.testing.assert_close(*gradients, **CLOSE)
 
 
 def plain_step(model, own, others, action, other_actions):
@@ -166,7 +100,7 @@ def test_scores_equal_a_plain_loop(script, lively, monkeypatch, co_player_model)
     monkeypatch.setattr(script, name, lambda *inputs: drawn.append(draw(*inputs)) or drawn[0])
     game, agent = lively(co_player_model=co_player_model)
     agent.args.reward_scale = 7.0  # is in the rewards that are learnt, and not applied twice
-    state = situation(script, game)
+    state = situations(script, game, batch=12)
     own, views = game.features(state)
     goals = torch.randn(12, 3, agent.moa.goal_size, generator=generator_of(5))
     chosen = game.alive(state).nonzero(as_tuple=True)
@@ -183,7 +117,7 @@ def test_scores_equal_a_plain_loop(script, lively, monkeypatch, co_player_model)
                 *ahead, reward = plain_step(model, *zs, a, joint[b, k, company].tolist())
                 plays_on = model.own_decoder(ahead[0])[-1].clamp(0.0, 1.0)
                 value = model.value(*ahead, goals[b, company].sum(0))[0]
-                expected += float(reward + GAMMA * plays_on * value) / 4
+                expected += float(reward + agent.args.gamma * plays_on * value) / 4
             assert float(q[d, a]) == pytest.approx(expected, abs=1e-4)
     assert len(q) > 20 and q.std(1).min() > 0.01
 
@@ -192,7 +126,7 @@ def test_a_rule_acts_as_the_scripted_kind(script, lively):
     """Without noise or a target that it had before; with the same draws."""
     for number, kind in enumerate(script.GridGame(HUNT).kinds):
         game, agent = lively(co_player_model=kind, plan_samples=30)
-        state = situation(script, game)
+        state = situations(script, game, batch=12)
         joint = script.rule_actions(agent, state, generator_of(1))
         copies = type(state)(*(field.repeat_interleave(30, 0) for field in state))
         kinds = torch.full_like(copies.players, number)
@@ -201,89 +135,52 @@ def test_a_rule_acts_as_the_scripted_kind(script, lively):
         assert torch.equal(joint, expected.view(12, 30, 3))
 
 
-# ---- What is learnt from -------------------------------------------------------------------------
-RUNS = [(HUNT, "offset", True), (HUNT, "hop", True), (LEAVING, None, False)]
-
-
-@pytest.mark.parametrize("env_id, plan, anneal", RUNS)
-def test_rows_are_what_the_game_did(script, monkeypatch, tmp_path, env_id, plan, anneal):
-    """Of every player that is there; next features are those of the step's own next state. On any
-    environment the planner is on by default. The model learns slower and slower, if so told."""
+@pytest.mark.parametrize("plan, anneal", [("offset", False), ("hop", True)])
+def test_rows_are_what_the_game_did(script, record, monkeypatch, plan, anneal):
+    """Of every player that is there; next features are those of the step's own next state. The
+    model learns slower and slower, if so told."""
     monkeypatch.setattr(script, "REPLAY", 300)
-    kind = script.GridGame if env_id == HUNT else script.PettingZooGame
-    plain = kind.step
-    steps = []
-    seen = []
-
-    def noted(game, state, actions):
-        result = plain(game, state, actions)
-        steps.append((state, result[0], actions, *result[1:3]))
-        return result
-
-    def watch(**names):
-        trust(**names)
-        kept = {k: torch.cat(v) for k, v in names["storage"].items()}
-        rate = names["optimizer"].param_groups[2]["lr"] / script.MODEL_LEARNING_RATE
-        assert rate == (1.0 - 0.5 * len(seen) if anneal else 1.0)
-        assert len(names["sums"]["model/reward"]) == script.MODEL_UPDATES
-        seen.append((kept, names["moves"], names["recent"], names["args"], names["game"]))
-
-    monkeypatch.setattr(kind, "step", noted)
-    options = {"env_id": env_id, "co_players": "self,random", "prosocial": 0.3, "horizon": 7}
-    options |= {"plan_update": plan, "plan_until": 1.0, "plan_beta": 2.0, "anneal": anneal}
-    run(script, small_args(script, **options), tmp_path, watch)
-    for number, (kept, moves, _, args, game) in enumerate(seen):
-        states, afters, *rest = zip(*steps[16 * number : 16 * number + 16], strict=True)
-        state, after = (type(x[0])(*map(torch.cat, zip(*x))) for x in (states, afters))
-        action, reward, terminated = map(torch.cat, rest)
-        alive = game.alive(state)
-        own, views = game.features(state)
-        chosen = kept["q_plan"].gather(2, action[..., None])[..., 0]
-        temperature = (1 - number / 2) / 2.0 if plan == "hop" else 0.0
-        row = {"own": own, "others": torch.cat([views, kept["goals"][:, game.others]], 3)}
-        row |= dict(zip(["next_own", "next_views"], game.features(after), strict=True))
-        row |= {"action": action, "other_actions": action[:, game.others]}
-        row["reward"] = args.reward_scale * (0.7 * reward + 0.3 * reward.mean(1, keepdim=True))
-        row["shift"] = kept["expected"] - chosen - temperature * kept["log_prob"]
-        row |= {"valued": kept["learner"], "terminated": terminated}
-        assert set(moves) == set(row) == set(script.TRANSITION)
+    options = {"co_players": "self,random", "prosocial": 0.3, "num_steps": 16, "anneal": anneal}
+    options |= {"plan_update": plan, "plan_until": 1.0, "plan_beta": 2.0, "total_timesteps": 192}
+    steps, iterations = record(**options)
+    for k, one in enumerate(iterations):
+        state, after = [], []
+        for step in steps[16 * k : 16 * k + 16]:
+            state.append(step["state"])
+            after.append(one.game.step(state[-1], step["action"])[0])
+        state, after = (type(x[0])(*map(torch.cat, zip(*x))) for x in (state, after))
+        kept = {name: torch.cat(x) for name, x in one.storage.items()}
+        action, reward, alive = (kept[name] for name in ("action", "reward", "alive"))
+        own, views = one.game.features(state)
+        row = {"own": own, "others": torch.cat([views, kept["goals"][:, one.game.others]], 3)}
+        row |= dict(zip(["next_own", "next_views"], one.game.features(after), strict=True))
+        row |= {"action": action, "other_actions": action[:, one.game.others]}
+        row["reward"] = one.args.reward_scale * (0.7 * reward + 0.3 * reward.mean(1, keepdim=True))
+        row["shift"] = kept["expected"] - kept["q_plan"].gather(2, action[..., None])[..., 0]
+        row["shift"] -= (plan == "hop") * (1 - k / 2) / 2.0 * kept["log_prob"]
+        row |= {"valued": kept["learner"], "terminated": kept["terminated"]}
+        assert set(one.moves) == set(row) == set(script.TRANSITION)
         for name, value in row.items():
-            torch.testing.assert_close(moves[name], value[alive])
-        assert not alive.all() and terminated[alive].any() and moves["reward"].any()
-        assert 0 < moves["valued"].sum() < len(moves["valued"])
+            torch.testing.assert_close(one.moves[name], value[alive])
+        assert not alive.all() and one.moves["terminated"].any() and one.moves["reward"].any()
+        assert 0 < one.moves["valued"].sum() < len(one.moves["valued"])
+        assert len(one.sums["model/reward"]) == script.MODEL_UPDATES
     assert kept["offset"].abs().max() > 0.0 and row["shift"].std() > 0.0
-    for name, value in seen[-1][2].items():
-        assert torch.equal(value, torch.cat([moves[name] for _, moves, *_ in seen])[-300:])
+    for name, value in one.recent.items():
+        assert torch.equal(value, torch.cat([past.moves[name] for past in iterations])[-300:])
+    rate = one.optimizer.param_groups[2]["lr"] / script.MODEL_LEARNING_RATE
+    assert rate == (0.5 if anneal else 1.0)
 
 
-def test_a_batch_is_of_late_and_of_surprising_rows(script, lively):
-    """Whole rows; V does not learn from the surprising ones."""
-    game, agent = lively()
-    rows = rows_of_play(script, game, agent)
-    rows["valued"][:] = True
-    recent = {name: value[:200] for name, value in rows.items()}
-    reservoir = {name: value[200:260] for name, value in rows.items()}
-    batch = script.model_batch(recent, reservoir, generator_of(0))
-    place = (rows["shift"] == batch["shift"][:, None]).nonzero()[:, 1]  # no shift is there twice
-    late = torch.arange(script.MODEL_BATCH) < 0.75 * script.MODEL_BATCH
-    assert torch.equal(place < 200, late) and place.max() < 260
-    for name in script.TRANSITION:
-        expected = late if name == "valued" else rows[name][place]
-        assert torch.equal(batch[name], expected), name
-    assert reservoir["valued"].all()
-
-
-def test_a_tiny_game_is_learnt_exactly(script, monkeypatch):
-    """Rewards, and who plays on, on 2x2 with a stag and a hare."""
+def test_a_tiny_game_is_learnt(script, record, monkeypatch):
+    """Rewards, and who plays on, on 2x2 with a stag and a hare, of random play."""
     monkeypatch.setattr(script, "LATENT_SIZE", 32)
-    args = small_args(script, env_id="msh-2x2-2p-1h1s", goal="none")
-    game = script.make_game(args, "cpu")
-    torch.manual_seed(0)
-    agent = script.Agent(game, script.checked(args, game))
-    rows = rows_of_play(script, game, agent, batch=200)
-    rows["others"][..., game.other_size :] = 0.0
-    rows["reward"] *= agent.args.reward_scale
-    optimizer = torch.optim.Adam(agent.model.parameters())
+    options = {"env_id": "msh-2x2-2p-1h1s", "num_envs": 64, "num_steps": 32, "goal": "none"}
+    _, iterations = record(**options, total_timesteps=2048, plan_update="offset", plan_beta=0.0)
+    agent, rows = iterations[0].agent, iterations[0].moves
+    model = script.LatentModel(agent.game, agent.moa.goal_size, 32)
+    agent.model = model
+    optimizer = torch.optim.Adam(model.parameters())
     generator = generator_of(1)
     for k in range(400):
         index = torch.randint(len(rows["reward"]), (128,), generator=generator)
@@ -291,20 +188,36 @@ def test_a_tiny_game_is_learnt_exactly(script, monkeypatch):
         optimizer.param_groups[0]["lr"] = 2 * script.MODEL_LEARNING_RATE * (1 - k / 400)
         script.descend(optimizer, 0, loss, 10.0, {}, {})
     with torch.no_grad():
-        zs = agent.model.encode(rows["own"], rows["others"])
-        *ahead, reward = agent.model(*zs, rows["action"], rows["other_actions"])
-        _, _, plays_on = agent.model.decode(*ahead)
-    assert (reward - rows["reward"]).abs().max() < 0.4
+        zs = model.encode(rows["own"], rows["others"])
+        *ahead, reward = model(*zs, rows["action"], rows["other_actions"])
+        _, _, plays_on = model.decode(*ahead)
+    assert ((reward - rows["reward"]).abs() < 0.3).float().mean() > 0.99
     assert ((plays_on < 0.5) == rows["terminated"]).float().mean() > 0.95
 
 
-# ---- Recorded play -------------------------------------------------------------------------------
+def test_a_batch_is_of_late_and_of_surprising_rows(script, record):
+    """Whole rows; V does not learn from the surprising ones."""
+    _, iterations = record(plan_update="offset", plan_until=1.0, total_timesteps=96)
+    rows = iterations[-1].moves
+    rows["shift"] = torch.arange(len(rows["shift"]))
+    rows["valued"][:] = True
+    recent = {name: value[:100] for name, value in rows.items()}
+    reservoir = {name: value[100:130] for name, value in rows.items()}
+    batch = script.model_batch(recent, reservoir, generator_of(0))
+    place = batch["shift"]
+    late = torch.arange(script.MODEL_BATCH) < 0.75 * script.MODEL_BATCH
+    assert torch.equal(place < 100, late) and place.max() < 130
+    for name in script.TRANSITION:
+        expected = late if name == "valued" else rows[name][place]
+        assert torch.equal(batch[name], expected), name
+    assert reservoir["valued"].all()
+
+
 @pytest.fixture(scope="module")
 def play(script, tmp_path_factory):
     """Of a game of each sort a file of recorded play of 50 steps of 3 games, and what is in it."""
     files = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent)
         patch.setattr(offline, "GAMES", 3)
         patch.setattr(offline, "EPISODES", 2)
         for env_id, pool in {HUNT: "nh,random", LEAVING: "random"}.items():
@@ -322,7 +235,7 @@ def offline_args(script, path, **options):
 
 
 @pytest.mark.parametrize("env_id", [HUNT, LEAVING])
-def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, tmp_path, env_id):
+def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_id):
     """No game is stepped; matches end where they did, and with the last row. Every player's rows
     are learnt from, by the model and the MOA alone."""
     for game in (script.GridGame, script.PettingZooGame):
@@ -342,9 +255,10 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, tmp_p
         weights = {name: value.clone() for name, value in networks(names["agent"]).items()}
         seen.append({**names, "kept": kept, "weights": weights, "memory": names["player"].memory})
 
-    run(script, offline_args(script, path, env_id=env_id, num_steps=5), tmp_path, watch)
+    run(script, offline_args(script, path, env_id=env_id, num_steps=5), watch)
     last = seen[-1]
     game = last["game"]
+    assert game.defaults["plan_update"] != "none"  # a planner is on by default on any game
     kept = {k: torch.cat([names["kept"][k] for names in seen]) for k in last["kept"]}
     over = data["terminated"] | data["truncated"]
     data["goes_on"] = ~over
@@ -372,37 +286,37 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, tmp_p
         assert torch.equal(seen[0]["weights"][name], last["weights"][name]) != learns, name
 
 
-def test_an_offline_run_goes_on_to_the_bit(script, play, tmp_path, monkeypatch, capsys):
+def test_an_offline_run_goes_on_to_the_bit(script, play, refuse):
     """And not if its file has become shorter."""
     _, arrays = play[LEAVING]
     np.savez("cut.npz", **arrays)
     args = offline_args(script, "cut.npz", env_id=LEAVING, checkpoint_every=1)
-    unbroken = run(script, args, tmp_path)
-    broken = broken_run(script, args, tmp_path, 3)
+    unbroken = run(script, args)
+    broken = broken_run(script, args, 3)
     np.savez("cut.npz", **{k: x[:3] if x.ndim else x for k, x in arrays.items()})
-    assert "does not fit this run" in refused(script, monkeypatch, capsys, "--resume", broken)
+    assert "does not fit this run" in refuse("--resume", broken)
     np.savez("cut.npz", **arrays)
-    run(script, parsed(script, tmp_path, "--resume", broken), tmp_path)
+    run(script, parsed(script, "--resume", broken))
     assert_same_run(script, unbroken.path, broken)
 
 
-def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play, tmp_path):
+def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play):
     """The planner is trusted in full; `--init` takes all options but the file."""
-    path = run(script, offline_args(script, play[HUNT][0]), tmp_path).path
+    path = run(script, offline_args(script, play[HUNT][0])).path
     agent = script.load_player(path, script.GridGame(HUNT), 2).agent
     assert agent.plan_mode == "hop" and float(agent.plan_slope) == 1.0
     result = script.evaluate(path, "nh,random", episodes=6, match_episodes=2)
     assert all(map(math.isfinite, result["focal_returns"]))
     words = ["--init", path, "--co-players", "self,nh", "--total-timesteps", 100]
     seen = []
-    args = parsed(script, tmp_path, *words)
-    run(script, args, tmp_path, lambda storage, **others: seen.extend(storage["offset"]))
+    args = parsed(script, *words)
+    run(script, args, lambda storage, **others: seen.extend(storage["offset"]))
     assert torch.stack(seen).abs().max() > 0.0
 
 
-def test_what_cannot_be_learnt_from(script, play, monkeypatch, capsys):
-    """One line, status 2, and nothing is written."""
+def test_what_cannot_be_learnt_from(play, refuse):
     path, arrays = play[HUNT]
+    words = f"--env-id {HUNT} --horizon 6 --offline"
 
     def edited(name, place, value):
         array = arrays[name].astype(float)
@@ -424,11 +338,9 @@ def test_what_cannot_be_learnt_from(script, play, monkeypatch, capsys):
     for name in [*changes, "text", "missing"]:
         if name in changes:
             np.savez(f"{name}.npz", **{**arrays, **changes[name]})
-        words = ["--env-id", HUNT, "--horizon", 6, "--offline", f"{name}.npz"]
-        assert f"{name}.npz" in refused(script, monkeypatch, capsys, *words), name
-    words = ["--env-id", HUNT, "--horizon", 6, "--offline", path]
+        assert f"{name}.npz" in refuse(f"{words} {name}.npz"), name
     for wrong in ("--plan-update none", "--goal oracle", "--plan-until 0.5"):
-        assert "--offline" in refused(script, monkeypatch, capsys, *words, *wrong.split())
-    words += ["--num-envs", 1, "--num-steps", 100, "--total-timesteps", 299]
-    assert "--total-timesteps" in refused(script, monkeypatch, capsys, *words)
-    assert "--co-player-model" in refused(script, monkeypatch, capsys, "--co-player-model", "self")
+        assert "--offline" in refuse(f"{words} {path} {wrong}")
+    short = "--num-envs 1 --num-steps 100 --total-timesteps 299"
+    assert "--total-timesteps" in refuse(f"{words} {path} {short}")
+    assert "--co-player-model" in refuse("--co-player-model self")

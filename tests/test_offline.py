@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import offline
+from run_tools import generator_of
 
 script = offline.script
 GAME = "msh-3x3-3p-1h1s"
@@ -15,11 +16,10 @@ PLAY, WRONG = Path("play.npz"), Path("wrong.npz")
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch, tmp_path):
+def few(monkeypatch):
     monkeypatch.setattr(offline, "GAMES", 6)
     monkeypatch.setattr(offline, "EPISODES", 2)
     monkeypatch.setattr(script, "MODEL_UPDATES", 2)
-    monkeypatch.chdir(tmp_path)
 
 
 def collect(env_id=GAME, players="ns,nh,random", file=PLAY, steps=240):
@@ -50,18 +50,33 @@ def test_the_file_is_what_was_played():
     assert (arrays["match_ended"] == (ended & (ended.cumsum(0) % 2 == 0))).all()
 
 
+class Told:
+    """A co-player that counts, by row, the matches that it is told of."""
+
+    count = 0
+
+    def start_match(self, which):
+        self.count = self.count + which.int()
+
+
+def test_all_seats_are_drawn_from_the_pool():
+    """There is no learner. Who plays a seat is told of each match, once."""
+    players = offline.Company(script.GridGame(GAME), ["ns", Told], 4000, 1, generator_of(0))
+    (told,) = players.callables.values()
+    seats = torch.zeros(4000, 3)
+    for _ in range(2):
+        assert players.kind.min() == 1
+        focal = players.kind.gather(1, players.focal[:, None]).float() - 1
+        assert focal.mean() == pytest.approx(0.5, abs=0.05)
+        seats += players.kind == 2
+        assert torch.equal(told.count.view(4000, 3), seats.int())
+        players.observe(torch.ones(4000).bool())
+
+
 def test_what_is_refused(capsys):
-    arrays = collect()
-    game = script.GridGame(GAME, horizon=7)
-    for name in ("action", "next_items"):
-        np.savez(WRONG, **{**arrays, name: arrays[name] + 77})
-        with pytest.raises(script.UsageError, match="wrong.npz"):
-            offline.load(WRONG, game, GAME)
-    WRONG.write_bytes(PLAY.read_bytes()[:-100])
+    WRONG.write_text("text")
     with pytest.raises(script.UsageError, match="wrong.npz"):
-        offline.load(WRONG, game, GAME)
-    with pytest.raises(script.UsageError, match="play.npz"):
-        offline.load(PLAY, game, "msg")
+        offline.load(WRONG, script.GridGame(GAME), GAME)
     words = ["collect", "--file", "x.npz", "--co-players", "ns"]
     assert "no/x.npz" in refusal(capsys, *words, "--file", "no/x.npz")
     assert "self" in refusal(capsys, *words, "--co-players", "ns,self")

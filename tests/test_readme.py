@@ -18,14 +18,11 @@ def test_it_is_short():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+def test_links_lead_somewhere_and_commands_have_options_that_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (page.parent / link).exists(), link
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_have_options_that_exist(page):
-    found = re.findall(rf"python ({'|'.join(SCRIPTS)})\.py ([^#`|\n]*)", page.read_text())
+    found = re.findall(rf"python ({'|'.join(SCRIPTS)})\.py ([^#`|\n]*)", text)
     for name, words in found:
         known = {f.name.replace("_", "-") for f in dataclasses.fields(load_script(name).Args)}
         for option in re.findall(r"--([a-z-]+)", words):

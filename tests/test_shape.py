@@ -56,14 +56,9 @@ def shape_of(text: str) -> dict[str, float]:
 def changed(base: str, other: str) -> tuple[int, int]:
     """Lines removed and added between two texts, and in how many hunks."""
     lines = [text.splitlines() for text in (base, other)]
-    count = 0
-    hunks = 0
-    for kind, *places in difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes():
-        if kind != "equal":
-            start, end, other_start, other_end = places
-            count += end - start + other_end - other_start
-            hunks += 1
-    return count, hunks
+    codes = difflib.SequenceMatcher(None, *lines, autojunk=False).get_opcodes()
+    hunks = [places for kind, *places in codes if kind != "equal"]
+    return sum(end - start + last - first for start, end, first, last in hunks), len(hunks)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

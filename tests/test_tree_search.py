@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import planner_speed
+from run_tools import generator_of
 
 pytestmark = pytest.mark.only("hop_mcts")
 SIMULATIONS = 30
@@ -24,7 +25,7 @@ class Scene:
         self.agent = script.Agent(game, self.args).double()
         for weight in self.agent.parameters():
             torch.nn.init.normal_(weight, std=0.3)
-        generator = torch.Generator().manual_seed(5)
+        generator = generator_of(5)
         state = game.start(200, generator)
         for _ in range(2):
             actions = script.random_actions(game.action_mask(state), generator)
@@ -49,15 +50,11 @@ class Scene:
         return self.script.search(self.script.Model(*given), value, self.args)
 
 
-@pytest.mark.parametrize(
-    "env_id, options",
-    [
-        ("msh-4x4-4h1s", {}),
-        ("msg-4x4-3p-2d", {"prosocial": 0.3}),
-        ("msh-3x3-2p-1h2s", {"max_depth": 2}),
-        ("msh-3x2-6p-2h2s", {"max_depth": 1}),
-    ],
-)
+GAMES = [("msh-4x4-4h1s", {}), ("msg-4x4-3p-2d", {"prosocial": 0.3})]
+GAMES += [("msh-3x3-2p-1h2s", {"max_depth": 2}), ("msh-3x2-6p-2h2s", {"max_depth": 1})]
+
+
+@pytest.mark.parametrize("env_id, options", GAMES)
 def test_search_equals_a_sequential_one(script, monkeypatch, env_id, options):
     """Visit counts in every tree, and means of returns but for rounding; and a tree is the same in
     another batch, at another place."""
@@ -66,7 +63,7 @@ def test_search_equals_a_sequential_one(script, monkeypatch, env_id, options):
     expected, counts = scene.search(sequential=True)
     assert torch.equal(visits, counts)
     torch.testing.assert_close(q, expected, atol=1e-6, rtol=0)
-    order = torch.randperm(len(q), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(len(q), generator=generator_of(1))
     for which in (order[:3], torch.cat([order, order])):
         again = scene.search(which)
         assert torch.equal(again[1], visits[which])
@@ -86,14 +83,14 @@ class Bandit:
         return reward, torch.zeros_like(reward), torch.zeros_like(actions) > 0
 
 
-@pytest.mark.parametrize(
-    "payoffs, prior, simulations, constant, expected",
-    [
-        ([-4.0, -3.0, -4.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0, [1, 8, 1, 0]),
-        ([1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2, 1.25, [1, 0, 1]),
-        ([0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000, 1.25, [600, 300, 100]),
-    ],
-)
+BANDITS = [
+    ([-4.0, -3.0, -4.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0, [1, 8, 1, 0]),
+    ([1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2, 1.25, [1, 0, 1]),
+    ([0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000, 1.25, [600, 300, 100]),
+]
+
+
+@pytest.mark.parametrize("payoffs, prior, simulations, constant, expected", BANDITS)
 def test_bandit(script, payoffs, prior, simulations, constant, expected):
     """Each legal action once, then the best; the likely ones alone; as the prior says."""
     tensors = [torch.tensor([row], dtype=torch.float64) for row in (payoffs, prior)]
@@ -106,36 +103,48 @@ def test_bandit(script, payoffs, prior, simulations, constant, expected):
 
 
 def test_scores_of_any_seat(script, monkeypatch):
-    """Relabelling the seats of a game changes no scores: the order of co-players is cyclic."""
+    """Relabelling the seats of a game changes no scores: the order of co-players is cyclic. They
+    are means of trees, each of which has goals of its own."""
     scene = Scene(script, monkeypatch, "msh-4x4-4h1s", num_goal_samples=2)
     game, goals = scene.agent.game, scene.goals
-    uniform = script.uniform
-    monkeypatch.setattr(script, "uniform", lambda *given: uniform(*given).double())
-    shown = []
-    for shift in range(game.num_players):
+    uniform, search = script.uniform, script.search
+    trees = []
+
+    def noted(model, *inputs):
+        trees.append((model.moa.goal, search(model, *inputs)))
+        return trees[-1][1]
+
+    def scores(shift, log_std):
         state = scene.state._replace(players=scene.state.players.roll(shift, 1))
+        features = (x.double() for x in game.features(state))
+        seen = (*features, goals.roll(shift, 1), torch.full_like(goals, log_std))
+        chosen = (torch.arange(len(goals)), torch.full((len(goals),), shift))
         with torch.no_grad():
-            features = (x.double() for x in game.features(state))
-            seen = (*features, goals.roll(shift, 1), torch.full_like(goals, -30.0))
-            chosen = (torch.arange(len(goals)), torch.full((len(goals),), shift))
-            generator = torch.Generator().manual_seed(2)
-            shown.append(script.scores(scene.agent, state, seen, chosen, generator))
-        torch.testing.assert_close(shown[shift], shown[0], atol=1e-9, rtol=0)
-    assert shown[0].std() > 0.01
+            return script.scores(scene.agent, state, seen, chosen, generator_of(2))
+
+    monkeypatch.setattr(script, "uniform", lambda *given: uniform(*given).double())
+    monkeypatch.setattr(script, "search", noted)
+    plain = scores(0, -30.0)
+    for shift in range(game.num_players):
+        torch.testing.assert_close(scores(shift, -30.0), plain, atol=1e-9, rtol=0)
+    assert plain.std() > 0.01
+    wide = scores(0, 0.0)
+    drawn, (q, _) = trees[-1]
+    first, second = drawn.unflatten(0, (-1, 2)).unbind(1)
+    assert (first - second).abs().min() > 0.0
+    torch.testing.assert_close(wide, q.unflatten(0, (-1, 2)).mean(1))
 
 
-def test_learns_the_stag_hunt(script, tmp_path, monkeypatch):
+def test_learns_the_stag_hunt(script):
     """Self-play leaves the hares, which pay two players 1 each, for the stag, which pays them 5."""
-    monkeypatch.chdir(tmp_path)
     options = {"num_envs": 16, "num_simulations": 8, "num_goal_samples": 1, "co_players": "self"}
     args = script.Args(env_id="msh-3x3-2p-2h1s", total_timesteps=12288, **options)
     assert script.train(args)["charts/episodic_return"] > 3.0
 
 
-def test_a_search_is_trusted_within_a_match(script, tmp_path, monkeypatch):
+def test_a_search_is_trusted_within_a_match(script):
     """With --init it acts alone, trusted. V learns from all steps since the match began: from
     lambda-returns (lambda 0.8) by V as it is now."""
-    monkeypatch.chdir(tmp_path)
     small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 8, "num_simulations": 4}
     args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
     seen = []
