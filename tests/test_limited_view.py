@@ -139,6 +139,8 @@ def test_a_read_match_is_what_its_observer_saw(monkeypatch):
     batch = buffer.read(number, observer, torch.zeros(12).long())
     feature = player.agent.moa.step_features(*map(batch.get, "own others action active".split()))
     before = feature.cumsum(1) - feature
+    within = before - before.take_along_dim(batch["first"][..., None], 1)
+    memory = torch.stack([before, within], 3)
     episodes = buffer.ring["episode"].T.tolist()  # by game and step
     found = 0
     for r, (b, i) in enumerate(zip(number.tolist(), observer.tolist())):
@@ -151,8 +153,8 @@ def test_a_read_match_is_what_its_observer_saw(monkeypatch):
             assert torch.equal(batch["own"][r, t], own[0])
             assert torch.equal(batch["others"][r, t], others[0])
             assert torch.equal(batch["active"][r, t], steps[t]["sees"][b, i])
-            memory = steps[t]["memory"][b, i, :, 0]
-            torch.testing.assert_close(before[r, t], memory, atol=1e-4, rtol=1e-4)
+            kept = steps[t]["memory"][b, i]
+            torch.testing.assert_close(memory[r, t], kept, atol=1e-4, rtol=1e-4)
             later = [s for s in range(t, length) if episodes[b][s] == episodes[b][t]]
             for j in range(3):
                 taken = [int(steps[s]["reached"][b, j]) for s in later if steps[s]["sees"][b, i, j]]
@@ -224,14 +226,20 @@ def test_a_scene_with_walls(monkeypatch):
     assert reward[0, 0] == 1.0
 
 
-REFUSED = """--view -1; --view 1 --env-id grid_env --env-kwargs {"env_id":"msg"}; --env-id msh-0w;
-    --env-id msh-8w-4h1s; --env-id msh-2x2-1h1s-3w; --env-id msg-3x3-9w; --env-id msh-33x32-9w"""
+REFUSED = {  # what is typed, and what the message names
+    "--view -1": "--view",
+    "--view 1 --env-id mpe2.simple_v3": "--view",
+    "--env-id msh-0w": "msh-0w",
+    "--env-id msh-8w-4h1s": "msh-8w-4h1s",
+    "--env-id msh-2x2-1h1s-3w": "or an item",
+    "--env-id msg-3x3-9w": "or an item",
+}
 
 
-@pytest.mark.parametrize("words", REFUSED.split(";"))
+@pytest.mark.parametrize("words", REFUSED)
 def test_refused_in_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    refused(script, monkeypatch, capsys, *words.split())
+    assert REFUSED[words] in refused(script, monkeypatch, capsys, *words.split())
 
 
 def test_a_run_goes_on_and_is_played(tmp_path):
@@ -246,7 +254,7 @@ def test_a_run_goes_on_and_is_played(tmp_path):
     assert run(script, parsed(script, tmp_path, *words), tmp_path).metrics
     script.record_video(str(whole), "nh", 2)
     assert (whole / "episode.gif").exists()
-    args = parsed(script, tmp_path, "--evaluate", whole, "--view", 3)
-    assert (args.view, args.env_id) == (3, options["env_id"])
+    views = [parsed(script, tmp_path, "--evaluate", whole, *w).view for w in ([], ["--view", 3])]
+    assert views == [1, 3] and "view" in script.EVALUATED
     returns = [script.evaluate(str(whole), "ns", episodes=40, view=v) for v in (1, 3)]
     assert returns[0]["focal_returns"] != returns[1]["focal_returns"]
