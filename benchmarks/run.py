@@ -39,7 +39,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks/experiments")]
 CHECKPOINTS = Path("benchmarks/checkpoints")  # from ROOT; trained players that later jobs play
-NAMES = "learning adaptation goals environments scaling planner_speed moa_data offline".split()
+NAMES = "learning adaptation goals environments scaling planner_speed moa_data offline view".split()
 
 
 @dataclasses.dataclass
