@@ -11,8 +11,8 @@ depend on each other, and is given as well. `moa in the game` is rolled out in t
 the diffusion model does without; `moa repeated` draws every step as if it were the first. nats:
 negative log-likelihood of a co-player's next action.
 
-`returns`: a learner that plans with either, online and from a file alone, judged with three of each
-kind. `speed`: decisions a second in games where every seat decides; sources take turns, medians.
+`online`, `offline` (from a file alone): returns, with three of each kind, of a learner that plans
+with either. `speed`: decisions a second where every seat decides; sources take turns, medians.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from run import train_and_judge
 
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 LEARNING = {"msh-4x4-4h1s": 200_000, "msg": 100_000}  # game steps of `futures`
-TRAINING = {"msh-4x4-4h1s": 250_000, "msg": 100_000}  # of `returns`
-IDLE = """--learning-rate 0 --plan-update offset --plan-until 1 --plan-beta 0 --plan-samples 1
-    --future-steps 8"""
-LENGTHS = (1, 2, 4, 8)  # of futures, in steps; the last is that of --future-steps above
+ONLINE = {"msh-4x4-4h1s": 150_000, "msg": 80_000}  # of `online`
+OFFLINE = {"msh-4x4-4h1s": 80_000}  # of `offline`, from a file of 75,000 game steps
+IDLE = "--learning-rate 0 --plan-update offset --plan-beta 0 --plan-until 1 --plan-samples 1"
+LENGTHS = (1, 2, 4, 8)  # of futures, in steps
 DENOISING = (1, 2, 4, 8)  # S
 GAMES, STEPS, EVERY = 128, 150, 7  # held-out play, and how far apart futures begin in it
 SAMPLES = 16  # K
@@ -48,20 +48,22 @@ def jobs(seeds, quick):
     """Seeds outermost."""
     found = []
     for seed in (1,) if quick else seeds or (1, 2, 3):
-        for game, kinds in KINDS.items():
-            job = {"game": game, "seed": seed, "script": script.SCRIPT}
+        for game in [*KINDS][:1] if quick else KINDS:
+            kinds = KINDS[game]
+            job = {"game": game, "seed": seed, "script": script.SCRIPT, "quick": quick}
             about = f"--env-id {game} --seed {seed} --total-timesteps"
             words = f"{about} {2048 if quick else LEARNING[game]} --co-players {kinds} {IDLE}"
+            words += f" --future-steps {LENGTHS[-1]}"
             found.append({**job, "setting": f"futures | {game}", "options": words})
             found.append({**job, "setting": f"speed | {game}", "alone": True, "stage": 1})
-            for way in (f"--co-players {kinds}", "--offline {file}"):
-                for source in ("moa", "diffusion"):
-                    setting = f"{way.split()[0].strip('-')} | {game} | {source}"
-                    words = f"{about} {2048 if quick else TRAINING[game]} {way}"
-                    words += f" --co-player-model {source}"
-                    returns = {**job, "setting": setting, "options": words}
-                    returns["kinds"] = {kind: kind for kind in kinds.split(",")}
-                    found.append({**returns, "episodes": 20 if quick else 640})
+            for way, lengths in (("online", ONLINE), ("offline", OFFLINE)):
+                for source in ("moa", "diffusion") if game in lengths else ():
+                    words = f"{about} {2048 if quick else lengths[game]} "
+                    words += f"--co-player-model {source} "
+                    words += f"--co-players {kinds}" if way == "online" else "--offline {file}"
+                    run = {**job, "setting": f"{way} | {game} | {source}", "options": words}
+                    run["kinds"] = {kind: kind for kind in kinds.split(",")}
+                    found.append({**run, "episodes": 20 if quick else 640})
     return found
 
 
@@ -91,12 +93,15 @@ def judged_futures(job):
     metrics = script.train(script.parse_arguments(shlex.split(job["options"])))
     result = {"train_cpu_seconds": round(time.process_time() - began, 1)}
     game = script.make_game(script.Args(env_id=job["game"]), "cpu")
-    agent = script.load_player(metrics["run"], game, 1, plan_samples=SAMPLES).agent
-    return result | scores_of_futures(agent, KINDS[job["game"]].split(","), 1000 + job["seed"])
+    play = {"plan_update": "none", "plan_samples": SAMPLES}
+    agent = script.load_player(metrics["run"], game, 1, **play).agent
+    kinds = KINDS[job["game"]].split(",")
+    steps = 20 if job["quick"] else STEPS
+    return result | scores_of_futures(agent, kinds, steps, 1000 + job["seed"])
 
 
 @no_grad()
-def scores_of_futures(agent, kinds, seed):
+def scores_of_futures(agent, kinds, steps, seed):
     """Of held-out play: scores [LENGTHS] by distance and source, and nats by model."""
     game = agent.game
     generator = Generator().manual_seed(seed)
@@ -107,11 +112,11 @@ def scores_of_futures(agent, kinds, seed):
     drawn = {}  # by step: by source [B, K, N, H]
     nats = defaultdict(list)  # by model
     episode = players.kind * 0  # number, [B, N]
-    for t in range(STEPS):
+    for t in range(steps):
         mask = game.action_mask(state)
         seen = players.agents[0].infer(state, players)
         others = (players.kind > 0) & game.alive(state)
-        begins = t % EVERY == 0 and t <= STEPS - LENGTHS[-1]
+        begins = t % EVERY == 0 and t <= steps - LENGTHS[-1]
         if begins:
             drawn[t] = drawn_futures(agent, state, seen, players, generator)
         guesses = next_actions(agent, state, seen, generator) if begins else {}
