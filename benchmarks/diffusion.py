@@ -33,7 +33,8 @@ from figures import by_setting, figure, table
 from run import train_and_judge
 
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
-LEARNING = {"msh-4x4-4h1s": 200_000, "msg": 100_000}  # game steps of `futures`
+LEARNING = {"msh-4x4-4h1s": 150_000, "msg": 100_000}  # game steps of `futures`
+UPDATES = (4, 16)  # minibatches for both models every 2048 steps; 4 is the default
 ONLINE = {"msh-4x4-4h1s": 150_000, "msg": 80_000}  # of `online`
 OFFLINE = {"msh-4x4-4h1s": 80_000}  # of `offline`, from a file of 75,000 game steps
 IDLE = "--learning-rate 0 --plan-update offset --plan-beta 0 --plan-until 1 --plan-samples 1"
@@ -52,9 +53,11 @@ def jobs(seeds, quick):
             kinds = KINDS[game]
             job = {"game": game, "seed": seed, "script": script.SCRIPT, "quick": quick}
             about = f"--env-id {game} --seed {seed} --total-timesteps"
-            words = f"{about} {2048 if quick else LEARNING[game]} --co-players {kinds} {IDLE}"
-            words += f" --future-steps {LENGTHS[-1]}"
-            found.append({**job, "setting": f"futures | {game}", "options": words})
+            for updates in UPDATES:
+                words = f"{about} {2048 if quick else LEARNING[game]} --co-players {kinds} {IDLE}"
+                words += f" --future-steps {LENGTHS[-1]} --moa-updates {updates}"
+                setting = f"futures | {game} | {updates} updates"
+                found.append({**job, "setting": setting, "options": words})
             found.append({**job, "setting": f"speed | {game}", "alone": True, "stage": 1})
             for way, lengths in (("online", ONLINE), ("offline", OFFLINE)):
                 for source in ("moa", "diffusion") if game in lengths else ():
@@ -256,37 +259,41 @@ def speeds(env_id, games=64):
 
 # ---- Tables --------------------------------------------------------------------------------------
 def report(results):
-    """A table of futures and one of speed for each game, and one of returns."""
+    """Tables of futures, of speed, and of returns."""
     runs = by_setting(results)
     parts = []
-    for game in KINDS:
-        of = runs.get(f"futures | {game}", [])
-        for distance in ("energy", "hamming") if of else ():
-            rows = []
-            for source in of[0][distance]:
-                scores = [torch.tensor(r[distance][source]) for r in of]
-                least = [torch.tensor(r[distance]["true players"]) for r in of]
-                over = stack(scores) - stack(least)
-                rows.append([source, *(figure(x.tolist(), 3) for x in over.T)])
-            head = [f"{game}: {distance}", *(f"{length} steps" for length in LENGTHS)]
-            parts.append(table(head, rows))
-        nats = (
-            [[name, figure([r["nats"][name] for r in of], 3)] for name in of[0]["nats"]]
-            if of
-            else []
-        )
-        parts += [table([f"{game}: model", "nats an action"], nats)] if of else []
-        of = runs.get(f"speed | {game}", [])
-        if of:
-            rows = []
-            for name in of[0]["decisions"]:
-                rows.append([name, figure([r["decisions"][name] for r in of], 0)])
-            parts.append(table([f"{game}: source", "decisions a CPU second"], rows))
     rows = []
+    speeds = []
     for setting, of in runs.items():
-        if "returns" in of[0]:
+        what, _, about = setting.partition(" | ")
+        if what == "futures":
+            nats = [f"{name} {figure([r['nats'][name] for r in of], 3)}" for name in of[0]["nats"]]
+            parts.append(f"{about}, {'; '.join(nats)} nats an action:\n\n{scores_table(of)}")
+        elif what == "speed":
+            for name in of[0]["decisions"]:
+                speeds.append([about, name, figure([r["decisions"][name] for r in of], 0)])
+        else:
             kinds = of[0]["returns"]
-            cells = [f"{kind} {figure([r['returns'][kind] for r in of])}" for kind in kinds]
-            rows.append([setting, *cells, figure([r["train_cpu_seconds"] for r in of], 0)])
-    parts.append(table(["learner with three", "", "", "", "CPU seconds"], rows))
+            returns = [f"{kind} {figure([r['returns'][kind] for r in of])}" for kind in kinds]
+            rows.append([setting, *returns, figure([r["train_cpu_seconds"] for r in of], 0)])
+    if rows:
+        parts.append(table(["learner with three", "", "", "", "CPU seconds"], rows))
+    if speeds:
+        parts.append(table(["game", "source", "decisions a CPU second"], speeds))
     return "\n\n".join(parts)
+
+
+def scores_table(of):
+    """Of the `futures` of several seeds: both scores of every source, less the true players'."""
+    rows = []
+    for source in list(of[0]["energy"])[1:]:
+        cells = []
+        for distance in ("energy", "hamming"):
+            for k in range(len(LENGTHS)):
+                over = [r[distance][source][k] - r[distance]["true players"][k] for r in of]
+                cells.append(figure(over, 3))
+        rows.append([source, *cells])
+    head = [
+        f"{distance}, {length} steps" for distance in ("energy", "Hamming") for length in LENGTHS
+    ]
+    return table(["source", *head], rows)
