@@ -24,11 +24,11 @@ any-order autoregression. A token that stays masked is summed out, so that the p
 the first step alone, draws no others. The network is not told t: its best answer does not depend on
 it (Ou et al. 2024, theorem 1).
 
-Papers: D3PM (Austin et al., NeurIPS 2021, arXiv 2107.03006, absorbing states: appendix A.2.2), MDLM
-(Sahoo et al., NeurIPS 2024, arXiv 2406.07524, eq. 10), Ou et al. (ICLR 2025, arXiv 2406.03736),
-Diffuser (Janner et al., ICML 2022, arXiv 2205.09991), MADiff (Zhu et al., NeurIPS 2024, arXiv
-2305.17330); those of latent_world_model.py. Shapes as there; H steps of a future, S denoising
-steps."""
+Papers: D3PM (Austin et al., NeurIPS 2021, arXiv 2107.03006, with an absorbing state), MDLM (Sahoo et
+al., NeurIPS 2024, arXiv 2406.07524, the bound in continuous time), Ou et al. (ICLR 2025, arXiv
+2406.03736), Diffuser (Janner et al., ICML 2022, arXiv 2205.09991), MADiff (Zhu et al., NeurIPS 2024,
+arXiv 2305.17330); those of latent_world_model.py, which also says what a co-player can be. Shapes
+as there; H steps of a future, S denoising steps."""
 
 import contextlib
 import dataclasses
@@ -1165,9 +1165,8 @@ def future_tokens(batch, steps, num_actions):
     rest = num_actions + 1 - batch["ended"].long()  # behind what is recorded of the episode
     tokens = []
     for h in range(steps):
-        later, first, there = (
-            F.pad(x, (0, 0, 0, h))[:, h:] for x in (played, batch["first"], inside)
-        )
+        parts = (played, batch["first"], inside)
+        later, first, there = (F.pad(x, (0, 0, 0, h))[:, h:] for x in parts)
         tokens.append(where(there & (first == batch["first"]), later, rest))
     return stack(tokens, 3)
 
@@ -1195,8 +1194,8 @@ def denoise(agent, own, others, goals, tokens):
 # changed: new
 def diffusion_loss(agent, batch, generator):
     """Loss of the denoiser on what a MatchBuffer read, in nats a token: the bound on -log p of all
-    seats' futures in continuous time, of linear noise (MDLM, Sahoo et al. 2024, section 3.4). Times
-    t are stratified. Who has left is seen and no target; what is not recorded is masked."""
+    seats' futures in continuous time, of linear noise (MDLM, Sahoo et al. 2024). Times t are
+    stratified. Who has left is seen and no target; what is not recorded is masked."""
     game = agent.game
     actions = game.num_actions
     moa = agent.moa
