@@ -24,11 +24,11 @@ any-order autoregression. A token that stays masked is summed out, so that the p
 the first step alone, draws no others. The network is not told t: its best answer does not depend on
 it (Ou et al. 2024, theorem 1).
 
-Papers: D3PM (Austin et al., NeurIPS 2021, arXiv 2107.03006, with an absorbing state), MDLM (Sahoo et
-al., NeurIPS 2024, arXiv 2406.07524, the bound in continuous time), Ou et al. (ICLR 2025, arXiv
-2406.03736), Diffuser (Janner et al., ICML 2022, arXiv 2205.09991), MADiff (Zhu et al., NeurIPS 2024,
-arXiv 2305.17330); those of latent_world_model.py, which also says what a co-player can be. Shapes
-as there; H steps of a future, S denoising steps."""
+Papers: D3PM (Austin et al., NeurIPS 2021, arXiv 2107.03006, with an absorbing state), MDLM (Sahoo
+et al., NeurIPS 2024, arXiv 2406.07524, the bound in continuous time), Ou et al. (ICLR 2025, arXiv
+2406.03736), Diffuser (Janner et al., ICML 2022, arXiv 2205.09991), MADiff (Zhu et al., NeurIPS
+2024, arXiv 2305.17330); those of latent_world_model.py, which also says what a co-player can be.
+Shapes as there; H steps of a future, S denoising steps."""
 
 import contextlib
 import dataclasses
