@@ -35,8 +35,9 @@ from run import train_and_judge
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 LEARNING = {"msh-4x4-4h1s": 150_000, "msg": 100_000}  # game steps of `futures`
 UPDATES = (4, 16)  # minibatches for both models every 2048 steps; 4 is the default
-ONLINE = {"msh-4x4-4h1s": 150_000, "msg": 80_000}  # of `online`
+ONLINE = {"msh-4x4-4h1s": 100_000, "msg": 40_000}  # of `online`
 OFFLINE = {"msh-4x4-4h1s": 80_000}  # of `offline`, from a file of 75,000 game steps
+EPISODES = {"msh-4x4-4h1s": 640, "msg": 320}  # of the evaluation with each kind
 IDLE = "--learning-rate 0 --plan-update offset --plan-beta 0 --plan-until 1 --plan-samples 1"
 LENGTHS = (1, 2, 4, 8)  # of futures, in steps
 DENOISING = (1, 2, 4, 8)  # S
@@ -66,7 +67,7 @@ def jobs(seeds, quick):
                     words += f"--co-players {kinds}" if way == "online" else "--offline {file}"
                     run = {**job, "setting": f"{way} | {game} | {source}", "options": words}
                     run["kinds"] = {kind: kind for kind in kinds.split(",")}
-                    found.append({**run, "episodes": 20 if quick else 640})
+                    found.append({**run, "episodes": 20 if quick else EPISODES[game]})
     return found
 
 
