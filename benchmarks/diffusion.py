@@ -269,14 +269,21 @@ def report(results):
         what, _, about = setting.partition(" | ")
         if what == "futures":
             nats = [f"{name} {figure([r['nats'][name] for r in of], 3)}" for name in of[0]["nats"]]
-            parts.append(f"{about}, {'; '.join(nats)} nats an action:\n\n{scores_table(of)}")
+            title = f"{about.replace(' | ', ', ')}; nats an action: {', '.join(nats)}"
+            parts.append(f"{title}\n\n{scores_table(of)}")
         elif what == "speed":
             for name in of[0]["decisions"]:
                 speeds.append([about, name, figure([r["decisions"][name] for r in of], 0)])
         else:
             kinds = of[0]["returns"]
             returns = [f"{kind} {figure([r['returns'][kind] for r in of])}" for kind in kinds]
-            rows.append([setting, *returns, figure([r["train_cpu_seconds"] for r in of], 0)])
+            rows.append(
+                [
+                    setting.replace(" | ", ", "),
+                    *returns,
+                    figure([r["train_cpu_seconds"] for r in of], 0),
+                ]
+            )
     if rows:
         parts.append(table(["learner with three", "", "", "", "CPU seconds"], rows))
     if speeds:
@@ -285,7 +292,8 @@ def report(results):
 
 
 def scores_table(of):
-    """Of the `futures` of several seeds: both scores of every source, less the true players'."""
+    """Of the `futures` of several seeds: both scores of every source, less the true players', by
+    the length of what is told."""
     rows = []
     for source in list(of[0]["energy"])[1:]:
         cells = []
