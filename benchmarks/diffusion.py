@@ -302,7 +302,5 @@ def scores_table(of):
                 over = [r[distance][source][k] - r[distance]["true players"][k] for r in of]
                 cells.append(figure(over, 3))
         rows.append([source, *cells])
-    head = [
-        f"{distance}, {length} steps" for distance in ("energy", "Hamming") for length in LENGTHS
-    ]
+    head = [f"{distance}, {length}" for distance in ("energy", "Hamming") for length in LENGTHS]
     return table(["source", *head], rows)
