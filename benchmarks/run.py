@@ -39,7 +39,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks/experiments")]
 CHECKPOINTS = Path("benchmarks/checkpoints")  # from ROOT; trained players that later jobs play
-NAMES = "learning adaptation goals environments scaling planner_speed moa_data offline view".split()
+NAMES = """learning adaptation goals environments scaling planner_speed moa_data offline
+    transformer diffusion view""".split()
 
 
 @dataclasses.dataclass
