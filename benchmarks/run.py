@@ -37,9 +37,11 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+FOLDERS = (ROOT, ROOT / "benchmarks", ROOT / "benchmarks" / "experiments")
+sys.path[:0] = map(str, FOLDERS)
 CHECKPOINTS = Path("benchmarks/checkpoints")  # from ROOT; trained players that later jobs play
-NAMES = "learning adaptation goals environments scaling planner_speed moa_data offline".split()
+NAMES = """learning adaptation goals environments scaling planner_speed moa_data offline
+    transformer""".split()
 
 
 @dataclasses.dataclass
