@@ -54,12 +54,10 @@ def played(game, agent, steps=150):
     return buffer, torch.stack(inferred)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("env_id", [HUNT, "msg-3x3-3p-2d"])
-def test_play_infers_what_training_infers(env_id, layers, monkeypatch):
+def test_play_infers_what_training_infers(env_id):
     """Of every step of every match: with episodes and matches that end, players that leave, and
     matches longer than the window."""
-    monkeypatch.setattr(script.MOA, "layers", layers)
     game, agent = agent_of(env_id)
     buffer, inferred = played(game, agent)
     lengths = []
@@ -77,6 +75,20 @@ def test_play_infers_what_training_infers(env_id, layers, monkeypatch):
     assert sum(lengths) == 450
     assert max(lengths) > 2 * WINDOW and episodes > len(lengths) > 9
     assert inferred.std(0).min() > 1e-3
+
+
+def test_the_loss_reads_each_row_s_own_history():
+    """KL of q(z | h) in closed form, over all steps that are learnt from."""
+    game, agent = agent_of()
+    buffer, _ = played(game, agent)
+    batch = buffer.sample(script.MOA_MATCHES, torch.Generator().manual_seed(5))
+    summary = agent.moa.summaries(*map(batch.get, PARTS))
+    mean, log_std = agent.moa.encode(summary, batch["own"], batch["others"])
+    prior = torch.distributions.Normal(0.0, 1.0)
+    q = torch.distributions.Normal(mean, log_std.exp())
+    kl = torch.distributions.kl_divergence(q, prior).sum(-1)[batch["weight"]].mean()
+    _, terms = script.moa_loss(agent, batch, False, torch.Generator().manual_seed(6))
+    torch.testing.assert_close(terms["moa/kl"], kl, rtol=1e-4, atol=1e-5)
 
 
 def test_a_block_by_hand():
@@ -109,15 +121,6 @@ def test_a_block_by_hand():
         expected = query[0, i] + block.mix(torch.cat(read))
         expected = expected + block.mlp(expected)
         torch.testing.assert_close(got[0, i], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_what_each_step_may_read():
-    active = torch.rand(4, 20) < 0.7
-    first = (torch.arange(20) // 6 * 6).expand(4, 20)
-    found = script.readable_tokens(active, first, 8)
-    for r, t, s in torch.cartesian_prod(*map(torch.arange, (4, 20, 20))).tolist():
-        match = t - 8 <= s < t and bool(active[r, s])
-        assert found[r, :, t, s].tolist() == [match, match and s // 6 == t // 6]
 
 
 def test_seats_and_games_do_not_mix():

@@ -898,7 +898,7 @@ class MOA(nn.Module):
     subgoals there is no such term."""
 
     # changed: new
-    window = 256  # C, steps of a match that are read back at most
+    window = 128  # C, steps of a match that are read back at most
     # changed: new
     layers = 2  # of the transformer
 
