@@ -27,15 +27,15 @@ from run import ROOT, checkpoint_of, train_and_judge
 
 EPISODES = moa_data.EPISODES
 SCRIPTS = {"sum": "hop_onestep", "transformer": "transformer_goals"}
-STEPS = {"msh-4x4-4h1s": 100_000, "msg": 100_000}  # game steps of a model
-LONGER = {"msh-4x4-4h1s": 230_000, "msg": 250_000}  # chosen with seed 21
+STEPS = {"msh-4x4-4h1s": 100_000, "msg": 150_000}  # game steps of a model
+LONGER = {"msh-4x4-4h1s": 230_000, "msg": 375_000}  # chosen with seed 21
 TRAINING = {"msh-4x4-4h1s": 120_000, "msg": 120_000}  # game steps
 MODELS = {  # script and options
     "none": moa_data.MODELS["none"],
     "oracle": moa_data.MODELS["oracle"],
     "sum": (SCRIPTS["sum"], "--plan-update none"),
-    "sum, longer": (SCRIPTS["sum"], "--plan-update none"),
     "transformer": (SCRIPTS["transformer"], "--plan-update none"),
+    "sum, longer": (SCRIPTS["sum"], "--plan-update none"),
 }
 BATCH = 64  # games that decide side by side
 

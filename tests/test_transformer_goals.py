@@ -91,15 +91,17 @@ def test_the_loss_reads_each_row_s_own_history():
     torch.testing.assert_close(terms["moa/kl"], kl, rtol=1e-4, atol=1e-5)
 
 
-def test_a_block_by_hand():
+def test_attention_by_hand():
     """Rotary positions as complex numbers; the softmax with a one for the token of zeros."""
-    block = shake(script.Block(6)).double()
+    attention = shake(script.Attention(6)).double()
     size = script.HEAD_SIZE
     tokens, query = torch.randn(2, 1, 5, 6, dtype=torch.float64)
     steps = torch.tensor([[3, 4, 5, 9, 11]])
     readable = torch.rand(1, 2, 5, 5) < 0.6
-    cache = [torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in block.keys_and_values(tokens, steps)]
-    got = block(query, steps, *cache, script.attention_mask(readable).double())
+    cache = [
+        torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in attention.keys_and_values(tokens, steps)
+    ]
+    got = attention(query, steps, *cache, script.attention_mask(readable).double())
     frequency = torch.tensor([1000 ** (-k / (size // 2)) for k in range(size // 2)])
 
     def turned(vector, step):
@@ -109,17 +111,16 @@ def test_a_block_by_hand():
     for i in range(5):
         read = []
         for head, part in enumerate(torch.arange(2 * size).split(size)):
-            asked = turned(block.query(block.norm(query[0, i]))[part], steps[0, i])
+            asked = turned(attention.query(attention.norm(query[0, i]))[part], steps[0, i])
             total, weight = torch.zeros(size), 1.0
             for s in range(5):
                 if readable[0, head, i, s]:
-                    seen = block.norm(tokens[0, s])
-                    key = turned(block.key(seen)[part], steps[0, s])
+                    seen = attention.norm(tokens[0, s])
+                    key = turned(attention.key(seen)[part], steps[0, s])
                     score = (asked @ key / math.sqrt(size)).exp()
-                    total, weight = total + score * block.value(seen)[part], weight + score
+                    total, weight = total + score * attention.value(seen)[part], weight + score
             read.append(total / weight)
-        expected = query[0, i] + block.mix(torch.cat(read))
-        expected = expected + block.mlp(expected)
+        expected = attention.mix(torch.cat(read))
         torch.testing.assert_close(got[0, i], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -833,10 +833,10 @@ HEAD_SIZE = 32  # D, numbers of a key and of a value
 
 
 # changed: new
-class Block(nn.Module):
-    """A layer of the transformer, x + attention(norm(x)), then x + mlp(norm(x)) (Xiong et al. 2020,
-    figure 1b), with H = 2 heads, which may read other tokens each. They can also read a token whose
-    key and value are 0: so the first step reads 0, and later ones can tell how much there is."""
+class Attention(nn.Module):
+    """H = 2 heads, which may read other tokens each (Vaswani et al. 2017, section 3.2). They can
+    also read a token whose key and value are 0: so the first step of a match reads 0, and later
+    ones can tell how much there is."""
 
     # changed: new
     def __init__(self, hidden):
@@ -845,9 +845,7 @@ class Block(nn.Module):
         self.query = layer(hidden, 2 * HEAD_SIZE, 1.0)
         self.key = layer(hidden, 2 * HEAD_SIZE, 1.0)
         self.value = layer(hidden, 2 * HEAD_SIZE, 1.0)
-        self.mix = layer(2 * HEAD_SIZE, hidden, 0.1)
-        mlp = [nn.LayerNorm(hidden), layer(hidden, 2 * hidden), nn.ReLU()]
-        self.mlp = nn.Sequential(*mlp, layer(2 * hidden, hidden, 0.1))
+        self.mix = layer(2 * HEAD_SIZE, hidden, 1.0)
 
     # changed: new
     def keys_and_values(self, tokens, steps):
@@ -859,12 +857,29 @@ class Block(nn.Module):
 
     # changed: new
     def forward(self, tokens, steps, keys, values, mask):
-        """[R, L, E]: the next layer's `tokens` [R, L, E], of `steps` [R, L], by the keys and values
-        [R, H, C, D] of others, those of float `mask` [R, H, L, C], 0 where they are read, else
-        -inf."""
+        """[R, L, E]: what tokens [R, L, E] of `steps` [R, L] read of keys and values [R, H, C, D],
+        those of float `mask` [R, H, L, C]: 0 where they are read, else -inf."""
         query = self.query(self.norm(tokens)).unflatten(-1, (2, -1)).transpose(1, 2)
         read = F.scaled_dot_product_attention(rotated(query, steps), keys, values, mask)
-        tokens = tokens + self.mix(read.transpose(1, 2).flatten(2))
+        return self.mix(read.transpose(1, 2).flatten(2))
+
+
+# changed: new
+class Block(nn.Module):
+    """A layer of the transformer: x + attention(norm(x)), then x + mlp(norm(x)) (Xiong et al. 2020,
+    figure 1b)."""
+
+    # changed: new
+    def __init__(self, hidden):
+        super().__init__()
+        self.attention = Attention(hidden)
+        mlp = [nn.LayerNorm(hidden), layer(hidden, 2 * hidden), nn.ReLU()]
+        self.mlp = nn.Sequential(*mlp, layer(2 * hidden, hidden, 0.1))
+
+    # changed: new
+    def forward(self, tokens, *context):
+        """[R, L, E]: the tokens after this layer, as Attention reads them."""
+        tokens = tokens + self.attention(tokens, *context)
         return tokens + self.mlp(tokens)
 
 
@@ -890,17 +905,16 @@ def readable_tokens(active, first, window):
 # changed: the encoder
 class MOA(nn.Module):
     """Model of other agents: encoder q_phi(z_j | h_j), decoder pi_hat(a_j | o_j, t, z_j), and the
-    subgoal's decoder. The encoder is a causal transformer over the tokens (o_j, a_j) of the match.
-    Its *memory* is a dict of tensors: `steps` of the match [R]; `readable`, bool [R, 2, C], which
-    tokens are of the match and of the episode; `keys` and `values` [R, layers, H, 1 + C, D], first
-    those of the token of zeros, then of the last C steps as a ring. The subgoal of j is what it
-    reaches next in the episode: an item, or none (OMG, Yu et al. 2024); on games that know no
-    subgoals there is no such term."""
+    subgoal's decoder. The encoder is a causal transformer over the tokens (o_j, a_j) of the match:
+    a layer over all of them, and the attention of the step now to what comes of these. Its *memory*
+    is a dict of tensors: `steps` of the match [R]; `readable`, bool [R, 2, C], which tokens are of
+    the match and of the episode; `keys` and `values` [R, 2, H, 1 + C, D] of the layer and of the
+    readout, first of the token of zeros, then of the last C steps as a ring. The subgoal of j is
+    what it reaches next in the episode: an item, or none (OMG, Yu et al. 2024); on games that know
+    no subgoals there is no such term."""
 
     # changed: new
     window = 128  # C, steps of a match that are read back at most
-    # changed: new
-    layers = 2  # of the transformer
 
     # changed: a transformer and its size
     def __init__(self, game, args):
@@ -911,8 +925,8 @@ class MOA(nn.Module):
         self.item_kind = game.item_kind  # [M]
         queries = 1 + len(game.item_counts) * game.subgoal_size
         self.step_feature = layer(sum(sizes) + game.num_actions, hidden, 1.0)
-        self.blocks = nn.ModuleList(Block(hidden) for _ in range(self.layers))
-        self.norm = nn.LayerNorm(hidden)
+        self.block = Block(hidden)
+        self.readout = Attention(hidden)
         self.encoder = PlayerNetwork(*sizes, hidden, 2 * args.goal_size, hidden, 0.1)
         self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
         self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
@@ -936,18 +950,19 @@ class MOA(nn.Module):
         first = first.transpose(1, 2).flatten(0, 1)
         mask = attention_mask(readable_tokens(active, first, self.window))
         steps = arange(active.shape[1], device=active.device).expand(active.shape)
-        for block in self.blocks:
-            cache = [F.pad(part, (0, 0, 1, 0)) for part in block.keys_and_values(tokens, steps)]
-            now = block(now, steps, *cache, mask)
-            if block is not self.blocks[-1]:
-                tokens = block(tokens, steps, *cache, mask)
+        offered = self.block.attention.keys_and_values(tokens, steps)
+        context = (steps, *(F.pad(part, (0, 0, 1, 0)) for part in offered), mask)
+        tokens = self.block(tokens, *context)
+        now = self.block(now, *context)
+        offered = self.readout.keys_and_values(tokens, steps)
+        now = self.readout(now, steps, *(F.pad(part, (0, 0, 1, 0)) for part in offered), mask)
         return now.unflatten(0, (len(own), -1)).transpose(1, 2)
 
     # changed: new
     def empty_memory(self, rows):
         """Memory of `rows` matches that begin."""
         device = self.step_feature.weight.device
-        cache = torch.zeros(rows, self.layers, 2, 1 + self.window, HEAD_SIZE, device=device)
+        cache = torch.zeros(rows, 2, 2, 1 + self.window, HEAD_SIZE, device=device)
         return {
             "steps": torch.zeros(rows, dtype=torch.int64, device=device),
             "readable": torch.zeros(rows, 2, self.window, dtype=torch.bool, device=device),
@@ -956,33 +971,29 @@ class MOA(nn.Module):
         }
 
     # changed: new
-    def read(self, memory, tokens, layers):
-        """[R, E] each: tokens [R, E] of steps now, and what comes of them after each of so many
-        `layers`."""
+    def context(self, memory, k):
+        """What Attention reads in a `memory`, of the block (`k` = 0) or of the readout (1)."""
         mask = attention_mask(memory["readable"][:, :, None])
-        steps = memory["steps"][:, None]
-        found = [tokens[:, None]]
-        for k in range(layers):
-            cache = (memory["keys"][:, k], memory["values"][:, k])
-            found.append(self.blocks[k](found[-1], steps, *cache, mask))
-        return [tokens.squeeze(1) for tokens in found]
+        return memory["steps"][:, None], memory["keys"][:, k], memory["values"][:, k], mask
 
     # changed: new
     def summary(self, memory, own, others):
         """[B, N, E]: what the step now reads of those before, by features [B, N, ..]."""
         now = self.tokens(own, others)
-        return self.read(memory, now.flatten(0, 1), self.layers)[-1].view_as(now)
+        read = self.block(now.flatten(0, 1)[:, None], *self.context(memory, 0))
+        return self.readout(read, *self.context(memory, 1)).view_as(now)
 
     # changed: new
     def append(self, memory, own, others, actions, active):
         """Writes a step that was done, by features [B, N, ..], `actions` [B, N] and bool `active`
         [B, N], over what was `window` steps ago."""
-        tokens = self.tokens(own, others, actions).flatten(0, 1)
+        tokens = self.tokens(own, others, actions).flatten(0, 1)[:, None]
+        steps, *_ = context = self.context(memory, 0)
+        offered = [self.block.attention.keys_and_values(tokens, steps)]
+        offered.append(self.readout.keys_and_values(self.block(tokens, *context), steps))
         rows = arange(len(tokens), device=tokens.device)
         place = memory["steps"] % self.window
-        steps = memory["steps"][:, None]
-        for k, inputs in enumerate(self.read(memory, tokens, self.layers - 1)):
-            keys, values = self.blocks[k].keys_and_values(inputs[:, None], steps)
+        for k, (keys, values) in enumerate(offered):
             memory["keys"][rows, k, :, 1 + place] = keys.squeeze(2)
             memory["values"][rows, k, :, 1 + place] = values.squeeze(2)
         memory["readable"][rows, :, place] = active.flatten()[:, None]
@@ -1000,7 +1011,7 @@ class MOA(nn.Module):
     def encode(self, summary, own, others):
         """Mean and log standard deviation [.., Z] of q_phi(z | h), by what was read of the history
         [.., E] and features now."""
-        mean, log_std = self.encoder(own, others, self.norm(summary)).chunk(2, -1)
+        mean, log_std = self.encoder(own, others, summary).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
 
