@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import copies
-import hop_onestep
 import transformer_goals as script
 from conftest import ROOT, SMALL
 from run_tools import shake
@@ -93,6 +92,7 @@ def test_the_loss_reads_each_row_s_own_history():
 
 def test_attention_by_hand():
     """Rotary positions as complex numbers; the softmax with a one for the token of zeros."""
+    torch.manual_seed(7)
     attention = shake(script.Attention(6)).double()
     size = script.HEAD_SIZE
     tokens, query = torch.randn(2, 1, 5, 6, dtype=torch.float64)
@@ -167,33 +167,27 @@ def test_a_long_match_in_a_bounded_cache():
     assert differs[-1] == 0.0
 
 
-def test_it_trains_goes_on_and_plays(capsys):
+def test_it_trains_goes_on_and_plays():
     """Every part learns; a run that goes on is the same to the bit; a checkpoint is a co-player."""
     options = {**SMALL, "env_id": HUNT, "horizon": 9, "plan_samples": 4, "plan_update": "offset"}
-    before = {}
+    first = {}
 
-    def watch(agent, iteration, **names):
-        if iteration == 1:
-            before.update({k: x.clone() for k, x in agent.moa.state_dict().items()})
+    def watch(agent, **names):
+        for name, value in agent.moa.state_dict().items():
+            first.setdefault(f"moa.{name}", value.clone())
 
     run = script.train(script.Args(**options), watch)["run"]
     whole = script.load_checkpoint(run)
-    assert all((whole["agent"][f"moa.{k}"] != x).any() for k, x in before.items())
+    assert [name for name, x in first.items() if torch.equal(whole["agent"][name], x)] == []
     half = script.train(script.Args(**{**options, "total_timesteps": 64}))["run"]
     script.train(script.Args(**{**options, "resume": half}))
     again = script.load_checkpoint(half)
-    assert again["progress"][0] == whole["progress"][0] == 128
-    for name, value in whole["agent"].items():
-        assert torch.equal(again["agent"][name], value), name
-    for name, value in whole["memory"][0].items():
-        assert torch.equal(again["memory"][0][name], value), name
+    for part in (lambda content: content["agent"], lambda content: content["memory"][0]):
+        for name, value in part(whole).items():
+            assert torch.equal(part(again)[name], value), name
     assert whole["memory"][0]["readable"].any()
-    script.train(script.Args(**{**options, "co_players": run, "anneal": False}))
     evaluated = script.evaluate(run, run, episodes=6, num_envs=2, match_episodes=3)
     assert len(evaluated["focal_returns"]) == 6
-    base = hop_onestep.train(hop_onestep.Args(**options))["run"]
-    with pytest.raises(script.UsageError, match="--load-moa"):
-        script.train(script.Args(**options, load_moa=base))
 
 
 def test_changes_are_marked_and_few(monkeypatch):
