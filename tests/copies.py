@@ -23,7 +23,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
-EXPERIMENTS = {}  # name: the script that it is a copy of
+EXPERIMENTS = {  # of which script
+    "transformer_goals": "hop_onestep",
+    "limited_view": "hop_onestep",
+    "diffusion_planner": "latent_world_model",
+}
 MARK = "# ours:"
 CHANGED = "# changed:"  # in an experiment
 

@@ -179,6 +179,7 @@ def checked(args, game):
         "--future-steps: at most 64": args.future_steps > 64,
         "what learns --offline needs a planner, --plan-until 1, and no --goal oracle": args.offline
         and (args.plan_update == "none" or args.plan_until < 1 or args.goal == "oracle"),
+        "--offline does not take --snapshot-every": args.offline and args.snapshot_every,
     }
     for message, wrong in problems.items():
         if wrong:
@@ -747,7 +748,8 @@ class CoPlayers:
         self.episode = self.episode.masked_fill(which, 0)
         for k, player in self.callables.items():
             if hasattr(player, "start_match"):
-                player.start_match((which[:, None] & (self.kind == k)).flatten())
+                with refused(f"co-player {self.names[k]!r} failed"):
+                    player.start_match((which[:, None] & (self.kind == k)).flatten())
 
     def scripted(self):
         """[B, N] each: index in `game.kinds` (past its end: not scripted), noise, target."""
@@ -807,10 +809,9 @@ class Recorded(CoPlayers):
                     raise UsageError(f"{args.offline} is of {about[0]}, horizon {about[1]}")
                 self.data = {k: tensor(file[k]).to(x.device, x.dtype) for k, x in types.items()}
             steps, batch = self.data["match_ended"].shape
-            for name, value in self.data.items():
-                if value.shape != (steps, batch, *types[name].shape[1:]):
-                    raise ValueError(f"{name} has the shape {[*value.shape]}")
-            rows = {name: value.flatten(0, 1) for name, value in self.data.items()}
+            rows = {}
+            for name, value in self.data.items():  # raises for other sizes
+                rows[name] = value.view(steps * batch, *types[name].shape[1:])
             for prefix in ("next_", ""):
                 state = game.state_type(*(rows[prefix + name] for name in like))
                 game.subgoals(state)  # raises for cells that are not on the board
@@ -1548,7 +1549,7 @@ def load_player(path, game, batch, **play):
     """The agent of a checkpoint, for B games of `game`, with options `play` in place of its own;
     by this script if its networks fit, else by the one beside it that wrote it; UsageError."""
     content = load_checkpoint(path, game.device)
-    options = {**content["args"], **content["played"], **play}
+    options = content["args"] | content["played"] | play
     with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
         try:
             agent = Agent(game, Args(**options))
@@ -1677,7 +1678,7 @@ def record_video(run, company, episodes, **play):
 
 # ---- Training ------------------------------------------------------------------------------------
 # what may differ from the run that `--resume` goes on with
-FREE = """total_timesteps checkpoint_every capture_video profile resume init load_moa track compile
+FREE = """total_timesteps checkpoint_every capture_video profile resume track compile
     wandb_project_name wandb_entity cuda exp_name evaluate eval_episodes env_workers""".split()
 
 
@@ -1703,7 +1704,7 @@ def train(args, watch=None):
     source = args.resume if resumes else args.init
     if args.cuda and not torch.cuda.is_available():
         raise UsageError("--cuda: no CUDA device is available")
-    content = source and load_checkpoint(source, device)
+    content = load_checkpoint(source, device) if source is not None else {}
     game = make_game(args, device)
     args = checked(args, game)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
@@ -1720,8 +1721,12 @@ def train(args, watch=None):
     reservoir = {}  # surprising transitions
     reads_moa = args.goal == "inferred" or args.plan_update != "none"
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+    folder = f"runs/{name}"
     pool = [run for entry in args.co_players.split(",") for run in runs_in(entry)]
-    pool = content["pool"] if resumes else pool  # with snapshots
+    if resumes:
+        folder = os.path.dirname(checkpoint_path(args.resume)) or "."
+        pool = content.get("pool", pool)  # a folder may have other runs by now
     world = game  # ours: or a file
     if args.offline is None:
         co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
@@ -1748,14 +1753,16 @@ def train(args, watch=None):
         with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
             agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     with refused(f"{source} does not fit this run"):
-        if source is not None:
+        if content:
             agent.load_state_dict(content["agent"])
         if resumes:
-            for name, value in vars(args).items():
-                if name not in FREE and content["args"][name] != value:
-                    option = f"--{name.replace('_', '-')}"
-                    raise UsageError(f"--resume: {option} was {content['args'][name]!r} there")
+            for field, value in vars(args).items():
+                if field not in FREE and content["args"][field] != value:
+                    option = f"--{field.replace('_', '-')}"
+                    raise UsageError(f"--resume: {option} was {content['args'][field]!r} there")
             global_step, iteration, tracking_id = content["progress"]
+            for k in range(0, iteration + 1, args.snapshot_every or 10**9)[1:]:
+                co_players.join(f"{folder}/snapshot_{k}.pt", args.num_envs)
             optimizer.load_state_dict(content["optimizer"])
             if content["args"]["cuda"] == args.cuda:
                 generator.set_state(content["generator"].cpu())
@@ -1774,7 +1781,6 @@ def train(args, watch=None):
                 returns = content["returns"]
             else:
                 print("--resume: episodes of this environment begin anew")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
     tracker = None  # a W&B run
     with refused("--track"):
         if args.track:
@@ -1782,9 +1788,6 @@ def train(args, watch=None):
 
             names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
             tracker = wandb.init(**names, id=tracking_id, resume="allow", config=vars(args))
-    folder = f"runs/{name}"
-    if resumes:
-        folder = os.path.dirname(checkpoint_path(args.resume)) or "."
     with refused(f"cannot write {folder}, or another process does"):
         while os.path.exists(folder) and not resumes:
             folder += "+"
@@ -1987,7 +1990,6 @@ def train(args, watch=None):
                 snapshot = {"script": SCRIPT, "args": vars(args), "played": played}
                 torch.save({**snapshot, "agent": agent.state_dict()}, path)
                 co_players.join(path, args.num_envs)
-                pool.append(path)
             if profiler:
                 profiler.step()
             if watch:
@@ -2007,16 +2009,15 @@ def train(args, watch=None):
         raise KeyboardInterrupt if stop[0] == signal.SIGINT else SystemExit(128 + stop[0])
     print(f"done at step {global_step}: {folder}")
     if args.capture_video:
-        record_video(folder, pool[-1], args.match_episodes)  # with the last kind of the list
+        record_video(folder, pool[-1], 10)  # with the last kind of the list
     return {**metrics, "run": folder}
 
 
-INIT = {  # options with --init, if not given: one match, in which the learner goes on learning
-    **dict(resume=None, load_moa=None, pretrain_moa_steps=0, offline=None),
-    **dict(num_envs=1, num_steps=100, total_timesteps=2400, match_episodes=2400),
-    **dict(learning_rate=3e-3, anneal=False, plan_until=1.0),
-    **dict(plan_update="offset"),
-}
+INIT = dict(  # with --init, what is not given: one match in which the learner goes on learning
+    resume=None, load_moa=None, pretrain_moa_steps=0, offline=None, num_envs=1, num_steps=100,
+    total_timesteps=2400, match_episodes=2400, learning_rate=3e-3, anneal=False, plan_until=1.0,
+    plan_update="offset",
+)  # fmt: skip
 
 
 def parse_arguments(arguments):
@@ -2025,18 +2026,17 @@ def parse_arguments(arguments):
     line = re.sub(r"(?i)--([^\0]+)\0false(?=\0|$)", r"--no-\1", "\0".join(arguments))
     words = re.findall(r"[^\0]+", re.sub(r"(?i)\0true(?=\0|$)", "", line))
     args = tyro.cli(Args, args=words, description=__doc__)
-    for path in (args.evaluate, args.resume, args.init):
-        if path is not None:
-            content = load_checkpoint(path)
-            options = content["args"]
-            if args.init is not None:
-                options |= {name: INIT[name] for name in INIT if name in options}
-            with refused(f"{path} is a run of other options"):
-                if args.evaluate is not None:
-                    options = {name: options[name] for name in ("env_id", *PLAYED)}
-                    options |= content["played"]
-                return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
-    return args
+    path = args.evaluate or args.resume or args.init
+    if path is None:
+        return args
+    content = load_checkpoint(path)
+    options = content["args"]
+    if path == args.init:
+        options |= {name: INIT[name] for name in INIT if name in options}
+    with refused(f"{path} is a run of other options"):
+        if path == args.evaluate:
+            options = {name: options[name] for name in ("env_id", *PLAYED)} | content["played"]
+        return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
 
 
 def main():
