@@ -58,6 +58,16 @@ def test_shared_definitions_are_the_same_text():
     assert all_differences() == []
 
 
+@pytest.mark.parametrize("name", copies.EXPERIMENTS)
+def test_an_experiment_changes_little_and_marks_what_is_new(name):
+    paths = [copies.path_of(one) for one in (copies.EXPERIMENTS[name], name)]
+    base, copy = (path.read_text() for path in paths)
+    known, found = (definitions(source, CHANGED) for source in (base, copy))
+    assert [part for part in found if part not in known and not found[part].ours] == []
+    lines, theirs = (source.splitlines() for source in (base, copy))
+    assert 0 < len(set(theirs) - set(lines)) < 0.25 * len(lines)
+
+
 def test_an_experiment_has_marks_of_its_own():
     """Those of the script that it is a copy of do not excuse it."""
     base = changed(("return 2 * x", f"return 2 * x  {MARK} doubles"))

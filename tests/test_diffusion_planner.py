@@ -10,7 +10,17 @@ import torch
 
 import conftest
 import diffusion_planner as script
-from run_tools import assert_same_run, broken_run, networks, parsed, refused, run, shake, trust
+from run_tools import (
+    assert_same_run,
+    broken_run,
+    generator_of,
+    networks,
+    parsed,
+    refused,
+    run,
+    shake,
+    trust,
+)
 
 ACTIONS, GONE, MASKED = 7, 7, 8
 HUNT = {"env_id": "msh-3x3-3p-2h1s", "horizon": 6, "plan_until": 1.0, "plan_samples": 4}
@@ -18,14 +28,9 @@ SMALL = {**conftest.SMALL, **HUNT}
 
 
 @pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def few_updates(monkeypatch):
     monkeypatch.setattr(script, "MODEL_UPDATES", 1)
     monkeypatch.setattr(script, "MODEL_BATCH", 64)
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def situation(batch=40, **options):
@@ -189,10 +194,10 @@ def test_the_planner_takes_the_first_step(monkeypatch):
     torch.testing.assert_close(q, expected[:, None].expand_as(q))
 
 
-def test_goals_are_those_of_the_moa(tmp_path, monkeypatch):
+def test_goals_are_those_of_the_moa(monkeypatch):
     """The same memories go into the encoder as in the MOA's own loss."""
     last, given = {}, []
-    run(script, script.Args(**SMALL), tmp_path, lambda **names: last.update(names))
+    run(script, script.Args(**SMALL), lambda **names: last.update(names))
     monkeypatch.setattr(script, "MOA_ROWS", 10**6)
     agent = last["agent"]
     encode = agent.moa.encode
@@ -206,7 +211,7 @@ def test_goals_are_those_of_the_moa(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("env_id", [HUNT["env_id"], "test_pettingzoo_game:Leaving"])
-def test_runs_learn_it_and_go_on_to_the_bit(tmp_path, monkeypatch, env_id):
+def test_runs_learn_it_and_go_on_to_the_bit(monkeypatch, env_id):
     """With a frozen MOA as well; not where the planner does not draw from it."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
     seen = []
@@ -216,25 +221,25 @@ def test_runs_learn_it_and_go_on_to_the_bit(tmp_path, monkeypatch, env_id):
         seen.append({name: x.clone() for name, x in networks(agent).items()})
 
     args = script.Args(**{**SMALL, "env_id": env_id, "checkpoint_every": 1})
-    whole = run(script, args, tmp_path, watch).path
+    whole = run(script, args, watch).path
     assert not torch.equal(seen[0]["denoiser"], seen[1]["denoiser"])
     if env_id == HUNT["env_id"]:
-        unbroken = run(script, args, tmp_path).path
-        broken = broken_run(script, args, tmp_path, 1)
-        run(script, parsed(script, tmp_path, "--resume", broken), tmp_path)
+        unbroken = run(script, args).path
+        broken = broken_run(script, args, 1)
+        run(script, parsed(script, "--resume", broken))
         assert_same_run(script, unbroken, broken)
     for source in ("diffusion", "moa"):
         words = f"--init {whole} --total-timesteps 200 --freeze-moa --co-player-model {source}"
-        run(script, parsed(script, tmp_path, *words.split()), tmp_path, watch)
+        run(script, parsed(script, *words.split()), watch)
         assert torch.equal(seen[-1]["moa"], seen[-2]["moa"])
         assert torch.equal(seen[-1]["denoiser"], seen[-2]["denoiser"]) == (source == "moa")
     played = script.evaluate(whole, "random", episodes=4, denoising_steps=5)
     assert math.isfinite(played["focal_return"])
 
 
-def test_what_cannot_be(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be(monkeypatch, capsys):
     """Among it: a denoiser that never learnt."""
-    path = run(script, script.Args(**{**SMALL, "co_player_model": "moa"}), tmp_path).path
+    path = run(script, script.Args(**{**SMALL, "co_player_model": "moa"})).path
     words = f"--evaluate {path} --co-player-model diffusion --plan-update offset"
     assert "diffusion" in refused(script, monkeypatch, capsys, *words.split())
     wrong = {"future-steps": 65, "denoising-steps": 0, "co-player-model": "self"}
