@@ -138,17 +138,18 @@ def report(results: list[dict]) -> str:
             cells += [figure(gaps(each, k)) for k in (0, EPISODES - 1)]
             for place in ("near", "far"):
                 cells.append(figure([r[place][-1] for r in each["inferred"]]))
-            known.append([name, *cells])
+            shown = name.replace(" | ", ", ")
+            known.append([shown, *cells])
             for company in COMPANIES:
                 of = [figure([r["returns"][company] for r in each[goal]]) for goal in GOALS]
-                returns.append([name, company, *of])
+                returns.append([shown, company, *of])
     for setting, of in runs.items():
         if setting.startswith(WALLS) or "msh-4h1s | view all" in setting:
             cells = [figure([r["returns"].get(c) for r in of]) for c in [*COMPANIES, "self"]]
             points = [np.array(r["curve"])[:, 2] for r in of]
             parts = [np.array_split(values, 4) for values in points]
             curve = [figure([part[k].mean() for part in parts if len(part[k])]) for k in range(4)]
-            walls.append([setting, *cells, *curve])
+            walls.append([setting.replace(" | ", ", "), *cells, *curve])
     head = ["game and view", "share of steps seen", *(f"nats an action, {g}" for g in GOALS)]
     head += ["gap closed, episode 1", f"episode {EPISODES}"]
     head += [f"kind known, episode {EPISODES}, in view", "out of view"]
