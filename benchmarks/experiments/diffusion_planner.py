@@ -1163,7 +1163,8 @@ def future_tokens(batch, steps, num_actions):
     read: its actions; A, it is no longer there; A + 1, not recorded (yet)."""
     inside = batch["active"].any(2, True)  # of the match, and recorded
     played = batch["action"].masked_fill(~batch["active"], num_actions)
-    rest = num_actions + 1 - batch["ended"].long()  # behind what is recorded of the episode
+    unknown = batch["active"] & ~batch["ended"]  # what follows when no more is recorded
+    rest = num_actions + unknown.long()
     tokens = []
     for h in range(steps):
         parts = (played, batch["first"], inside)
