@@ -80,7 +80,7 @@ def work(job):
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), quiet:
         if what == "futures":
             return judged_futures(job)
-        file = f"{folder}/play.npz"
+        file = "play.npz"
         if what == "offline":
             kinds = KINDS[job["game"]]
             play = offline.Collect(file, kinds, seed=job["seed"], env_id=job["game"])

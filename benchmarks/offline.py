@@ -264,7 +264,7 @@ def jobs(seeds, quick):
 def work(job):
     """Trains, from a file that is recorded first, or online; what the model knows of other play."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        file = f"{folder}/play.npz"
+        file = "play.npz"
         recorded = Collect(file, KINDS, job["recorded"], job["seed"])
         collect(recorded)
         result = run.train_and_judge({**job, "options": job["options"].format(file=file)})
