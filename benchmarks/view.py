@@ -20,7 +20,7 @@ from figures import by_setting, figure, table
 from run import train_and_judge
 
 GOALS = ("none", "inferred", "oracle")
-STEPS = {"msh-4x4-4h1s": 120_000, "msh-4h1s": 150_000}  # game steps of training
+STEPS = {"msh-4x4-4h1s": 120_000, "msh-4h1s": 150_000, "self": 300_000}  # game steps of training
 VIEWS = {"msh-4x4-4h1s": (0, 1, 2), "msh-4h1s": (0, 1, 2, 3)}  # 0: all
 WALLS = "msh-4h1s-16w"  # the way is longer for half of all pairs of cells
 MIXTURE = "ns,nh,random"
@@ -36,18 +36,19 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
         for game, views in VIEWS.items():
             for view in views:
                 for goal in GOALS:
-                    setting = f"{game} | view {view or 'all'} | {goal}"
+                    setting = f"{game}, view {view or 'all'} | {goal}"
                     found.append(job_of(setting, game, view, goal, MIXTURE, COMPANIES, seed, quick))
         for pool, kinds in {MIXTURE: COMPANIES, "self": {"self": "self"}}.items():
             for goal in GOALS[:2]:
-                setting = f"{WALLS} | {pool} | {goal}"
+                setting = f"{WALLS}, {pool} | {goal}"
                 found.append(job_of(setting, WALLS, 0, goal, pool, kinds, seed, quick))
     return found[3:6] + found[-1:] if quick else found
 
 
 def job_of(setting, game, view, goal, pool, kinds, seed, quick):
     """A training, and what it is judged with."""
-    steps = 4096 if quick else STEPS.get(game, STEPS["msh-4h1s"])
+    steps = STEPS.get(game) or STEPS.get(pool) or STEPS["msh-4h1s"]
+    steps = 4096 if quick else steps
     words = f"--env-id {game} --view {view} --goal {goal} --co-players {pool}"
     words += f" --total-timesteps {steps} --seed {seed}"
     job = {"setting": setting, "seed": seed, "script": "limited_view", "options": words}
@@ -129,7 +130,7 @@ def report(results: list[dict]) -> str:
     known, returns, walls = [], [], []
     for game, views in VIEWS.items():
         for view in views:
-            name = f"{game} | view {view or 'all'}"
+            name = f"{game}, view {view or 'all'}"
             each = {goal: runs.get(f"{name} | {goal}", []) for goal in GOALS}
             if not all(each.values()):
                 continue
@@ -144,7 +145,7 @@ def report(results: list[dict]) -> str:
                 of = [figure([r["returns"][company] for r in each[goal]]) for goal in GOALS]
                 returns.append([shown, company, *of])
     for setting, of in runs.items():
-        if setting.startswith(WALLS) or "msh-4h1s | view all" in setting:
+        if setting.startswith(WALLS) or "msh-4h1s, view all" in setting:
             cells = [figure([r["returns"].get(c) for r in of]) for c in [*COMPANIES, "self"]]
             points = [np.array(r["curve"])[:, 2] for r in of]
             parts = [np.array_split(values, 4) for values in points]
