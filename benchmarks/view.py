@@ -139,11 +139,10 @@ def report(results: list[dict]) -> str:
             cells += [figure(gaps(each, k)) for k in (0, EPISODES - 1)]
             for place in ("near", "far"):
                 cells.append(figure([r[place][-1] for r in each["inferred"]]))
-            shown = name.replace(" | ", ", ")
-            known.append([shown, *cells])
+            known.append([name, *cells])
             for company in COMPANIES:
                 of = [figure([r["returns"][company] for r in each[goal]]) for goal in GOALS]
-                returns.append([shown, company, *of])
+                returns.append([name, company, *of])
     for setting, of in runs.items():
         if setting.startswith(WALLS) or "msh-4h1s, view all" in setting:
             cells = [figure([r["returns"].get(c) for r in of]) for c in [*COMPANIES, "self"]]
