@@ -140,14 +140,16 @@ def by_kind(runs: list[dict], game: str) -> list[str]:
 
 
 def pace(runs: dict[str, list[dict]], method: str) -> str:
-    """Least and greatest CPU time of a method's runs, in that of plain PPO's of the same kind."""
+    """Least and greatest CPU time of a method's runs, in that of plain PPO's run of the same kind
+    and seed on the same machine."""
     ratios = []
     for game in STEPS:
         for company in ("self-play", "mixture"):
-            pair = [runs.get(f"{game} | {company} | {name}") for name in (method, "plain PPO")]
-            if all(pair):
-                times = [statistics.mean(r["train_cpu_seconds"] for r in each) for each in pair]
-                ratios.append(times[0] / times[1])
+            own, plain = (
+                {(r["seed"], r["machine"]): r["train_cpu_seconds"] for r in runs.get(setting, [])}
+                for setting in (f"{game} | {company} | {name}" for name in (method, "plain PPO"))
+            )
+            ratios += [own[key] / plain[key] for key in own.keys() & plain.keys()]
     return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
 
 

@@ -183,6 +183,16 @@ def test_share_of_what_true_goals_are_worth():
     assert goals.share([none[:1], none[:1], none[:1] + 1.0]) == ""
 
 
+def test_times_are_compared_with_the_same_seed_on_the_same_machine():
+    learning = importlib.import_module("learning")
+    times = {"one step": [(1, "a", 30.0), (2, "b", 80.0), (3, "b", 1.0)]}
+    times["plain PPO"] = [(1, "a", 10.0), (2, "b", 20.0), (3, "a", 1.0)]
+    names = ("seed", "machine", "train_cpu_seconds")
+    runs = {f"msg | mixture | {k}": [dict(zip(names, r)) for r in of] for k, of in times.items()}
+    assert learning.pace(runs, "one step") == "3.0 to 4.0"
+    assert learning.pace(runs, "Direct-OM") == ""
+
+
 def test_score_of_random_play():
     alone = figures.random_return("msh-4x4-4h1s", "self")
     with_hares = figures.random_return("msh-4x4-4h1s", "nh")
@@ -209,6 +219,7 @@ def test_tables_and_pictures_of_whatever_is_there(name, tmp_path, monkeypatch):
         value = 100.0 + number
         returns = dict.fromkeys(job["kinds"], value)
         result = {**job, "returns": returns, "all_seats": returns, "train_cpu_seconds": 30.0}
+        result["machine"] = "any"
         result["by_episode"] = {kind: [value] * 10 for kind in job["kinds"]}
         results.append({**result, "curve": [[100, 10.0, 1.0], [200, 30.0, value]]})
     results.sort(key=lambda result: (result["setting"], result["seed"]))
