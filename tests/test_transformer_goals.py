@@ -84,8 +84,11 @@ def test_the_loss_reads_each_row_s_own_history():
     prior = torch.distributions.Normal(0.0, 1.0)
     q = torch.distributions.Normal(mean, log_std.exp())
     kl = torch.distributions.kl_divergence(q, prior).sum(-1)[batch["weight"]].mean()
-    _, terms = script.moa_loss(agent, batch, False, torch.Generator().manual_seed(6))
+    loss, terms = script.moa_loss(agent, batch, False, torch.Generator().manual_seed(6))
     torch.testing.assert_close(terms["moa/kl"], kl, rtol=1e-4, atol=1e-5)
+    weights = {"nll": 1.0, "kl": agent.args.moa_alpha, "recon": script.SUBGOAL_COEF}
+    whole = sum(weight * terms[f"moa/{name}"] for name, weight in weights.items())
+    torch.testing.assert_close(loss, whole)
 
 
 def test_attention_by_hand():
@@ -120,6 +123,17 @@ def test_attention_by_hand():
             read.append(total / weight)
         expected = attention.mix(torch.cat(read))
         torch.testing.assert_close(got[0, i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_adds_to_its_tokens():
+    torch.manual_seed(8)
+    block = shake(script.Block(6))
+    tokens = torch.randn(1, 5, 6)
+    steps = torch.arange(5)[None]
+    mask = torch.zeros(1, 2, 5, 5)
+    context = (steps, *block.attention.keys_and_values(tokens, steps), mask)
+    read = tokens + block.attention(tokens, *context)
+    torch.testing.assert_close(block(tokens, *context), read + block.mlp(read))
 
 
 def test_seats_and_games_do_not_mix():
