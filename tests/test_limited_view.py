@@ -250,3 +250,5 @@ def test_a_run_goes_on_and_is_played():
     assert views == [1, 3] and "view" in script.EVALUATED
     returns = [script.evaluate(str(whole), "ns", episodes=40, view=v) for v in (1, 3)]
     assert returns[0]["focal_returns"] != returns[1]["focal_returns"]
+    with pytest.raises(hop_onestep.UsageError, match="limited_view.py alone"):
+        hop_onestep.load_player(str(whole), hop_onestep.GridGame("msh-4x4-4h1s"), 2)

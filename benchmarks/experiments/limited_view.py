@@ -1392,12 +1392,15 @@ def load_checkpoint(run, device="cpu"):
     return content
 
 
+# changed: refuses games of other scripts, which know no views
 def load_player(path, game, batch, **play):
     """The agent of a checkpoint, for B games of `game`, with options `play` in place of its own;
     by this script if its networks fit, else by the one beside it that wrote it; UsageError."""
     content = load_checkpoint(path, game.device)
     options = content["args"] | content["played"] | play
     with torch.random.fork_rng(), refused(f"{path} does not fit {SCRIPT} and this game"):
+        if not hasattr(game, "seen_by"):
+            raise UsageError(f"{path} plays games of {SCRIPT}.py alone, which know views")
         try:
             agent = Agent(game, Args(**options))
             agent.load_state_dict(content["agent"])

@@ -4,10 +4,12 @@ A copy of hop_onestep.py in which q_phi(z_j | h_j) reads the history h_j of a co
 instead of sums. A token is a step (o_j, a_j) of a seat, embedded as there. Where hop_onestep.py
 adds features to two sums, of the match (inter-OM) and of the episode (intra-OM), here two heads
 attend to the tokens strictly before this step: one to those of the match, one to those of the
-episode, both at most MOA.window steps back. What asks is the step now, the token (o_j, no action
-yet). While playing, each step appends its keys and values to a cache, and none is computed again;
-in training whole matches are run in one pass under a banded causal mask. Both give the same goals.
-All else, and every option, is as in hop_onestep.py: its docstring is the one to read.
+episode, both at most MOA.window steps back; a layer before them has read as far back from there.
+What asks is the step now, the token (o_j, no action yet). While playing, each step appends its keys
+and values to a cache, and none is computed again; in training whole matches are run in one pass
+under a banded causal mask. With the same weights both give the same goals; a cache that is older
+than an update keeps what it has, as sums do. All else, and every option, is as in hop_onestep.py:
+its docstring is the one to read.
 
     python benchmarks/experiments/transformer_goals.py --num-envs 16
     python benchmarks/experiments/transformer_goals.py --env-id msg --co-players self
