@@ -1012,8 +1012,7 @@ class Agent(nn.Module):
         actions = game.num_actions
         self.actor = PlayerNetwork(game.own_size, other, goal, actions, args.hidden_size)
         self.critic = PlayerNetwork(game.own_size, other, goal, 1, args.hidden_size, 1.0)
-        # ours: no transition network
-        self.exact = True  # it learns nothing but the MOA
+        self.exact = True  # ours: no transition network; it learns nothing but the MOA
         if args.plan_update != "none" and not game.simulates:
             others = "hop_onestep.py, hop_ppo_gumbel.py and latent_world_model.py need no simulator"
             raise UsageError(f"tree search (not --plan-update none) is for msh and msg; {others}")
@@ -1131,34 +1130,31 @@ class Tree(NamedTuple):
 
 
 def puct(visits, total, prior, value, root, constant):
-    """int64 [R]: the action to try next at R nodes (Silver et al. 2017), by the highest Q + c pi
-    sqrt(N) / (1 + n). Q is scaled to 0..1 over the node's actions and its mean, as which an action
-    counts that was not tried. At a `root`, bool [R], all legal actions are tried once first."""
+    """int64 [R]: what to try next at R nodes (Silver et al. 2017), by Q + c pi sqrt(N) / (1 + n). Q
+    is scaled to 0..1 over a node; an action not tried counts as the mean of the node. At a `root`,
+    bool [R], every legal action comes once first."""
     count = visits.sum(1, True)
     tried = visits > 0
     mean = (value[:, None] + total.sum(1, True)) / (1.0 + count)
     q = where(tried, total / visits, mean)
     low, high = q.aminmax(dim=1, keepdim=True)
     score = (q - low) / (high - low).clamp(min=1e-8)
-    score = score + constant * prior * count.sqrt() / (1.0 + visits)
+    score += constant * prior * count.sqrt() / (1.0 + visits)
     untried = root[:, None] & ~tried & (prior >= 0)
     score = score.masked_fill(untried.any(1, True) & ~untried, -1e8)
     return score.masked_fill(prior < 0, -1e9).argmax(1)
 
 
 def simulate(tree, roots):
-    """Follows the choices down from the `roots` [T]: the paths, by levels of (trees [P], nodes
-    [P]), and the last node [T] of each."""
+    """Paths of choices from the `roots` [T] down, by levels of nodes [P]; the last node of each."""
     path = []
-    leaf = roots.clone()
-    trees = nodes = roots
+    leaf = roots + 0
+    nodes = roots
     while len(nodes):
-        path.append((trees, nodes))
-        leaf[trees] = nodes
+        path.append(nodes)
+        leaf[nodes % len(roots)] = nodes
         nodes = tree.follow[nodes]
-        on = (nodes >= 0).nonzero()[:, 0]
-        trees = trees[on]
-        nodes = nodes[on]
+        nodes = nodes[nodes >= 0]
     return path, leaf
 
 
@@ -1171,18 +1167,19 @@ def expand(tree, model, leaf, new):
         tree.choice[fresh] = tree.prior[fresh].argmax(1)
     action = tree.choice[leaf]
     tree.reward[new], tree.value[new], goes_on = model.step(leaf, action, new)
-    tree.left[new] = where(goes_on, tree.left[leaf] - 1, 0)
+    tree.left[new] = goes_on * (tree.left[leaf] - 1)
     tree.child[leaf, action] = arange(new.start, new.stop, device=leaf.device)
 
 
 def backup(tree, path, new, gamma, constant):
     """Adds the discounted return of every path to the actions on it, and chooses anew there."""
-    nodes = cat([nodes for _, nodes in path])
+    nodes = cat(path)
     edges = (nodes, tree.choice[nodes])
-    rewards = tree.reward[tree.child[edges]].split([len(nodes) for _, nodes in path])
+    rewards = tree.reward[tree.child[edges]].split([*map(len, path)])
     future = tree.value[new].clone()  # [T]
     returns = []
-    for (trees, _), reward in zip(path[::-1], rewards[::-1]):
+    for level, reward in zip(path[::-1], rewards[::-1]):
+        trees = level % len(future)
         returns.append(reward + gamma * future[trees])
         future[trees] = returns[-1]
     tree.total[edges] += cat(returns[::-1])
@@ -1199,7 +1196,7 @@ def search(model, value, args):
     count = len(value)
     size = (args.num_simulations + 1) * count
     roots = arange(count, device=value.device)
-    numbers = zeros_like(roots).expand(args.num_simulations + 1, -1).flatten()  # [V]
+    numbers = arange(size, device=value.device) * 0  # [V]
     tree = Tree(
         *value.new_zeros(3, size, model.num_actions),
         *value.new_zeros(2, size),
@@ -1209,15 +1206,12 @@ def search(model, value, args):
     tree.value[:count] = value
     for start in range(count, size, count or 1):  # with no decision, no simulation
         new = slice(start, start + count)
-        with record_function("select"):
-            path, leaf = simulate(tree, roots)
-        with record_function("expand"):
-            expand(tree, model, leaf, new)
-        with record_function("backup"):
-            backup(tree, path, new, args.gamma, args.puct_c)
+        path, leaf = simulate(tree, roots)
+        expand(tree, model, leaf, new)
+        backup(tree, path, new, args.gamma, args.puct_c)
     visits, total = (x[:count] for x in tree[:2])
     mean = (value + total.sum(1)) / (1.0 + args.num_simulations)
-    return where(visits > 0, total / visits.clamp(min=1.0), mean[:, None]), visits
+    return where(visits > 0, total / visits, mean[:, None]), visits
 
 
 def sums(rows, table):
@@ -1226,15 +1220,15 @@ def sums(rows, table):
 
 
 class CellNetwork:
-    """A PlayerNetwork for the seats `who`, a slice of W, of T trees, in which it knows the `goal`
+    """A PlayerNetwork for the seats `who`, a slice of W, of T trees, which knows the `goal`
     [T, W, Z] and `theirs` [T, W, N-1, ..]. What its first layers see of cells is tabulated by pair
     of cells, for kinds of items and then for players, so that a state costs sums of rows."""
 
     def __init__(self, network, game, who, goal, theirs):
-        size = game.subgoal_size
-        kinds = len(game.item_counts)
-        clock, walls, *items = network.own.weight.T.split([8, 5, *[size] * kinds])
-        near, *seen, weight = network.other.weight.T.split([*[size] * (kinds + 1), theirs.shape[3]])
+        sizes = [game.subgoal_size] * len(game.item_counts)
+        clock, walls, *items = network.own.weight.T.split([8, 5, *sizes])
+        sizes += [sizes[0], theirs.shape[3]]
+        near, *seen, weight = network.other.weight.T.split(sizes)
         pairs = game.relative.flatten(0, 1)  # [(S + 1)^2, F]
         self.own = cat([pairs @ item for item in items])
         self.other = cat([*(pairs @ item for item in seen), pairs @ near + network.other.bias])
@@ -1253,8 +1247,8 @@ class CellNetwork:
         near = rows[:, self.who, :n].gather(2, self.others.expand(len(rows), -1, -1))
         seen = F.embedding(near, self.other) + items[:, self.others] + self.theirs[trees]
         first = sums(rows[:, self.who, n:], self.own) + self.walls[players[:, self.who]]
-        first = first + (clock @ self.clock)[:, None] + self.goal[trees]
-        first = first + self.network.mix(F.relu(seen).sum(2))
+        first += (clock @ self.clock)[:, None] + self.goal[trees]
+        first += self.network.mix(F.relu(seen).sum(2))
         return self.network.out(F.relu(self.network.hidden(F.relu(first))))
 
 
@@ -1294,45 +1288,39 @@ class Model:
         state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
         mask = self.game.action_mask(state)
         seen = self.look(state)
-        with record_function("search: policy"):
-            logits = masked(self.policy(*seen, trees)[:, 0], mask[:, 0])
-        with record_function("search: MOA"):
-            upto = masked(self.moa(*seen, trees), mask[:, 1:]).softmax(2).cumsum(2)
-            draw = self.draws.index_select(0, nodes)[:, 1:, None] * upto[..., -1:]
-            self.joint[nodes, 1:] = (upto > draw).int().argmax(2)
+        logits = masked(self.policy(*seen, trees)[:, 0], mask[:, 0])
+        upto = masked(self.moa(*seen, trees), mask[:, 1:]).softmax(2).cumsum(2)
+        draw = self.draws.index_select(0, nodes)[:, 1:, None] * upto[..., -1:]
+        self.joint[nodes, 1:] = (upto > draw).int().argmax(2)
         return logits.softmax(1).masked_fill(~mask[:, 0], -1.0)
 
     def step(self, nodes, actions, new):
         """Makes the nodes `new`: reward [T] on the way, V [T], bool [T] the player plays on."""
-        with record_function("search: game"):
-            joint = self.joint.index_select(0, nodes)
-            joint[:, 0] = actions
-            state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
-            after, reward, terminated, truncated = self.game.step(state, joint)
-            reward = self.args.reward_scale * reward.lerp(reward.mean(1, True), self.args.prosocial)
-            for whole, part in zip(self.state, after):
-                whole[new] = part
-        with record_function("search: value"):
-            value = self.value(*self.look(after), slice(None))[:, 0, 0]
+        joint = self.joint.index_select(0, nodes)
+        joint[:, 0] = actions
+        state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
+        after, reward, terminated, truncated = self.game.step(state, joint)
+        reward = self.args.reward_scale * reward.lerp(reward.mean(1, True), self.args.prosocial)
+        for whole, part in zip(self.state, after):
+            whole[new] = part
+        value = self.value(*self.look(after), slice(None))[:, 0, 0]
         return reward[:, 0], value * ~terminated[:, 0], ~(terminated | truncated)[:, 0]
 
 
-# ours: tree search
 def scores(agent, state, seen, chosen, generator):
-    """[D, A]: Q_plan of D decisions, the games and seats `chosen`, of which Player.infer has `seen`
-    this: the mean of K trees, each with its own draw of the goals."""
-    args = agent.args
-    own, views, goals, log_std = seen
+    """[D, A]: mean over K trees, each with its own goals, of Q of every action, of D decisions: the
+    games and seats `chosen`, of which Player.infer has `seen` this."""
+    own, views, goals, log_std = seen  # ours: tree search
     value = agent.critic(own, *agent.inputs(views, goals)).squeeze(-1)
-    games, seat = (x.repeat_interleave(args.num_goal_samples) for x in chosen)
+    games, seat = (x.repeat_interleave(agent.args.num_goal_samples) for x in chosen)
     order = cat([seat[:, None], agent.game.others[seat]], 1)  # [T, N] the player first
     goals = goals[games[:, None], order]
     drawn = gaussian(goals, log_std[games[:, None], order], generator)
-    draws = uniform(((args.num_simulations + 1) * len(games), order.shape[1]), generator)
+    draws = uniform(((agent.args.num_simulations + 1) * len(games), order.shape[1]), generator)
     roots = type(state)(*(x[games] for x in state))
     roots = roots._replace(players=roots.players.gather(1, order))
-    q, _ = search(Model(agent, roots, goals, drawn, draws), value[games, seat], args)
-    return q.unflatten(0, (-1, args.num_goal_samples)).mean(1)
+    q, _ = search(Model(agent, roots, goals, drawn, draws), value[games, seat], agent.args)
+    return q.unflatten(0, (-1, agent.args.num_goal_samples)).mean(1)
 
 
 def calibration(rows):
@@ -1386,14 +1374,13 @@ LEARNT = """own others goal mask offset q_plan expected action log_prob advantag
 
 
 @no_grad()  # ours: with --init, V learns from a whole match
-def match_rows(agent, match, last_value):
-    """Rows [R, ..] of the learner of a `match`, by name [T, B, N, ..], with lambda-returns by V as
-    it is now; lambda is 0.8, since other policies have played most of it."""
+def match_rows(agent, match, last_value, gae_lambda):
+    """Rows [R, ..] of the learner of a `match`, by name [T, B, N, ..]; returns by V as it is."""
     value = agent.critic(*map(match.get, LEARNT[:3])).squeeze(-1)
     following = where(match["goes_on"], cat([value[1:], last_value[None]]), match["final_value"])
     steps = (match["reward"], value, following, match["goes_on"])
-    rows = {**match, "return": value + generalised_advantages(*steps, agent.args.gamma, 0.8)}
-    return {name: rows[name][rows["learner"]] for name in LEARNT}
+    rows = {**match, "return": value + generalised_advantages(*steps, agent.args.gamma, gae_lambda)}
+    return {name: row[match["learner"]] for name, row in rows.items()}
 
 
 def minibatches(rows, epochs, parts, generator):
@@ -1604,7 +1591,7 @@ def train(args, watch=None):
     learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
     moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
     optimizer = torch.optim.Adam([learnt, moa], args.learning_rate, eps=1e-5)  # ours: no model
-    reservoir = {}  # ours: steps of a match
+    match = {}  # ours: with --init, its steps
     reads_moa = args.goal == "inferred" or args.plan_update != "none"
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
@@ -1635,6 +1622,8 @@ def train(args, watch=None):
             agent.load_state_dict(content["agent"])
             if not resumes:
                 agent.plan_slope.fill_(1.0)  # ours: exact; one match is too short to measure it
+        two = [deepcopy(agent), agent]  # ours: as before the match, and as it learns; one acts
+        two[0].moa = agent.moa
         if resumes:
             for field, value in vars(args).items():
                 if field not in FREE and content["args"][field] != value:
@@ -1652,7 +1641,9 @@ def train(args, watch=None):
             for k, other in co_players.agents.items():
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
-            reservoir = content["reservoir"]
+            match = content["match"]
+            two[0].load_state_dict(content["two"][1])
+            player.agent = two[content["two"][0]]
             agent.plan_mode = content["played"]["plan_update"]
             if game.simulates:
                 state = type(state)(*content["state"])
@@ -1714,7 +1705,8 @@ def train(args, watch=None):
                     "pool": pool,
                     "memory": {k: other.memory for k, other in co_players.agents.items()},
                     "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
-                    "reservoir": reservoir,
+                    "match": match,
+                    "two": [two.index(player.agent), two[0].state_dict()],
                     "played": {"plan_update": agent.plan_mode},  # options as they are now
                     "state": [*state],
                     "returns": returns,
@@ -1733,7 +1725,7 @@ def train(args, watch=None):
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             ent_coef = tensor(args.ent_coef * max(left, 0.1))
             if done >= args.plan_until:
-                agent.plan_mode = "none"  # and stays off if the run is made longer
+                agent.plan_mode = two[0].plan_mode = "none"  # and stays off in a longer run
 
             # ---- ROLLOUT
             storage = defaultdict(list)  # [T, B, N, ..]
@@ -1802,8 +1794,12 @@ def train(args, watch=None):
                 rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]
                 if args.init:  # ours: the latest 2,400 steps, a whole match
-                    kept = {k: cat([reservoir.get(k, x[:0]), x]) for k, x in rows.items()}
-                    reservoir = {k: x[-ceil(2400 / args.num_envs) :] for k, x in kept.items()}
+                    rows["v"] = cat([x.critic(*map(rows.get, LEARNT[:3])) for x in two], 3).detach()
+                    match = {k: cat([match.get(k, x[:0]), x])[-2400:] for k, x in rows.items()}
+                    seen = match_rows(agent, match, last_value, 1.0)
+                    error = (seen["v"].T - seen["return"]).square().mean(1)
+                    player.agent = two[error.argmin()]  # who has foreseen the match better
+                    sums["losses/learnt_less_known"].append(error.diff())
                 rows = {name: rows[name][rows["learner"]] for name in LEARNT}  # [R, ..]
                 if not (agent.plan_mode == "none" or pretraining or args.init) and len(rows["own"]):
                     slope = calibration(rows)
@@ -1816,7 +1812,7 @@ def train(args, watch=None):
                     loss, terms = loss_of(agent, part, ent_coef)
                     descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
                 for _ in range(2 if args.init else 0):  # ours: V, of the whole match
-                    rows = match_rows(agent, reservoir, last_value)
+                    rows = match_rows(agent, match, last_value, 0.8)  # others played most
                     for part in minibatches(rows, 1, ceil(len(rows["return"]) / 64), generator):
                         loss = args.vf_coef * loss_of(agent, part, 0.0)[1]["losses/value"]
                         descend(optimizer, 0, loss, args.max_grad_norm, {}, sums)

@@ -105,7 +105,7 @@ VARIANTS = {  # options, and after which iteration the run dies
     "runs": (dict(checkpoint_every=1, match_episodes=50, prosocial=0.4), 3),
     "pretraining": (dict(pretrain_moa_steps=150, checkpoint_every=1, moa_capacity=100), 2),
     "oracle": (dict(goal="oracle", plan_update="hop", plan_until=0.6), 2),
-    "init": (dict(checkpoint_every=1, moa_buffer="positive"), 3),
+    "init": (dict(checkpoint_every=1, moa_buffer="positive"), 2),
 }
 OWN = {  # options of the variant "runs"
     "hop_onestep": {},

@@ -14,7 +14,7 @@ from conftest import ROOT, SCRIPTS
 
 BUDGETS = {  # lines, which may only be lowered, and tokens, at most
     "hop_onestep": (1_739, 15_500),
-    "hop_mcts": (1_917, 17_500),
+    "hop_mcts": (1_913, 17_500),
     "hop_ppo_gumbel": (1_700, 16_500),
     "latent_world_model": (1_943, 17_694),  # 17,500 is the aim
 }

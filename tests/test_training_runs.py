@@ -217,8 +217,7 @@ PROFILED = {
 }
 LABELS = {  # after "players" and what they do
     "hop_onestep": "planner,game,MOA,transition,PPO",
-    "hop_mcts": "planner,select,expand,search: policy,search: MOA,search: game,search: value,"
-    "backup,game,MOA,PPO",
+    "hop_mcts": "planner,game,MOA,PPO",
 }
 
 
@@ -241,7 +240,6 @@ def test_profile(script, small):
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     calls = collections.Counter(name.partition("#")[0] for name in names)
     assert [calls[name] for name in ("ProfilerStep", "rollout", "PPO", "planner")] == [3, 3, 3, 12]
-    assert calls["search: game"] in (0, 12 * 4)
 
 
 @pytest.mark.only("hop_ppo_gumbel")

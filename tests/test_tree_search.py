@@ -1,5 +1,7 @@
 """The tree search of hop_mcts.py: against a sequential one, in closed form, and batched."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -149,10 +151,11 @@ def test_a_search_is_trusted_within_a_match(script):
     args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
     seen = []
 
-    def watch(agent, reservoir, last_value, **names):
-        seen.append((agent.plan_mode, float(agent.plan_slope), len(reservoir.get("reward", []))))
-        if reservoir:
-            check_rows(script, agent, reservoir, last_value)
+    def watch(agent, match, last_value, **names):
+        seen.append((agent.plan_mode, float(agent.plan_slope), len(match.get("reward", []))))
+        if match:
+            for gae_lambda in (0.8, 1.0):
+                check_rows(script, agent, match, last_value, gae_lambda)
 
     run = script.train(args, watch)["run"]
     assert all(slope != 1.0 and not kept for _, slope, kept in seen)
@@ -162,17 +165,46 @@ def test_a_search_is_trusted_within_a_match(script):
     assert seen == [("hop", 1.0, 8), ("hop", 1.0, 16), ("hop", 1.0, 24)]
 
 
-def check_rows(script, agent, match, last_value):
+@pytest.mark.parametrize("rate, learnt_acts", [(3e-3, {True}), (100.0, {False})])
+def test_what_is_learnt_within_a_match_acts_where_it_foresees_more(script, rate, learnt_acts):
+    """V as it was before the match and as it is learnt are compared on steps that neither has
+    seen yet; the better one's policy and search act. Opponent models are the same, and learn."""
+    small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 16, "num_simulations": 4}
+    args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
+    run = script.train(args)["run"]
+    before = script.load_player(run, script.GridGame(args.env_id), 1).agent
+    learnt = [before.critic]
+    acts = []
+
+    def watch(agent, player, match, storage, two, last_value, **names):
+        assert two[1] is agent and two[0].moa is agent.moa
+        for name, weight in two[0].critic.state_dict().items():
+            assert torch.equal(weight, before.critic.state_dict()[name])
+        new = {name: torch.stack(storage[name]) for name in ("own", "others", "goal")}.values()
+        for k, critic in enumerate([before.critic, learnt[-1]]):
+            torch.testing.assert_close(match["v"][-20:, ..., k], critic(*new)[..., 0].detach())
+        rows = script.match_rows(agent, match, last_value, 1.0)
+        errors = [(rows["v"][:, k] - rows["return"]).square().sum() for k in (0, 1)]
+        assert player.agent is two[int(errors[1] < errors[0])]
+        learnt.append(deepcopy(agent.critic))
+        acts.append(player.agent is agent)
+
+    words = f"--init {run} --num-steps 20 --total-timesteps 400 --co-players nh --learning-rate {rate}"
+    script.train(script.parse_arguments(words.split()), watch)
+    assert not acts[0] and set(acts[5:]) == learnt_acts
+
+
+def check_rows(script, agent, match, last_value, gae_lambda):
     """Of the learner, backwards step by step."""
     value = agent.critic(*(match[name] for name in ("own", "others", "goal")))[..., 0].detach()
     expected = torch.zeros_like(value)
     coming = following = last_value
     for t in reversed(range(len(value))):
-        after = 0.2 * following + 0.8 * coming
+        after = torch.lerp(following, coming, gae_lambda)
         after = torch.where(match["goes_on"][t], after, match["final_value"][t])
         coming = expected[t] = match["reward"][t] + agent.args.gamma * after
         following = value[t]
-    rows = script.match_rows(agent, match, last_value)
+    rows = script.match_rows(agent, match, last_value, gae_lambda)
     learner = match["learner"]
     torch.testing.assert_close(rows["return"], expected[learner])
     assert torch.equal(rows["own"], match["own"][learner])
