@@ -1148,7 +1148,7 @@ def puct(visits, total, prior, value, root, constant):
 def simulate(tree, roots):
     """Paths of choices from the `roots` [T] down, by levels of nodes [P]; the last node of each."""
     path = []
-    leaf = roots + 0
+    leaf = roots.clone()
     nodes = roots
     while len(nodes):
         path.append(nodes)
@@ -1263,7 +1263,7 @@ class Model:
         self.num_actions = self.game.num_actions
         self.draws = draws
         copies = self.args.num_simulations + 1
-        self.state = type(state)(*(x.expand(copies, *x.shape).flatten(0, 1) for x in state))  # [V]
+        self.state = type(state)(*(cat([x] * copies) for x in state))  # [V]
         self.joint = zeros_like(self.state.players)  # [V, N] co-players' actions
         theirs = goals[:, None, 1:]  # [T, 1, N-1, Z]
         me = (self.game, slice(0, 1), theirs.sum(2), theirs)
@@ -1622,7 +1622,7 @@ def train(args, watch=None):
             agent.load_state_dict(content["agent"])
             if not resumes:
                 agent.plan_slope.fill_(1.0)  # ours: exact; one match is too short to measure it
-        two = [deepcopy(agent), agent]  # ours: as before the match, and as it learns; one acts
+        two = [deepcopy(agent, {id(game): game}), agent]  # ours: before the match, and learning
         two[0].moa = agent.moa
         if resumes:
             for field, value in vars(args).items():
@@ -1706,7 +1706,7 @@ def train(args, watch=None):
                     "memory": {k: other.memory for k, other in co_players.agents.items()},
                     "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
                     "match": match,
-                    "two": [two.index(player.agent), two[0].state_dict()],
+                    "two": [player.agent is agent, two[0].state_dict()],
                     "played": {"plan_update": agent.plan_mode},  # options as they are now
                     "state": [*state],
                     "returns": returns,

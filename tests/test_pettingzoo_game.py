@@ -344,8 +344,8 @@ def test_what_cannot_be_used(script, small, name, kwargs, options, message):
 
 @pytest.mark.only(*SCRIPTS)
 def test_any_script_trains_on_simple_tag(script, small):
-    """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on. A
-    class is among the co-players: it sees a row for each seat."""
+    """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on, also
+    within a match. A class is among the co-players: it sees a row for each seat."""
     environments().Imitator.shapes.clear()
     options = {"env_id": "mpe2.simple_tag_v3", "env_kwargs": '{"max_cycles": 8}'}
     args = small(**options, plan_update="none", co_players=f"self,random,{HERE}:Imitator")
@@ -363,6 +363,10 @@ def test_any_script_trains_on_simple_tag(script, small):
             script.evaluate(run, "self", episodes=2, plan_update="offset")
     script.train(script.parse_arguments(["--resume", run, "--total-timesteps", "192"]))
     assert script.load_checkpoint(run)["progress"][0] == 192
+    words = ["--init", run, "--total-timesteps", "200"]
+    if script.SCRIPT == "hop_mcts":
+        words += ["--plan-update", "none"]
+    assert script.train(script.parse_arguments(words))["charts/episodic_length"] == 8
 
 
 def test_the_best_answer_is_learnt_in_rock_paper_scissors(script, small):

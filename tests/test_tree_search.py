@@ -189,8 +189,8 @@ def test_what_is_learnt_within_a_match_acts_where_it_foresees_more(script, rate,
         learnt.append(deepcopy(agent.critic))
         acts.append(player.agent is agent)
 
-    words = f"--init {run} --num-steps 20 --total-timesteps 400 --co-players nh --learning-rate {rate}"
-    script.train(script.parse_arguments(words.split()), watch)
+    words = f"--init {run} --co-players nh --num-steps 20 --learning-rate {rate}"
+    script.train(script.parse_arguments(f"{words} --total-timesteps 400".split()), watch)
     assert not acts[0] and set(acts[5:]) == learnt_acts
 
 
