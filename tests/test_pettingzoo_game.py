@@ -344,8 +344,8 @@ def test_what_cannot_be_used(script, small, name, kwargs, options, message):
 
 @pytest.mark.only(*SCRIPTS)
 def test_any_script_trains_on_simple_tag(script, small):
-    """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on, also
-    within a match. A class is among the co-players: it sees a row for each seat."""
+    """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on,
+    also within a match. A class is among the co-players: it sees a row for each seat."""
     environments().Imitator.shapes.clear()
     options = {"env_id": "mpe2.simple_tag_v3", "env_kwargs": '{"max_cycles": 8}'}
     args = small(**options, plan_update="none", co_players=f"self,random,{HERE}:Imitator")
