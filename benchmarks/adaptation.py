@@ -14,7 +14,9 @@ prosocial PPO that go on learning, too, by PPO with a constant rate.
 
 A score is the mean return of the episodes that end in a window of 300 steps, between 0, a uniformly
 random player, and 1, the best of plain PPO and planning without goals that were trained on just
-these co-players (0.3 M steps each), in the last 600 steps. The whole takes days: ask for parts.
+these co-players (0.3 M steps each), in the last 600 steps. Where random play does nearly as well
+there is no score; a share of that best return, which a table also has of frozen players, says more
+there. The whole takes days: ask for parts.
 """
 
 import contextlib
@@ -302,6 +304,26 @@ def late(scores: np.ndarray | None) -> float | None:
     return None if scores is None else float(np.nanmean(np.atleast_1d(scores)[..., -LATE:]))
 
 
+def share(result: dict, scales: dict) -> float | None:
+    """Late return of frozen weights, of that of score 1."""
+    if "frozen" not in result:
+        return None
+    return float(np.nanmean(result["frozen"][-LATE:])) / scales[result["game"], result["kind"]][1]
+
+
+def mean_shares(results: list[dict], scales: dict) -> list[str]:
+    """Mean share over scripted kinds, and over strangers, of the seeds that met all of these."""
+    found = {True: defaultdict(list), False: defaultdict(list)}  # by whether scripted, and by seed
+    for result in results:
+        family = result["game"][:3]
+        if "frozen" in result:
+            known = result["kind"] in SCRIPTED[family]
+            found[known][result["seed"]].append(share(result, scales))
+    sizes = (len(SCRIPTED[family]), len(strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]))
+    whole = [[x for x in of.values() if len(x) == n] for n, of in zip(sizes, found.values())]
+    return [figure([float(np.mean(x)) for x in several]) for several in whole]
+
+
 def matches_in(results: list[dict], scales: dict) -> dict[tuple, list[dict]]:
     """Results of matches by game, group, script and kind."""
     played = defaultdict(list)
@@ -325,10 +347,18 @@ def report(results: list[dict]) -> str:
             for name in ("first", "frozen", "learning"):
                 cells.append(figure([late(scored(r, name, scales)) for r in several]))
             seconds = [r.get("cpu_seconds_a_match") for r in several]
-            rows.append([*key[2:], *cells, figure(seconds, 0)])
+            shares = [share(r, scales) for r in several]
+            rows.append([*key[2:], *cells, figure(shares), figure(seconds, 0)])
         head = ["script", "co-players", "frozen, first ten", "frozen, last 600"]
-        head += ["learning, last 600", "CPU seconds a match"]
+        head += ["learning, last 600", "frozen, share of return", "CPU seconds a match"]
         parts.append(f"{game}, trained: {group}\n\n{table(head, rows)}")
+    rows = []
+    for key, settings in itertools.groupby(sorted(played), key=lambda key: key[:3]):
+        cells = mean_shares(sum((played[setting] for setting in settings), []), scales)
+        if any(cells):
+            rows.append([*key, *cells])
+    head = ["game", "trained", "script", "share of return: scripted kinds", "strangers"]
+    parts += [table(head, rows)] if rows else []
     parts.append("No score where random play gets within 5 % of what who was trained on them gets.")
     return "\n\n".join(parts)
 

@@ -255,6 +255,17 @@ def test_scores_lie_between_random_play_and_who_was_trained_on_the_same():
     assert adaptation.scored(result, "learning", near) is None
 
 
+def test_shares_are_of_seeds_that_met_all_kinds():
+    scales = {("msg", kind): (0.0, 10.0) for kind in ("cleaner", "exploiter", "random", "held-out")}
+    result = {"game": "msg", "learning": [[9.0]]}
+    met = [(1, "cleaner", 2.0), (1, "exploiter", 3.0), (1, "random", 7.0), (2, "random", 9.0)]
+    results = [{**result, "seed": s, "kind": k, "frozen": [99.0, x, x]} for s, k, x in met]
+    assert adaptation.share(results[0], scales) == pytest.approx(0.2)
+    assert adaptation.share(result, scales) is None
+    results.append({**result, "seed": 1, "kind": "held-out", "frozen": [1.0]})
+    assert adaptation.mean_shares(results, scales) == ["0.40 (1)", ""]
+
+
 def test_the_pool_of_a_diverse_learner_is_trained_before_it():
     jobs = {job["setting"]: job for job in adaptation.jobs((2,), False)}
     learner = jobs["training | msg | diverse | hop_onestep"]
