@@ -379,4 +379,4 @@ def draw(results: list[dict]) -> None:
                     panels[f"{game}: three {kind}"][f"{method}, {name}"] = (ends, np.array(scores))
     if panels:
         y = "score (0 random, 1 trained on them)"
-        draw_panels("adaptation", panels, "steps of the match", y, columns=3)
+        draw_panels("adaptation", panels, "steps of the match", y, columns=3, ylim=(-0.2, 1.1))
