@@ -25,7 +25,7 @@ One iteration; `train` has it line by line:
     MOA: -log pi_hat(a_j | o_j, t, z_j) + alpha KL(q_phi || N(0, I)) + subgoal, on whole matches
     PPO: clipped loss on the policy that acted, V towards lambda-returns
          (hop: pi_theta towards exp(beta Q) by cross-entropy, V with its entropy bonus)
-    beta = plan_beta times how right Q has been, the slope of (return - V) on it, in 0..1
+    beta = plan_beta times how right Q has been, the slope of (return - V) on it, in 0..1; --init: 1
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
 also with -noisy; elsewhere: random); a checkpoint or its run's folder, or a folder of runs, for all
@@ -198,7 +198,7 @@ def clock_features(game, state):
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
     pairs = zip(state, fresh)
-    return type(state)(*(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs))
+    return state._make(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs)
 
 
 def co_player_seats(num_players):
@@ -984,7 +984,7 @@ class MatchBuffer:
             earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
             weight = active & (earned.gather(1, first) > 0)
         game = self.game
-        state = game.state_type(*(part[k].flatten(0, 1) for k in game.state_type._fields))
+        state = game.state_type._make(part[k].flatten(0, 1) for k in game.state_type._fields)
         seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
         names = "own others mask features present".split()
         return {
@@ -1015,7 +1015,7 @@ class Agent(nn.Module):
         self.exact = True  # ours: no transition network; it learns nothing but the MOA
         if args.plan_update != "none" and not game.simulates:
             others = "hop_onestep.py, hop_ppo_gumbel.py and latent_world_model.py need no simulator"
-            raise UsageError(f"tree search (not --plan-update none) is for msh and msg; {others}")
+            raise UsageError(f"tree search is for msh and msg: add --plan-update none; {others}")
         self.register_buffer("plan_slope", tensor(0.0))  # running, of (return - V) on Q_plan
         self.plan_mode = args.plan_update  # "none" after --plan-until
         self.to(game.device)
@@ -1196,7 +1196,7 @@ def search(model, value, args):
     count = len(value)
     size = (args.num_simulations + 1) * count
     roots = arange(count, device=value.device)
-    numbers = arange(size, device=value.device) * 0  # [V]
+    numbers = roots.new_zeros(size)  # [V]
     tree = Tree(
         *value.new_zeros(3, size, model.num_actions),
         *value.new_zeros(2, size),
@@ -1263,7 +1263,7 @@ class Model:
         self.num_actions = self.game.num_actions
         self.draws = draws
         copies = self.args.num_simulations + 1
-        self.state = type(state)(*(cat([x] * copies) for x in state))  # [V]
+        self.state = state._make(cat([x] * copies) for x in state)  # [V]
         self.joint = zeros_like(self.state.players)  # [V, N] co-players' actions
         theirs = goals[:, None, 1:]  # [T, 1, N-1, Z]
         me = (self.game, slice(0, 1), theirs.sum(2), theirs)
@@ -1285,7 +1285,7 @@ class Model:
     def expand(self, nodes):
         """Prior [R, A] at `nodes` [R], where the co-players choose what they do."""
         trees = nodes % len(self.moa.goal)
-        state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
+        state = self.state._make(x.index_select(0, nodes) for x in self.state)
         mask = self.game.action_mask(state)
         seen = self.look(state)
         logits = masked(self.policy(*seen, trees)[:, 0], mask[:, 0])
@@ -1298,7 +1298,7 @@ class Model:
         """Makes the nodes `new`: reward [T] on the way, V [T], bool [T] the player plays on."""
         joint = self.joint.index_select(0, nodes)
         joint[:, 0] = actions
-        state = type(self.state)(*(x.index_select(0, nodes) for x in self.state))
+        state = self.state._make(x.index_select(0, nodes) for x in self.state)
         after, reward, terminated, truncated = self.game.step(state, joint)
         reward = self.args.reward_scale * reward.lerp(reward.mean(1, True), self.args.prosocial)
         for whole, part in zip(self.state, after):
@@ -1317,7 +1317,7 @@ def scores(agent, state, seen, chosen, generator):
     goals = goals[games[:, None], order]
     drawn = gaussian(goals, log_std[games[:, None], order], generator)
     draws = uniform(((agent.args.num_simulations + 1) * len(games), order.shape[1]), generator)
-    roots = type(state)(*(x[games] for x in state))
+    roots = state._make(x[games] for x in state)
     roots = roots._replace(players=roots.players.gather(1, order))
     q, _ = search(Model(agent, roots, goals, drawn, draws), value[games, seat], agent.args)
     return q.unflatten(0, (-1, agent.args.num_goal_samples)).mean(1)
@@ -1591,7 +1591,8 @@ def train(args, watch=None):
     learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
     moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
     optimizer = torch.optim.Adam([learnt, moa], args.learning_rate, eps=1e-5)  # ours: no model
-    match = {}  # ours: with --init, its steps
+    match = {}  # ours: with --init, its latest steps
+    kept = ceil(2400 / args.num_envs)  # of each game
     reads_moa = args.goal == "inferred" or args.plan_update != "none"
     loss_of = torch.compile(ppo_loss) if args.compile else ppo_loss
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
@@ -1613,17 +1614,12 @@ def train(args, watch=None):
     iteration = 0
     tracking_id = None
     moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
-    if args.load_moa is not None and not resumes:
-        weights = load_checkpoint(args.load_moa, device)["agent"]
-        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
-            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     with refused(f"{source} does not fit this run"):
         if content:
             agent.load_state_dict(content["agent"])
             if not resumes:
                 agent.plan_slope.fill_(1.0)  # ours: exact; one match is too short to measure it
-        two = [deepcopy(agent, {id(game): game}), agent]  # ours: before the match, and learning
-        two[0].moa = agent.moa
+        two = [deepcopy(agent, {id(x): x for x in (game, agent.moa)}), agent]  # ours: known, learnt
         if resumes:
             for field, value in vars(args).items():
                 if field not in FREE and content["args"][field] != value:
@@ -1641,15 +1637,19 @@ def train(args, watch=None):
             for k, other in co_players.agents.items():
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
-            match = content["match"]
-            two[0].load_state_dict(content["two"][1])
-            player.agent = two[content["two"][0]]
+            match, learnt_acts, known = content["match"]
+            two[0].load_state_dict(known)
+            player.agent = two[learnt_acts]
             agent.plan_mode = content["played"]["plan_update"]
             if game.simulates:
-                state = type(state)(*content["state"])
+                state = state._make(content["state"])
                 returns = content["returns"]
             else:
                 print("--resume: episodes of this environment begin anew")
+    if args.load_moa is not None and not resumes:
+        weights = load_checkpoint(args.load_moa, device)["agent"]
+        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
+            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     tracker = None  # a W&B run
     with refused("--track"):
         if args.track:
@@ -1705,8 +1705,7 @@ def train(args, watch=None):
                     "pool": pool,
                     "memory": {k: other.memory for k, other in co_players.agents.items()},
                     "buffer": [buffer.now, buffer.match_start, buffer.episode_start, buffer.ring],
-                    "match": match,
-                    "two": [player.agent is agent, two[0].state_dict()],
+                    "match": [match, player.agent is agent, two[0].state_dict()],
                     "played": {"plan_update": agent.plan_mode},  # options as they are now
                     "state": [*state],
                     "returns": returns,
@@ -1725,7 +1724,8 @@ def train(args, watch=None):
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
             ent_coef = tensor(args.ent_coef * max(left, 0.1))
             if done >= args.plan_until:
-                agent.plan_mode = two[0].plan_mode = "none"  # and stays off in a longer run
+                agent.plan_mode = "none"  # and stays off if the run is made longer
+            two[0].plan_mode = agent.plan_mode  # ours: of both
 
             # ---- ROLLOUT
             storage = defaultdict(list)  # [T, B, N, ..]
@@ -1793,9 +1793,9 @@ def train(args, watch=None):
                 steps = map(rows.get, "reward value next_value goes_on".split())
                 rows["advantage"] = generalised_advantages(*steps, args.gamma, args.gae_lambda)
                 rows["return"] = rows["advantage"] + rows["value"]
-                if args.init:  # ours: the latest 2,400 steps, a whole match
+                if args.init:  # ours: by default the whole match
                     rows["v"] = cat([x.critic(*map(rows.get, LEARNT[:3])) for x in two], 3).detach()
-                    match = {k: cat([match.get(k, x[:0]), x])[-2400:] for k, x in rows.items()}
+                    match = {k: cat([match.get(k, x[:0]), x])[-kept:] for k, x in rows.items()}
                     seen = match_rows(agent, match, last_value, 1.0)
                     error = (seen["v"].T - seen["return"]).square().mean(1)
                     player.agent = two[error.argmin()]  # who has foreseen the match better
@@ -1811,7 +1811,7 @@ def train(args, watch=None):
                 for part in minibatches(rows, epochs, args.num_minibatches, generator):
                     loss, terms = loss_of(agent, part, ent_coef)
                     descend(optimizer, 0, loss, args.max_grad_norm, terms, sums)
-                for _ in range(2 if args.init else 0):  # ours: V, of the whole match
+                for _ in range(2 if args.init and epochs else 0):  # ours: V, of the whole match
                     rows = match_rows(agent, match, last_value, 0.8)  # others played most
                     for part in minibatches(rows, 1, ceil(len(rows["return"]) / 64), generator):
                         loss = args.vf_coef * loss_of(agent, part, 0.0)[1]["losses/value"]

@@ -193,7 +193,7 @@ def clock_features(game, state):
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
     pairs = zip(state, fresh)
-    return type(state)(*(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs))
+    return state._make(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs)
 
 
 def co_player_seats(num_players):
@@ -1007,7 +1007,7 @@ class MatchBuffer:
             earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
             weight = active & (earned.gather(1, first) > 0)
         game = self.game
-        state = game.state_type(*(part[k].flatten(0, 1) for k in game.state_type._fields))
+        state = game.state_type._make(part[k].flatten(0, 1) for k in game.state_type._fields)
         seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
         names = "own others mask features present".split()
         return {
@@ -1393,10 +1393,6 @@ def train(args, watch=None):
     iteration = 0
     tracking_id = None
     moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
-    if args.load_moa is not None and not resumes:
-        weights = load_checkpoint(args.load_moa, device)["agent"]
-        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
-            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     with refused(f"{source} does not fit this run"):
         if content:
             agent.load_state_dict(content["agent"])
@@ -1418,10 +1414,14 @@ def train(args, watch=None):
                 other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
             if game.simulates:
-                state = type(state)(*content["state"])
+                state = state._make(content["state"])
                 returns = content["returns"]
             else:
                 print("--resume: episodes of this environment begin anew")
+    if args.load_moa is not None and not resumes:
+        weights = load_checkpoint(args.load_moa, device)["agent"]
+        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
+            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     tracker = None  # a W&B run
     with refused("--track"):
         if args.track:

@@ -205,7 +205,7 @@ def drawn_futures(agent, state, seen, players, generator):
 def rolled_out(game, state, act):
     """int64 [B, K, N, H]: tokens of K games that go on from each of `state`, where all seats play
     `act(copies, mask)`."""
-    copies = type(state)(*(x.repeat_interleave(SAMPLES, 0) for x in state))
+    copies = state._make(x.repeat_interleave(SAMPLES, 0) for x in state)
     over = zeros_like(copies.time) > 0
     tokens = []
     for _ in range(LENGTHS[-1]):

@@ -127,7 +127,7 @@ def load(path, game, env_id):
 
 def states(game, data, prefix=""):
     """The states, or with `next_` the next states, of a record, all steps of all games in a row."""
-    return game.state_type(*(data[prefix + k].flatten(0, 1) for k in game.state_type._fields))
+    return game.state_type._make(data[prefix + k].flatten(0, 1) for k in game.state_type._fields)
 
 
 def mean(values):
@@ -147,7 +147,7 @@ def judged(recorded, player, args):
     alive = game.alive(state).view(over.shape)
     values = zeros_like(reward)
     some = linspace(0, len(state.time) - 1, 4096, dtype=torch.double).long()
-    views = game.features(type(state)(*(field[some] for field in state)))[1]
+    views = game.features(state._make(field[some] for field in state))[1]
     there = alive.flatten(0, 1)[some]
     spread = views[there[:, :, None] & there[:, game.others]].std(0, correction=0)  # [Y]
     sums = defaultdict(lambda: torch.zeros(STEPS, 2).double())

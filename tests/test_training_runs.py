@@ -13,7 +13,17 @@ import torch
 from PIL import Image, ImageSequence
 
 from conftest import HUNT, plans
-from run_tools import assert_equal, broken_run, main, networks, run, scalars, trust, weights_of
+from run_tools import (
+    assert_equal,
+    broken_run,
+    main,
+    networks,
+    parsed,
+    run,
+    scalars,
+    trust,
+    weights_of,
+)
 
 LONGER = {  # four iterations with a planner that stays on, and episodes that end in each
     **dict(env_id=HUNT, co_players="self,nh,ns-noisy", num_steps=40, total_timesteps=640),
@@ -175,8 +185,12 @@ def test_moa_is_loaded_and_frozen(script, small, done):
     assert "losses/policy" in frozen.metrics and "moa/nll" not in frozen.metrics
     trained = weights_of(script, run(script, small(**options)).path)["moa"]
     options["load_moa"] = None
-    alone = weights_of(script, run(script, small(**options)).path)["moa"]
+    other = run(script, small(**options))
+    alone = weights_of(script, other.path)["moa"]
     assert 0.0 < (trained - donor).norm() < (alone - donor).norm() / 2
+    words = ["--init", other.path, "--load-moa", done.path, "--freeze-moa", "--num-steps", 4]
+    begun = run(script, parsed(script, *words, "--total-timesteps", 4))
+    assert torch.equal(weights_of(script, begun.path)["moa"], donor)
 
 
 def test_pretraining_trains_goals_alone(script, record):

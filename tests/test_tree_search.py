@@ -163,6 +163,30 @@ def test_a_search_is_trusted_within_a_match(script):
     words = f"--init {run} --num-steps 8 --total-timesteps 24 --co-players nh --horizon 5"
     script.train(script.parse_arguments(words.split()), watch)
     assert seen == [("hop", 1.0, 8), ("hop", 1.0, 16), ("hop", 1.0, 24)]
+    seen.clear()
+    words = f"--init {run} --num-envs 400 --num-steps 4 --total-timesteps 4800 --plan-update none"
+    script.train(script.parse_arguments(words.split()), watch)
+    assert seen == [("none", 1.0, 4), ("none", 1.0, 6), ("none", 1.0, 6)]  # 2,400 of all games
+
+
+def test_pretraining_and_a_search_that_has_stopped_within_a_match(script):
+    """V does not learn while goals alone do. Once off, the search stays off in a longer run, that
+    of the networks from before the match as well."""
+    small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 8, "num_simulations": 4}
+    args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
+    run = script.train(args)["run"]
+    modes = []
+
+    def watch(agent, two, pretraining, **names):
+        pairs = zip(two[0].critic.parameters(), agent.critic.parameters())
+        assert all(torch.equal(*pair) for pair in pairs) == pretraining
+        modes.append([one.plan_mode for one in two])
+
+    words = f"--init {run} --num-steps 5 --total-timesteps 10 --plan-until 0.5"
+    args = script.parse_arguments(f"{words} --pretrain-moa-steps 5".split())
+    run = script.train(args, watch)["run"]
+    script.train(script.parse_arguments(f"--resume {run} --total-timesteps 40".split()), watch)
+    assert modes == [["hop"] * 2] + [["none"] * 2] * 7
 
 
 @pytest.mark.parametrize("rate, learnt_acts", [(3e-3, {True}), (100.0, {False})])

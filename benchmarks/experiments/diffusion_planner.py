@@ -202,7 +202,7 @@ def clock_features(game, state):
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
     pairs = zip(state, fresh)
-    return type(state)(*(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs))
+    return state._make(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs)
 
 
 def co_player_seats(num_players):
@@ -813,7 +813,7 @@ class Recorded(CoPlayers):
             for name, value in self.data.items():  # raises for other sizes
                 rows[name] = value.view(steps * batch, *types[name].shape[1:])
             for prefix in ("next_", ""):
-                state = game.state_type(*(rows[prefix + name] for name in like))
+                state = game.state_type._make(rows[prefix + name] for name in like)
                 game.subgoals(state)  # raises for cells that are not on the board
             legal = pick(game.action_mask(state), rows["action"])
             on = ~(self.data["terminated"] | self.data["truncated"]).all(2)[:-1]
@@ -833,14 +833,14 @@ class Recorded(CoPlayers):
 
     def start(self, batch, generator):
         """The recorded state."""
-        return self.game.state_type(*self.now(*self.game.state_type._fields))
+        return self.game.state_type._make(self.now(*self.game.state_type._fields))
 
     def restart(self, state, ended, generator):
         return self.start(len(ended), generator)
 
     def step(self, state, actions):
         after = self.now(*(f"next_{name}" for name in self.game.state_type._fields))
-        return self.game.state_type(*after), *self.now("reward", "terminated", "truncated")
+        return self.game.state_type._make(after), *self.now("reward", "terminated", "truncated")
 
     def act(self, state, mask):
         """Recorded actions int64 [B, N], of which the learner thinks and which it remembers."""
@@ -1056,7 +1056,7 @@ class MatchBuffer:
             earned = zeros_like(part["reward"]).scatter_add(1, first, part["reward"] * inside)
             weight = active & (earned.gather(1, first) > 0)
         game = self.game
-        state = game.state_type(*(part[k].flatten(0, 1) for k in game.state_type._fields))
+        state = game.state_type._make(part[k].flatten(0, 1) for k in game.state_type._fields)
         seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
         names = "own others mask features present".split()
         return {
@@ -1373,7 +1373,7 @@ def gaussian(mean, log_std, generator):
 def rule_actions(agent, state, generator):
     """As sample_joint_actions, by the scripted kind --co-player-model at every seat."""
     game = agent.game
-    copies = type(state)(*(x.repeat_interleave(agent.args.plan_samples, 0) for x in state))
+    copies = state._make(x.repeat_interleave(agent.args.plan_samples, 0) for x in state)
     mask = game.action_mask(copies)
     zero = zeros_like(mask[..., 0]).long()
     kind = zero + [*game.kinds].index(agent.args.co_player_model)
@@ -1749,10 +1749,6 @@ def train(args, watch=None):
     diffuses = args.co_player_model == "diffusion"
     reads_batches = reads_moa and (diffuses or not args.freeze_moa)
     moa_updates = args.moa_updates if reads_batches else 0
-    if args.load_moa is not None and not resumes:
-        weights = load_checkpoint(args.load_moa, device)["agent"]
-        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
-            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     with refused(f"{source} does not fit this run"):
         if content:
             agent.load_state_dict(content["agent"])
@@ -1778,10 +1774,14 @@ def train(args, watch=None):
             if args.offline:
                 co_players.now("reward")  # raises where the file has become shorter
             if game.simulates or args.offline:
-                state = type(state)(*content["state"])
+                state = state._make(content["state"])
                 returns = content["returns"]
             else:
                 print("--resume: episodes of this environment begin anew")
+    if args.load_moa is not None and not resumes:
+        weights = load_checkpoint(args.load_moa, device)["agent"]
+        with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
+            agent.moa.load_state_dict({k: weights[f"moa.{k}"] for k in agent.moa.state_dict()})
     tracker = None  # a W&B run
     with refused("--track"):
         if args.track:
