@@ -123,13 +123,13 @@ def mean(values: list[float]) -> float:
     return statistics.mean(values) if values else float("nan")
 
 
-def predictions(script, player, seen, mask):
-    """log pi_hat [B, N, A] of all seats, by what a Player has inferred of them."""
-    own, views, goals, _ = seen
+def predictions(script, player, memory, mask):
+    """log pi_hat [B, N, A] of all seats at a Player's decision, before which it had this memory."""
+    own, views, goals = map(player.decision.get, ("own", "views", "goals"))
     moa = player.agent.moa
     if script.SCRIPT != "hop_ppo_gumbel":
         return script.masked(moa.decoder(own, views, goals), mask).log_softmax(-1)
-    belief = moa.belief(player.memory).clamp(min=1e-30).log()
+    belief = moa.belief(memory).clamp(min=1e-30).log()
     each = []
     for action in range(mask.shape[2]):
         taken = torch.full_like(mask[:, :, 0], action, dtype=torch.int64)
@@ -154,10 +154,11 @@ def play(script, agent, kinds, seed):
     while not done.all():
         mask = game.action_mask(state)
         others = (players.kind > 0) & ~done[:, None]
-        guess = predictions(script, player, player.infer(state, players), mask)
-        if discrete:
-            pairs = torch.stack([agent.moa.belief(player.memory).argmax(2), players.kind], 2)
+        memory = player.memory
         actions = players.act(state, mask)
+        guess = predictions(script, player, memory, mask)  # oracle: with the target of this step
+        if discrete:
+            pairs = torch.stack([agent.moa.belief(memory).argmax(2), players.kind], 2)
         nll = -script.pick(guess, actions)
         counted = others & player.decision["alive"]
         for k in range(EPISODES):
