@@ -83,10 +83,10 @@ def watch(script, run, seed):
     while not done.all():
         mask = game.action_mask(state)
         player.act(state, mask, nobody, players)
-        own, views, goals, _ = player.seen
+        actions = players.act(state, mask)
+        own, views, goals, _ = player.infer(state, players)  # oracle: with the target of this step
         seen_mask = game.action_mask(player.views).view(*goals.shape[:3], -1)
         guess = script.masked(player.agent.moa.decoder(own, views, goals), seen_mask)
-        actions = players.act(state, mask)
         nll = -script.pick(guess.log_softmax(3), actions[:, None].expand(player.sees.shape))
         alive = game.alive(state)
         scripted = others & (players.kind > 0)[:, None] & ~done[:, None, None]  # [B, N, N]
