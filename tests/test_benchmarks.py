@@ -183,6 +183,31 @@ def test_share_of_what_true_goals_are_worth():
     assert goals.share([none[:1], none[:1], none[:1] + 1.0]) == ""
 
 
+def test_true_goals_are_those_of_the_step_that_is_predicted(monkeypatch):
+    """With the item that a scripted player walks to in this step, not in the one before."""
+    moa_data = importlib.import_module("moa_data")
+    script = adaptation.ppo
+    game = script.GridGame("msh-3x3-3p-2h1s")
+    agent = script.Agent(game, script.Args(goal="oracle", plan_update="none"))
+    act = script.CoPlayers.act
+    told, truth = [], []
+
+    def noted(players, state, mask):
+        actions = act(players, state, mask)
+        truth.append(game.oracle(state, *players.scripted()))
+        return actions
+
+    def predictions(script, player, memory, mask):
+        told.append(player.decision["goals"])
+        return mask.float().log_softmax(2)
+
+    monkeypatch.setattr(script.CoPlayers, "act", noted)
+    monkeypatch.setattr(moa_data, "predictions", predictions)
+    monkeypatch.setattr(moa_data, "MATCHES", 3)
+    moa_data.play(script, agent, "ns,nh", 1)
+    assert len(told) > 10 and all(map(torch.equal, told, truth))
+
+
 def test_times_are_compared_with_the_same_seed_on_the_same_machine():
     learning = importlib.import_module("learning")
     times = {"one step": [(1, "a", 30.0), (2, "b", 80.0), (3, "b", 1.0)]}
