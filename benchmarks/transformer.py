@@ -4,8 +4,8 @@
 as many game steps; both `longer`, with which the sums still take fewer CPU seconds than the
 transformer before; and both with a `weak KL`, since with the default weight z can be drawn to tell
 nothing. As in `moa_data`, with its `none` and `oracle`: negative log-likelihood of scripted
-players' actions on unseen matches by episode, and the share of the gap that is closed (to the
-shorter oracle, so that it can exceed 1). Besides, whether a linear probe (multinomial logistic
+players' actions on unseen matches by episode, and the share of the gap that is closed (to an oracle
+that has learnt for the fewer steps). Besides, whether a linear probe (multinomial logistic
 regression) tells a player's kind from the mean of q(z | h) at the start of an episode, on matches
 that it has not seen.
 
