@@ -1725,7 +1725,7 @@ def train(args, watch=None):
             ent_coef = tensor(args.ent_coef * max(left, 0.1))
             if done >= args.plan_until:
                 agent.plan_mode = "none"  # and stays off if the run is made longer
-            two[0].plan_mode = agent.plan_mode  # ours: of both
+            two[0].plan_mode = agent.plan_mode  # ours: from before the match, too
 
             # ---- ROLLOUT
             storage = defaultdict(list)  # [T, B, N, ..]

@@ -313,15 +313,17 @@ def share(result: dict, scales: dict) -> float | None:
 
 def mean_shares(results: list[dict], scales: dict) -> list[str]:
     """Mean share over scripted kinds, and over strangers, of the seeds that met all of these."""
-    found = {True: defaultdict(list), False: defaultdict(list)}  # by whether scripted, and by seed
-    for result in results:
-        family = result["game"][:3]
-        if "frozen" in result:
-            known = result["kind"] in SCRIPTED[family]
-            found[known][result["seed"]].append(share(result, scales))
-    sizes = (len(SCRIPTED[family]), len(strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]))
-    whole = [[x for x in of.values() if len(x) == n] for n, of in zip(sizes, found.values())]
-    return [figure([float(np.mean(x)) for x in several]) for several in whole]
+    family = results[0]["game"][:3]
+    unknown = strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]
+    cells = []
+    for scripted, kinds in ((True, SCRIPTED[family]), (False, unknown)):
+        by_seed = defaultdict(list)
+        for result in results:
+            if "frozen" in result and (result["kind"] in SCRIPTED[family]) == scripted:
+                by_seed[result["seed"]].append(share(result, scales))
+        whole = [float(np.mean(x)) for x in by_seed.values() if len(x) == len(kinds)]
+        cells.append(figure(whole))
+    return cells
 
 
 def matches_in(results: list[dict], scales: dict) -> dict[tuple, list[dict]]:

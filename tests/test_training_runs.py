@@ -13,17 +13,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from conftest import HUNT, plans
-from run_tools import (
-    assert_equal,
-    broken_run,
-    main,
-    networks,
-    parsed,
-    run,
-    scalars,
-    trust,
-    weights_of,
-)
+from run_tools import assert_equal, broken_run, main, networks, run, scalars, trust, weights_of
 
 LONGER = {  # four iterations with a planner that stays on, and episodes that end in each
     **dict(env_id=HUNT, co_players="self,nh,ns-noisy", num_steps=40, total_timesteps=640),
@@ -188,8 +178,8 @@ def test_moa_is_loaded_and_frozen(script, small, done):
     other = run(script, small(**options))
     alone = weights_of(script, other.path)["moa"]
     assert 0.0 < (trained - donor).norm() < (alone - donor).norm() / 2
-    words = ["--init", other.path, "--load-moa", done.path, "--freeze-moa", "--num-steps", 4]
-    begun = run(script, parsed(script, *words, "--total-timesteps", 4))
+    words = f"--init {other.path} --load-moa {done.path} --freeze-moa --total-timesteps 100"
+    begun = run(script, script.parse_arguments(words.split()))
     assert torch.equal(weights_of(script, begun.path)["moa"], donor)
 
 
