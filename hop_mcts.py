@@ -1214,7 +1214,7 @@ def search(model, value, args):
     return where(visits > 0, total / visits, mean[:, None]), visits
 
 
-def sums(rows, table):
+def row_sums(rows, table):
     """[R, n, H]: sums of the rows int64 [R, n, ..] of a `table` [.., H]."""
     return F.embedding_bag(rows.flatten(0, 1), table, mode="sum").unflatten(0, rows.shape[:2])
 
@@ -1243,10 +1243,10 @@ class CellNetwork:
     def __call__(self, clock, players, rows, trees):
         """[R, W, outputs] from what Model.look saw of R nodes, in these `trees`."""
         n = players.shape[1]
-        items = sums(rows[:, :, n:], self.other)  # [R, N, H / 2] what every player sees of them
+        items = row_sums(rows[:, :, n:], self.other)  # [R, N, H / 2] what every player sees of them
         near = rows[:, self.who, :n].gather(2, self.others.expand(len(rows), -1, -1))
         seen = F.embedding(near, self.other) + items[:, self.others] + self.theirs[trees]
-        first = sums(rows[:, self.who, n:], self.own) + self.walls[players[:, self.who]]
+        first = row_sums(rows[:, self.who, n:], self.own) + self.walls[players[:, self.who]]
         first += (clock @ self.clock)[:, None] + self.goal[trees]
         first += self.network.mix(F.relu(seen).sum(2))
         return self.network.out(F.relu(self.network.hidden(F.relu(first))))
@@ -1272,14 +1272,14 @@ class Model:
         co_players = (self.game, slice(1, None), drawn[:, 1:], theirs[..., :0])  # its own z alone
         self.moa = CellNetwork(agent.moa.decoder, *co_players)
         kind = F.pad(self.game.item_kind, (goals.shape[1], 0), value=len(self.game.item_counts))
-        self.offset = kind * len(self.game.relative) ** 2  # [N + M] where a kind's rows begin
+        self.begins = kind * len(self.game.relative) ** 2  # [N + M] where a kind's rows begin
 
     def look(self, state):
         """Clock [R, 8], cells of players [R, N] (S: gone), rows of the tables [R, N, N + M]."""
         size = len(self.game.relative)
         players = state.players % size
         cells = cat([players, state.items % size], 1)
-        rows = players[:, :, None] * size + (cells + self.offset)[:, None]
+        rows = players[:, :, None] * size + (cells + self.begins)[:, None]
         return clock_features(self.game, state)[:, 0], players, rows
 
     def expand(self, nodes):
