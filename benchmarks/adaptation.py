@@ -1,27 +1,28 @@
 """Few-shot adaptation to three co-players, by HOP's protocol: frozen, and going on learning.
 
-    python benchmarks/run.py adaptation --only "msg | self-play | hop_mcts,reference | msg"
+    python benchmarks/run.py adaptation --fresh --seeds 1 --only \\
+        "training | msg | self-play | hop_mcts,self-play | hop_mcts | exploiter,msg | exploiter"
 
 A learner that was trained in self-play, on the mixture (the main job), or `diverse`, plays 2,400
 steps with the same three co-players of one kind: one match, the protocol of HOP (Huang et al. 2024,
 arXiv 2406.08002). `diverse` is the mixture and a pool: six short runs of plain PPO, in self-play,
 prosocial self-play, among each scripted kind and among the mixture, and snapshots of the learner's
-own past. `frozen`: no weight changes, what adapts is what is inferred of the co-players.
-`learning`: `--init` with its defaults, one learner a match; policy, V and opponent model go on
-learning, the planner plans. Kinds are scripted ones; strangers, which no training has
-(`strangers.py`; half of them were kept out of all choices); and self-play players of plain and of
-prosocial PPO that go on learning, too, by PPO with a constant rate.
+own past. `frozen`: no weight changes, what adapts is what is inferred of the co-players; it plays
+as at the end of training, on the stag hunts without its planner. `planning`: the same, with the
+planner that `--init` has. `learning`: `--init` with its defaults, one learner a match; policy, V
+and opponent model go on learning, the planner plans. Kinds are scripted ones; strangers, which no
+training has (`strangers.py`; half of them were kept out of all choices); and self-play players of
+plain and of prosocial PPO that go on learning, too, by PPO with a constant rate.
 
 A score is the mean return of the episodes that end in a window of 300 steps, between 0, a uniformly
 random player, and 1, the best of plain PPO and planning without goals that were trained on just
-these co-players (0.3 M steps each), in the last 600 steps. Where random play does nearly as well
-there is no score; a share of that best return, which a table also has of frozen players, says more
-there. The whole takes days: ask for parts.
+these co-players (0.3 M steps each, one seed), in the last 600 steps. Where random play does nearly
+as well there is no score; shares of that best return, of frozen players and of random play, compare
+all kinds. The whole takes days: ask for parts.
 """
 
 import contextlib
 import importlib
-import io
 import itertools
 import os
 import shlex
@@ -51,6 +52,7 @@ STEPS = 2400  # of a match
 WINDOW = 300  # steps of a window
 LATE = 2  # windows at the end of a match that its score is of
 FIRST = 10  # episodes at the start of a match, as many as one has in training
+SORTS = ("scripted", "stranger", "held-out")  # of kinds, by the first word of their names
 LEAST_RANGE = 0.05  # of score 1, between the two; with less there is no score
 SHOWN = {"msh-4x4-4h1s": "nh", "msh-4h1s": "nh", "msg": "exploiter"}  # in the picture
 
@@ -127,9 +129,11 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 name = f"{game} | {group} | {method}"
                 match = {**played, "seed": seed, "group": group, "script": method}
                 match["learner"] = kept(name, seed, quick)
-                for way in ("frozen", "learning"):
-                    if way == "learning" or not kind.startswith("learning "):
-                        found.append({**match, "setting": f"{name} | {kind} | {way}", "way": way})
+                ways = ["learning"]
+                if not kind.startswith("learning "):
+                    ways += ["frozen", "planning"][: 1 + (method != "hop_ppo_gumbel")]
+                for way in ways:
+                    found.append({**match, "setting": f"{name} | {kind} | {way}", "way": way})
     return found
 
 
@@ -154,13 +158,14 @@ def windows(ends: list[tuple[int, float]], steps: int) -> list[float]:
     return [float(np.mean(part)) if part else float("nan") for part in parts]
 
 
-def frozen(script, path, entry, batch, steps, seed):
-    """Of `batch` matches side by side: returns by window, mean of each match's first episodes."""
+def frozen(script, path, entry, batch, steps, seed, **play):
+    """Of `batch` matches side by side: returns by window, mean of each match's first episodes;
+    `play`: options of playing that are not those of training."""
     game = script.GridGame(script.load_checkpoint(path)["args"]["env_id"])
     generator = torch.Generator().manual_seed(seed)
     entries = [entry] * (game.num_players - 1)
     players = script.CoPlayers(game, entries, batch, steps + 1, generator, fixed=True)
-    players.agents[0] = script.load_player(path, game, batch)
+    players.agents[0] = script.load_player(path, game, batch, **play)
     state = game.start(batch, generator)
     returns = game.alive(state) * 0.0
     ends = []
@@ -194,7 +199,7 @@ def learning(script, path, entry, steps, seed, learner):
 
     words = ["--init", path, "--co-players", entry, "--seed", f"{seed}"]
     args = script.parse_arguments([*words, "--total-timesteps", f"{steps}"])
-    with tempfile.TemporaryDirectory() as folder, quiet(folder):
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         script.train(args, watch)
     return windows(ends, steps)
 
@@ -252,9 +257,11 @@ def work(job: dict) -> dict:
     script = importlib.import_module(job["script"])
     path = str(ROOT / job["learner"])
     seeds = range(1000 * job["seed"], 1000 * job["seed"] + job["matches"])
-    if job["way"] == "frozen":
-        played = frozen(script, path, entry, job["matches"], job["steps"], seeds[0])
-        return {"frozen": played[0], "first": played[1]}
+    if job["way"] != "learning":
+        play = {name: value for name, value in script.INIT.items() if name in script.PLAYED}
+        play = play if job["way"] == "planning" else {}
+        played = frozen(script, path, entry, job["matches"], job["steps"], seeds[0], **play)
+        return {job["way"]: played[0], "first": played[1]}
     began = time.process_time()
     matches = []
     for seed in seeds:
@@ -268,18 +275,10 @@ def reference(job: dict, entry: str, words: str) -> float:
     """Late return of a learner trained on just these co-players."""
     words = f"--env-id {job['game']} --co-players {entry} --goal none {words} --seed 1"
     words += f" --total-timesteps {job['reference_steps']}"
-    with tempfile.TemporaryDirectory() as folder, quiet(folder):
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         run = os.path.abspath(ppo.train(ppo.parse_arguments(shlex.split(words)))["run"])
         returns, _ = frozen(ppo, run, entry, 2 * job["matches"], job["steps"], 1)
     return float(np.nanmean(returns[-LATE:]))
-
-
-@contextlib.contextmanager
-def quiet(folder):
-    """In another working folder, and without output."""
-    out = contextlib.redirect_stdout(io.StringIO())
-    with contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()), out:
-        yield
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,19 +310,28 @@ def share(result: dict, scales: dict) -> float | None:
     return float(np.nanmean(result["frozen"][-LATE:])) / scales[result["game"], result["kind"]][1]
 
 
+def sort_of(kind: str) -> str:
+    """One of SORTS, or learning."""
+    return kind.split()[0] if " " in kind else "scripted"
+
+
 def mean_shares(results: list[dict], scales: dict) -> list[str]:
-    """Mean share over scripted kinds, and over strangers, of the seeds that met all of these."""
-    family = results[0]["game"][:3]
-    unknown = strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]
-    cells = []
-    for scripted, kinds in ((True, SCRIPTED[family]), (False, unknown)):
-        by_seed = defaultdict(list)
-        for result in results:
-            if "frozen" in result and (result["kind"] in SCRIPTED[family]) == scripted:
-                by_seed[result["seed"]].append(share(result, scales))
-        whole = [float(np.mean(x)) for x in by_seed.values() if len(x) == len(kinds)]
-        cells.append(figure(whole))
-    return cells
+    """By SORTS: mean share over the three kinds, of the seeds that met them all."""
+    by_seed = defaultdict(list)
+    for result in results:
+        if "frozen" in result:
+            by_seed[sort_of(result["kind"]), result["seed"]].append(share(result, scales))
+    means = {key: float(np.mean(x)) for key, x in by_seed.items() if len(x) == 3}
+    return [figure([x for key, x in means.items() if key[0] == sort]) for sort in SORTS]
+
+
+def random_shares(game: str, scales: dict) -> list[str]:
+    """The same of random play."""
+    by_sort = defaultdict(list)
+    for (played, kind), (low, high) in scales.items():
+        if played == game:
+            by_sort[sort_of(kind)].append(low / high)
+    return [f"{np.mean(by_sort[sort]):.2f}" if by_sort[sort] else "" for sort in SORTS]
 
 
 def matches_in(results: list[dict], scales: dict) -> dict[tuple, list[dict]]:
@@ -346,22 +354,27 @@ def report(results: list[dict]) -> str:
         for key in keys:
             several = played[key]
             cells = []
-            for name in ("first", "frozen", "learning"):
+            for name in ("first", "frozen", "planning", "learning"):
                 cells.append(figure([late(scored(r, name, scales)) for r in several]))
             seconds = [r.get("cpu_seconds_a_match") for r in several]
             shares = [share(r, scales) for r in several]
             rows.append([*key[2:], *cells, figure(shares), figure(seconds, 0)])
         head = ["script", "co-players", "frozen, first ten", "frozen, last 600"]
-        head += ["learning, last 600", "frozen, share of return", "CPU seconds a match"]
+        head += ["frozen, planning", "learning, last 600", "frozen, share of return"]
+        head += ["CPU seconds a match"]
         parts.append(f"{game}, trained: {group}\n\n{table(head, rows)}")
     rows = []
     for key, settings in itertools.groupby(sorted(played), key=lambda key: key[:3]):
         cells = mean_shares(sum((played[setting] for setting in settings), []), scales)
         if any(cells):
             rows.append([*key, *cells])
-    head = ["game", "trained", "script", "share of return: scripted kinds", "strangers"]
-    parts += [table(head, rows)] if rows else []
-    parts.append("No score where random play gets within 5 % of what who was trained on them gets.")
+    for game in sorted({row[0] for row in rows}):
+        rows.append([game, "", "random play", *random_shares(game, scales)])
+    head = ["game", "trained", "script", "frozen, share of return: scripted kinds"]
+    parts.append(table([*head, "strangers", "held-out strangers"], rows))
+    parts.append(
+        "No score where random play gets 95 % or more of what who was trained on them gets."
+    )
     return "\n\n".join(parts)
 
 

@@ -17,7 +17,6 @@ with either. `speed`: decisions a second where every seat decides; sources take 
 
 import contextlib
 import copy
-import io
 import shlex
 import statistics
 import tempfile
@@ -76,8 +75,7 @@ def work(job):
     what = job["setting"].split(" | ")[0]
     if what == "speed":
         return {"decisions": speeds(job["game"])}
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), quiet:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         if what == "futures":
             return judged_futures(job)
         file = "play.npz"

@@ -2,10 +2,11 @@
 
 Rock, paper, scissors against a player that prefers one move in each match (`biased_rps.py`), where
 inferred goals are what pays; and self-play in simple_spread and simple_tag of mpe2, and in
-level-based foraging (`foraging.py`). Judged by the learner's return; in self-play by that of all.
+level-based foraging (`foraging.py`). Judged by the learner's return; in self-play by that of all:
+in simple_tag, where three chase one, it tells how often that is caught, not how well any plays.
 """
 
-import statistics
+import operator
 
 from figures import by_setting, figure, table
 from run import train_and_judge
@@ -45,21 +46,17 @@ def report(results: list[dict]) -> str:
     """Returns by method and environment, and times."""
     runs = by_setting(results)
     parts = []
-    for title, cell in (("return", returned), ("CPU seconds of training", seconds)):
+    seconds = operator.itemgetter("train_cpu_seconds")
+    for title, value, digits in (("return", returned, 2), ("CPU seconds of training", seconds, 0)):
         rows = []
         for method in METHODS:
             each = [runs.get(f"{name} | {method}", []) for name in ENVIRONMENTS]
-            rows.append([method, *(cell(of) if of else "" for of in each)])
+            rows.append([method, *(figure([*map(value, of)], digits) for of in each)])
         parts.append(table([title, *ENVIRONMENTS], rows))
     return "\n\n".join(parts)
 
 
-def returned(runs: list[dict]) -> str:
+def returned(run: dict) -> float:
     """Of all seats in self-play, else of the learner."""
-    key = "all_seats" if "--co-players self" in runs[0]["options"] else "returns"
-    return figure([run[key]["trained with"] for run in runs])
-
-
-def seconds(runs: list[dict]) -> str:
-    """Mean over the runs."""
-    return f"{statistics.mean(run['train_cpu_seconds'] for run in runs):.0f}"
+    key = "all_seats" if "--co-players self" in run["options"] else "returns"
+    return run[key]["trained with"]

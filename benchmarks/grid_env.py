@@ -10,9 +10,9 @@ Trained this way a script reads flattened planes in place of relative cells, and
 that the clock in the infos tells: it learns more slowly than on the same game by its own id.
 """
 
-import itertools
 import operator
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +59,10 @@ class GridParallelEnv(ParallelEnv):
         num_planes = self.game.num_players + len(self.game.item_names)
         shape = (num_planes, self.game.height, self.game.width)
         self.state_space = spaces.Box(0.0, 1.0, shape, np.float32)
-        self.observation_spaces = {}
-        self.action_spaces = {}
-        for agent in self.possible_agents:
-            planes = spaces.Box(0.0, 1.0, shape, np.float32)
-            mask = spaces.MultiBinary(num_actions)
-            view = spaces.Dict({"observation": planes, "action_mask": mask})
-            self.observation_spaces[agent] = view
-            self.action_spaces[agent] = spaces.Discrete(num_actions)
+        mask = spaces.MultiBinary(num_actions)
+        view = spaces.Dict({"observation": self.state_space, "action_mask": mask})
+        self.observation_spaces = {agent: deepcopy(view) for agent in self.possible_agents}
+        self.action_spaces = {agent: spaces.Discrete(num_actions) for agent in self.possible_agents}
 
     def observation_space(self, agent: str) -> spaces.Space:
         return self.observation_spaces[agent]
@@ -80,18 +76,18 @@ class GridParallelEnv(ParallelEnv):
             raise ResetNeeded("no game has begun: call reset first")
         return self.game_state
 
+    def by_agent(self, values) -> dict:
+        """One of `values`, by seat, for each agent that is in the game."""
+        return {x: value for x, value in zip(self.possible_agents, values) if x in self.agents}
+
     def views(self) -> tuple[dict, dict]:
         """Observations and infos of the agents that are in the game."""
         planes = self.game.observe(self.game_state)[0].numpy()  # [N, C, H, W]
         mask = self.game.action_mask(self.game_state)[0].to(torch.int8).numpy()  # [N, A]
         clock = self.game.clock(self.game_state)[0].numpy()  # [2]
-        observations = {}
-        infos = {}
-        for seat, agent in enumerate(self.possible_agents):
-            if agent in self.agents:
-                observations[agent] = {"observation": planes[seat], "action_mask": mask[seat]}
-                infos[agent] = {"action_mask": mask[seat].copy(), "clock": clock.copy()}
-        return observations, infos
+        seen = [{"observation": x, "action_mask": y} for x, y in zip(planes, mask)]
+        told = [{"action_mask": y.copy(), "clock": clock.copy()} for y in mask]
+        return self.by_agent(seen), self.by_agent(told)
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Observations and infos of a new game. A `seed` settles this game and those after it."""
@@ -117,19 +113,10 @@ class GridParallelEnv(ParallelEnv):
                 space = self.action_space(agent)
                 raise ValueError(f"{agent}: action {action!r} is not in {space}")
             played[self.possible_agents.index(agent)] = int(action)
-        after, reward, terminated, truncated = self.game.step(state, torch.tensor([played]))
-        self.game_state = after
-        rewards = {}
-        terminations = {}
-        truncations = {}
-        for seat, agent in enumerate(self.possible_agents):
-            if agent in self.agents:
-                rewards[agent] = reward[0, seat].item()
-                terminations[agent] = terminated[0, seat].item()
-                truncations[agent] = truncated[0, seat].item()
+        self.game_state, *outcome = self.game.step(state, torch.tensor([played]))
+        rewards, terminations, truncations = (self.by_agent(x[0].tolist()) for x in outcome)
         observations, infos = self.views()
-        goes_on = [not (terminations[agent] or truncations[agent]) for agent in self.agents]
-        self.agents = list(itertools.compress(self.agents, goes_on))
+        self.agents = [x for x in self.agents if not (terminations[x] or truncations[x])]
         return observations, rewards, terminations, truncations, infos
 
     def state(self) -> np.ndarray:

@@ -140,14 +140,16 @@ def by_kind(runs: list[dict], game: str) -> list[str]:
 
 
 def pace(runs: dict[str, list[dict]], method: str) -> str:
-    """Least and greatest CPU time of a method's runs, in that of plain PPO's run of the same kind
-    and seed on the same machine."""
+    """Least and greatest CPU time of a method's runs, in that of plain PPO's run of the same game,
+    company and seed, of the same commit on the same machine: not of another day, as a rule."""
+    names = ("seed", "machine", "commit")
     ratios = []
     for game in STEPS:
         for company in ("self-play", "mixture"):
+            settings = [f"{game} | {company} | {name}" for name in (method, "plain PPO")]
             own, plain = (
-                {(r["seed"], r["machine"]): r["train_cpu_seconds"] for r in runs.get(setting, [])}
-                for setting in (f"{game} | {company} | {name}" for name in (method, "plain PPO"))
+                {tuple(r[name] for name in names): r["train_cpu_seconds"] for r in of}
+                for of in (runs.get(setting, []) for setting in settings)
             )
             ratios += [own[key] / plain[key] for key in own.keys() & plain.keys()]
     return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""

@@ -1,10 +1,10 @@
 """What should the opponent model learn from, and how much does it know?
 
 `buffer`: which episodes of a player it learns from, all or those with a reward (HOP); whether it
-pays to pretrain it, or to load that of a finished run of another seed, frozen or not. `model`:
-learned from matches of scripted kinds beside one player that stays as initialised, told nothing
-(none), told kind and target (oracle), with a VAE's z (vae), with discrete goals drawn (discrete) or
-all by their share (em).
+pays to pretrain it, or to load that of a finished run of another seed (the donor's, which has then
+learnt twice as long, if it is not frozen). `model`: learned from matches of scripted kinds beside
+one player that stays as initialised, told nothing (none), told kind and target (oracle), with a
+VAE's z (vae), with discrete goals drawn (discrete) or all by their share (em).
 
 Both are measured on matches that none has seen, five episodes each: negative log-likelihood of the
 scripted players' actions in nats, by episode of the match; of `model` also the share of the gap
@@ -15,7 +15,6 @@ it is a cleaner: the other two differ only on a drift).
 
 import contextlib
 import importlib
-import io
 import shlex
 import statistics
 import tempfile
@@ -34,13 +33,12 @@ BUFFERS = {  # options
     "all episodes": "",
     "rewarded episodes": "--moa-buffer positive",
     "pretrained": "--pretrain-moa-steps 40000",
+    "donor": "",
     "loaded": "--load-moa",
     "loaded, frozen": "--freeze-moa --load-moa",
 }
 MODEL_STEPS = {"msh-4x4-4h1s": 500_000, "msg": 200_000}
-IDLE = (
-    "--plan-update offset --plan-beta 0 --plan-samples 1"  # so that the opponent model is trained
-)
+IDLE = "--plan-update offset --plan-beta 0 --plan-samples 1"  # so that the opponent model learns
 MODELS = {  # script and options
     "none": ("hop_onestep", f"--goal none {IDLE}"),
     "oracle": ("hop_onestep", f"--goal oracle {IDLE}"),
@@ -52,19 +50,20 @@ KINDS = {"msh": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 
 
 def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
-    """Seeds outermost; what is loaded is of the seed before."""
-    seeds = (1,) if quick else seeds or (1, 2, 3)
+    """Seeds outermost."""
     found = []
-    for k, seed in enumerate(seeds):
+    for seed in (1,) if quick else seeds or (1, 2, 3):
+        donor = checkpoint_of("moa_data", "donor", seed, quick)
         for name, words in BUFFERS.items():
-            job = {"setting": f"buffer | {name}", "seed": seed, "script": "hop_onestep"}
+            own = seed + 100 * (name == "donor")
+            job = {"setting": f"buffer | {name}", "seed": own, "script": "hop_onestep"}
             words = f"--env-id {BUFFER_GAME} --co-players {KINDS['msh']} {words}"
             if name.startswith("loaded"):
-                words += f" {kept(seeds[k - 1], quick)}"
+                words += f" {donor}"
                 job["stage"] = 1
-            if name == "all episodes":
-                job["keep"] = kept(seed, quick)
-            words += f" --total-timesteps {4096 if quick else BUFFER_STEPS} --seed {seed}"
+            if name == "donor":
+                job["keep"] = donor
+            words += f" --total-timesteps {4096 if quick else BUFFER_STEPS} --seed {own}"
             found.append({**job, "options": " ".join(words.split()), "kinds": KINDS["msh"]})
         for game, steps in MODEL_STEPS.items():
             for name, (script, words) in MODELS.items():
@@ -75,11 +74,6 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 job = {"setting": f"model | {game} | {name}", "seed": seed, "script": script}
                 found.append({**job, "options": " ".join(words.split()), "kinds": kinds})
     return found if not quick else [job for job in found if "msg" not in job["setting"]]
-
-
-def kept(seed: int, quick: bool) -> str:
-    """Path from ROOT of the run whose opponent model is loaded."""
-    return checkpoint_of("moa_data", "all", seed, quick)
 
 
 def work(job: dict) -> dict:
@@ -98,13 +92,11 @@ def work(job: dict) -> dict:
         last.update(agent=agent, iteration=iteration)
         steps = iteration * args.num_envs * args.num_steps
         if "early" not in result and steps >= args.total_timesteps / 5:
-            result["early"] = play(script, agent, job["kinds"], votes)[0]
+            result["early"] = play(script, agent, job["kinds"], votes + 1000)[0]
 
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        with contextlib.redirect_stdout(io.StringIO()):
-            run = script.train(args, watch)["run"]
-        content = script.load_checkpoint(run)
+        content = script.load_checkpoint(script.train(args, watch)["run"])
     result["train_cpu_seconds"] = round(time.process_time() - began, 1)
     if "keep" in job:
         save(content, ROOT / job["keep"])
@@ -113,8 +105,9 @@ def work(job: dict) -> dict:
     result["last"] = mean([value for k, value in returns if k > ends[1]])
     _, voters = play(script, last["agent"], job["kinds"], votes)
     result["late"], pairs = play(script, last["agent"], job["kinds"], votes + 1000)
-    names = ["self", *job["kinds"].split(",")]
-    result["known"] = [accuracy(*parts, names) for parts in zip(voters, pairs)]
+    if script.SCRIPT == "hop_ppo_gumbel":
+        names = ["self", *job["kinds"].split(",")]
+        result["known"] = [accuracy(*parts, names) for parts in zip(voters, pairs)]
     return result
 
 
@@ -140,12 +133,11 @@ def predictions(script, player, memory, mask):
 @torch.no_grad()
 def play(script, agent, kinds, seed):
     """Of scripted players in MATCHES side by side, by episode: mean NLL [EPISODES]; and at the
-    start of each, (likeliest goal, kind) [.., 2] (nothing for a continuous goal)."""
+    start of each, goals (discrete: the likeliest) and kinds [.., Z + 1]."""
     generator = torch.Generator().manual_seed(seed)
     game = agent.game
     players = script.CoPlayers(game, kinds.split(","), MATCHES, EPISODES, generator)
     player = players.agents[0] = script.Player(agent, MATCHES)
-    discrete = script.SCRIPT == "hop_ppo_gumbel"
     state = game.start(MATCHES, generator)
     sums = torch.zeros(EPISODES, 2)
     starts = [[] for _ in range(EPISODES)]
@@ -157,21 +149,22 @@ def play(script, agent, kinds, seed):
         memory = player.memory
         actions = players.act(state, mask)
         guess = predictions(script, player, memory, mask)  # oracle: with the target of this step
-        if discrete:
-            pairs = torch.stack([agent.moa.belief(memory).argmax(2), players.kind], 2)
+        goals = player.decision["goals"]
+        if script.SCRIPT == "hop_ppo_gumbel":
+            goals = agent.moa.belief(memory).argmax(2, True)
+        pairs = torch.cat([goals, players.kind[:, :, None]], 2)
         nll = -script.pick(guess, actions)
         counted = others & player.decision["alive"]
         for k in range(EPISODES):
             now = (players.episode == k)[:, None]
             sums[k] += torch.stack([nll[counted & now].sum(), (counted & now).sum()])
-            if discrete:
-                starts[k].append(pairs[others & now & fresh[:, None]])
+            starts[k].append(pairs[others & now & fresh[:, None]])
         state, _, terminated, truncated = game.step(state, actions)
         fresh = (terminated | truncated).all(1)
         done = done | players.observe(fresh)
         state = game.restart(state, fresh, generator)
     nll = (sums[:, 0] / sums[:, 1]).tolist()
-    return nll, [torch.cat(pairs) for pairs in starts if pairs]
+    return nll, [torch.cat(pairs) for pairs in starts]
 
 
 def accuracy(votes: torch.Tensor, pairs: torch.Tensor, names: list[str]) -> float:
@@ -218,10 +211,10 @@ def cells(values: list[list[float]], digits: int) -> list[str]:
     return [figure(list(of_episode), digits) for of_episode in zip(*values)]
 
 
-def gaps(of: dict[str, list[dict]], name: str) -> list[list[float]]:
-    """By seed and episode: share of the gap from none to oracle that a model closes."""
+def gaps(of: dict[str, list[dict]], name: str, key: str = "late") -> list[list[float]]:
+    """By seed and episode: share of the gap from none to oracle in `key` that a model closes."""
     found = []
-    for none, oracle, model in zip(of["none"], of["oracle"], of[name]):
-        low, high, here = (np.array(r["late"]) for r in (none, oracle, model))
+    for runs in zip(of["none"], of["oracle"], of[name]):
+        low, high, here = (np.array(r[key]) for r in runs)
         found.append(((low - here) / (low - high)).tolist())
     return found

@@ -275,7 +275,8 @@ def work(job):
 
 
 def report(results):
-    """Returns with three of each kind; and of the model offline, on play that it has not seen."""
+    """Returns with three of each kind (what learnt offline plans, what learnt online plays without
+    its planner); and of the model offline, on play that it has not seen."""
     runs = figures.by_setting(results)
     rows = []
     for way, of in runs.items():
@@ -286,7 +287,7 @@ def report(results):
         of = [r["model"] for r in runs["offline"]]
         rows = []
         for name in of[0]:
-            ends = [(model[name][0], model[name][-1]) for model in of]
+            ends = [(model[name][0], *model[name][STEPS - 1 :]) for model in of]  # of V one figure
             rows.append([name, *(figures.figure(list(values), 3) for values in zip(*ends))])
         parts.append(figures.table(["model, offline", "1 step", f"{STEPS} steps"], rows))
     return "\n\n".join(parts)

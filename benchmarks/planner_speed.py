@@ -5,13 +5,11 @@ the batched search; with a sequential one (below: one tree, one node and one cal
 time, as HOP's own code has it), on three decisions; with the one step of hop_onestep.py; and
 without planner. The agent is trained by plain PPO first, since an untrained policy makes other
 trees. Methods take turns, so that ratios hold on a machine that has other work; medians of rounds,
-after one that does not count. Before that, both searches must make the same visits on the same
-draws, but for rounding.
+after one that does not count. That both searches make the same visits is held by a test.
 """
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import statistics
 import sys
@@ -233,7 +231,7 @@ def train(job):
     args.seed = job["seed"]
     last = {}
     folder = tempfile.TemporaryDirectory()
-    with folder, contextlib.chdir(folder.name), contextlib.redirect_stdout(io.StringIO()):
+    with folder, contextlib.chdir(folder.name):
         hop_mcts.train(args, watch=last.update)
     return last["agent"], last["player"].memory
 
@@ -277,31 +275,12 @@ def planning_by(search):
     return mock.patch.multiple(hop_mcts, Model=lambda *given: given, search=search)
 
 
-def agreement(player, memory):
-    """The share of trees in which both searches make the same visits, in a few decisions."""
-    model = hop_mcts.Model
-    search = hop_mcts.search
-    same = []
-
-    def both(given, value, args):
-        result = search(model(*given), value, args)
-        same.extend((result[1] == sequential_search(given, value, args)[1]).all(1).tolist())
-        return result
-
-    with planning_by(both):
-        act(player, memory, 0, 8)
-    return statistics.mean(same)
-
-
 def work(job: dict) -> dict:
     """Decisions a second by parallel games and method."""
     trained, memory = train(job)
     players = make_players(job, trained)
-    same = agreement(players["batched search"], memory)
-    if same < 0.9:
-        raise ValueError("the two searches differ")
     rates = {f"{n}": measure(players, memory[:n], job["rounds"]) for n in job["batches"]}
-    return {"same_visits": same, "rates": rates}
+    return {"rates": rates}
 
 
 def measure(players, memory, rounds):

@@ -81,8 +81,8 @@ def train_and_judge(job: dict) -> dict:
     result["train_cpu_seconds"] = round(time.process_time() - began, 1)
     content = script.load_checkpoint(metrics["run"])
     if "keep" in job:
-        names = ("script", "game", "args", "agent", "plan_mode", "played")  # what playing needs
-        save({name: content[name] for name in names if name in content}, ROOT / job["keep"])
+        names = ("script", "args", "agent", "played")  # what playing needs
+        save({name: content[name] for name in names}, ROOT / job["keep"])
     seats = script.make_game(script.Args(**content["args"]), "cpu").num_players
     result |= {"returns": {}, "by_episode": {}, "all_seats": {}}
     for kind, entry in job["kinds"].items():
@@ -250,10 +250,13 @@ def report(options: Options) -> None:
         results = results_in(results_of(name, options))
         benchmark = importlib.import_module(name)
         if results:
+            if kept and hasattr(benchmark, "draw"):
+                benchmark.draw(results)
             of = sorted({f"{r['commit']} on {r['machine']}" for r in results})
-            pages.append(f"## {name}\n\n{benchmark.report(results)}\n\nCommits: {'; '.join(of)}.\n")
-        if results and kept and hasattr(benchmark, "draw"):
-            benchmark.draw(results)
+            parts = [f"## {name}", benchmark.report(results), f"Commits: {'; '.join(of)}."]
+            for picture in sorted((ROOT / "benchmarks" / "pictures").glob(f"{name}*.png")):
+                parts.append(f"![{picture.stem}](pictures/{picture.name})")
+            pages.append("\n\n".join(parts) + "\n")
     page = "\n".join(pages)
     print(page)
     if kept and options.names == tuple(NAMES):

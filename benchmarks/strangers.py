@@ -24,8 +24,7 @@ On the snowdrift:
 import torch
 from torch import Generator, Tensor
 
-STAY = 4
-MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # UP, DOWN, LEFT, RIGHT, STAY
+STAY = 4  # after UP, DOWN, LEFT, RIGHT; then come what takes items
 FAR = 10**6
 
 
@@ -34,20 +33,20 @@ class Stranger:
     says what each cell is worth going to."""
 
     def __init__(self):
-        self.episode = None  # int64 [R] number within the match
-        self.taken = None  # int64 [R] items that the row has tried to take in this episode
+        self.episode = None  # int64 [R, 1] number within the match
+        self.taken = None  # int64 [R, 1] items that the row has tried to take in this episode
 
     def start_match(self, which: Tensor) -> None:
         """Takes bool [R]: rows whose match starts."""
+        which = which[:, None]
         if self.episode is None:
-            self.episode = which.long() - 1
-            self.taken = torch.zeros_like(self.episode)
+            self.episode = self.taken = torch.zeros_like(which).long()
         self.episode = torch.where(which, -1, self.episode)
 
-    def costs(self, planes: dict[str, Tensor], distance: Tensor, done: Tensor) -> Tensor:
-        """float [R, H, W]: FAR where nothing is to be gone to, else what the least of decides.
-        `planes` [R, H, W] by name, bool: `players` (the others), `first` and `second` kind of
-        items, `items`; `distance` [R, H, W] from the own cell; `done` [R] steps of the episode."""
+    def costs(self, seen: dict[str, Tensor], distance: Tensor, done: Tensor) -> Tensor:
+        """float [R, S] by cell: FAR where nothing is to be gone to, else what the least of decides.
+        `seen` [R, S] by name, bool: `players` (the others), `first` and `second` kind of items,
+        `items`; `distance` [R, S] from the own cell; `done` [R, 1] steps of the episode."""
         raise NotImplementedError
 
     def __call__(
@@ -56,105 +55,95 @@ class Stranger:
         """Actions int64 [R] for observations [R, C, H, W] of own cell, other players, kinds of
         items, bool `action_mask` [R, A] and `clock` [R, 2] (steps done, left)."""
         rows, _, height, width = observation.shape
-        kinds = action_mask.shape[1] - len(MOVES)
+        kinds = action_mask.shape[1] - 5
+        done = clock[:, :1]
         if self.episode is None:
             self.start_match(torch.ones(rows, dtype=torch.bool, device=observation.device))
-        starts = clock[:, 0] == 0
-        self.episode = self.episode + starts
-        self.taken = self.taken.masked_fill(starts, 0)
-        seen = observation > 0.5
-        items = seen[:, -kinds:]
-        planes = {"players": seen[:, 1:-kinds].any(1), "items": items.any(1)}
-        planes |= {"first": items[:, 0], "second": items[:, -1]}
-        cell = observation[:, 0].flatten(1).argmax(1)
-        row = torch.arange(height, device=cell.device)[:, None]
-        column = torch.arange(width, device=cell.device)
-        own = torch.stack([cell // width, cell % width], 1)
-        moves = torch.tensor(MOVES, device=cell.device)
-
-        def distances(place):  # [.., 2] -> [.., H, W]
-            place = place[..., None, None]
-            return (row - place[..., 0, :, :]).abs() + (column - place[..., 1, :, :]).abs()
-
-        costs = self.costs(planes, distances(own), clock[:, 0]).flatten(1).float()
+        self.episode = self.episode + (done == 0)
+        self.taken = self.taken.masked_fill(done == 0, 0)
+        planes = observation.flatten(2) > 0.5  # [R, C, S]
+        items = planes[:, -kinds:]
+        seen = {"players": planes[:, 1:-kinds].any(1), "items": items.any(1)}
+        seen |= {"first": items[:, 0], "second": items[:, -1]}
+        cell = torch.arange(height * width, device=clock.device)
+        self.column = cell % width
+        self.apart = (cell // width - cell[:, None] // width).abs()
+        self.apart += (self.column - self.column[:, None]).abs()  # [S, S]
+        own = planes[:, 0].int().argmax(1)
+        costs = self.costs(seen, self.apart[own], done).float()
         costs = costs + 0.5 * torch.rand(costs.shape, generator=generator, device=costs.device)
         least, target = costs.min(1)
-        nowhere = least >= FAR
-        reach = distances(own[:, None] + moves).flatten(2)  # [R, 5, H * W]
-        reach = reach.take_along_dim(target[:, None, None], 2).squeeze(2)
-        there = reach[:, STAY] == 0
-        closer = action_mask[:, : len(MOVES)] & (reach < reach[:, STAY:])
+        moves = torch.tensor([-width, width, -1, 1, 0], device=clock.device)
+        after = (own[:, None] + moves).clamp(0, len(cell) - 1)  # an illegal move leads anywhere
+        reach = self.apart[after, target[:, None]]  # [R, 5]
+        closer = action_mask[:, :5] & (reach < reach[:, STAY:])
         noise = torch.rand(closer.shape, generator=generator, device=costs.device)
         action = torch.where(closer, noise, -1.0).argmax(1)
-        action = torch.where(closer.any(1) & ~nowhere, action, STAY)
-        takes = action_mask[:, len(MOVES) :]
-        taking = there & takes.any(1) & ~nowhere
-        self.taken = self.taken + taking
-        return torch.where(taking, len(MOVES) + takes.int().argmax(1), action)
+        action = torch.where(closer.any(1) & (least < FAR), action, STAY)
+        takes = action_mask[:, 5:]
+        taking = (target == own) & takes.any(1) & (least < FAR)
+        self.taken = self.taken + taking[:, None]
+        return torch.where(taking, 5 + takes.int().argmax(1), action)
 
 
 def wanted(plane: Tensor, cost: Tensor) -> Tensor:
-    """`cost` [R, H, W] where bool `plane` has something, else FAR."""
+    """`cost` [R, S] where bool `plane` has something, else FAR."""
     return torch.where(plane, cost.float(), float(FAR))
 
 
 class Waiting(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["items"] & (done >= 8)[:, None, None], distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["items"] & (done >= 8), distance)
 
 
 class Turns(Stranger):
-    def costs(self, planes, distance, done):
-        even = (self.episode % 2 == 0)[:, None, None]
-        return wanted(torch.where(even, planes["first"], planes["second"]), distance)
+    def costs(self, seen, distance, done):
+        even = self.episode % 2 == 0
+        return wanted(torch.where(even, seen["first"], seen["second"]), distance)
 
 
 class Follower(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["players"], distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["players"], distance)
 
 
 class Nearest(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["items"], distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["items"], distance)
 
 
 class Shy(Stranger):
-    def costs(self, planes, distance, done):
-        height, width = distance.shape[1:]
-        row = torch.arange(height, device=distance.device).repeat_interleave(width)
-        column = torch.arange(width, device=distance.device).repeat(height)
-        apart = (row[:, None] - row).abs() + (column[:, None] - column).abs()  # [H * W, H * W]
-        players = planes["players"].flatten(1)[:, None]
-        nearest = torch.where(players, apart.float(), 99.0).amin(2).view(distance.shape)
-        return wanted(planes["second"], 100.0 - nearest)
+    def costs(self, seen, distance, done):
+        players = seen["players"][:, None]
+        nearest = torch.where(players, self.apart.float(), 99.0).amin(2)
+        return wanted(seen["second"], 100.0 - nearest)
 
 
 class Late(Stranger):
-    def costs(self, planes, distance, done):
-        early = (done < 15)[:, None, None]
-        return wanted(torch.where(early, planes["first"], planes["second"]), distance)
+    def costs(self, seen, distance, done):
+        early = done < 15
+        return wanted(torch.where(early, seen["first"], seen["second"]), distance)
 
 
 class Lazy(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["items"] & (distance <= 2), distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["items"] & (distance <= 2), distance)
 
 
 class Shifts(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["items"] & (self.episode % 2 == 0)[:, None, None], distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["items"] & (self.episode % 2 == 0), distance)
 
 
 class Halves(Stranger):
-    def costs(self, planes, distance, done):
-        left = torch.arange(distance.shape[2], device=distance.device) < distance.shape[2] / 2
-        return wanted(planes["items"] & left, distance)
+    def costs(self, seen, distance, done):
+        left = 2 * self.column <= self.column.max()
+        return wanted(seen["items"] & left, distance)
 
 
 class Tired(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["items"] & (done < 15)[:, None, None], distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["items"] & (done < 15), distance)
 
 
 class Fair(Stranger):
@@ -162,16 +151,16 @@ class Fair(Stranger):
         super().__init__()
         self.most = 0  # items at the start of the episode
 
-    def costs(self, planes, distance, done):
-        left = planes["items"].flatten(1).sum(1)
+    def costs(self, seen, distance, done):
+        left = seen["items"].sum(1, True)
         self.most = torch.where(done == 0, left, self.most)
         fair = 2 * self.taken <= self.most - left
-        return wanted(planes["items"] & fair[:, None, None], distance)
+        return wanted(seen["items"] & fair, distance)
 
 
 class Waverer(Stranger):
-    def costs(self, planes, distance, done):
-        return wanted(planes["items"] & (done % 2 == 0)[:, None, None], distance)
+    def costs(self, seen, distance, done):
+        return wanted(seen["items"] & (done % 2 == 0), distance)
 
 
 DEVELOPMENT = {"msh": (Waiting, Turns, Follower), "msg": (Lazy, Shifts, Halves)}

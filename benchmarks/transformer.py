@@ -110,7 +110,7 @@ def work(job: dict) -> dict:
         game = script.GridGame(job["game"])
         agent = script.load_player(str(ROOT / job["keep"]), game, 1).agent
         seeds = (3000 + job["seed"], 4000 + job["seed"])
-        played = [goals_at_starts(script, agent, job["kinds"], seed) for seed in seeds]
+        played = [moa_data.play(script, agent, job["kinds"], seed)[1][1:] for seed in seeds]
         result["probe"] = [probe(*parts) for parts in zip(*played)]
     return result
 
@@ -118,37 +118,11 @@ def work(job: dict) -> dict:
 # ------------------------------------------------------------------------------------------------
 # What goals tell of kinds
 # ------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def goals_at_starts(script, agent, kinds, seed):
-    """Of scripted players in matches side by side, at the start of each episode but the first: mean
-    of q(z | h) [P, Z] and kind [P], a pair for each episode."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = moa_data.MATCHES
-    game = agent.game
-    players = script.CoPlayers(game, kinds.split(","), batch, EPISODES, generator)
-    player = players.agents[0] = script.Player(agent, batch)
-    state = game.start(batch, generator)
-    found = [([], []) for _ in range(1, EPISODES)]
-    fresh = torch.zeros(batch).bool()  # an episode of the first match begins, not the first
-    done = fresh
-    while not done.all():
-        goals = player.infer(state, players)[2]
-        for k, (means, labels) in enumerate(found, 1):
-            begins = (fresh & ~done & (players.episode == k))[:, None] & (players.kind > 0)
-            means.append(goals[begins])
-            labels.append(players.kind[begins])
-        actions = players.act(state, game.action_mask(state))
-        state, _, terminated, truncated = game.step(state, actions)
-        fresh = (terminated | truncated).all(1)
-        done = done | players.observe(fresh)
-        state = game.restart(state, fresh, generator)
-    return [(torch.cat(means), torch.cat(labels)) for means, labels in found]
-
-
 def probe(learnt, judged):
     """Share of `judged` goals whose kind a logistic regression on `learnt` ones tells; both goals
-    [P, Z] and kinds [P]. Kinds that differ in nothing but rare states limit it."""
-    (goals, kinds), (unseen, truth) = learnt, judged
+    and kind [P, Z + 1]. Kinds that differ in nothing but rare states limit it."""
+    goals, unseen = learnt[:, :-1], judged[:, :-1]
+    kinds, truth = learnt[:, -1].long(), judged[:, -1].long()
     mean = goals.mean(0)
     spread = goals.std(0) + 1e-6
     linear = torch.nn.Linear(goals.shape[1], int(kinds.max()) + 1)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from figures import by_setting, figure, table
+from moa_data import gaps
 from run import train_and_judge
 
 GOALS = ("none", "inferred", "oracle")
@@ -136,7 +137,8 @@ def report(results: list[dict]) -> str:
                 continue
             cells = [figure([np.mean(r["seen"]) for r in each["inferred"]])]
             cells += [figure([np.mean(r["nll"]) for r in of], 3) for of in each.values()]
-            cells += [figure(gaps(each, k)) for k in (0, EPISODES - 1)]
+            closed = gaps(each, "inferred", "nll")
+            cells += [figure([by_episode[k] for by_episode in closed]) for k in (0, EPISODES - 1)]
             for place in ("near", "far"):
                 cells.append(figure([r[place][-1] for r in each["inferred"]]))
             known.append([name, *cells])
@@ -157,12 +159,3 @@ def report(results: list[dict]) -> str:
     quarters = [f"{k}. quarter of training" for k in (1, 2, 3, 4)]
     tables.append(table(["walls", *COMPANIES, "self", *quarters], walls))
     return "\n\n".join(tables)
-
-
-def gaps(each, k):
-    """By seed: share of the gap from none to oracle that inferring closes in episode `k`."""
-    shares = []
-    for none, inferred, oracle in zip(*each.values()):
-        low, here, high = (r["nll"][k] for r in (none, inferred, oracle))
-        shares.append((low - here) / (low - high))
-    return shares

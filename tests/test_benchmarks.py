@@ -1,6 +1,7 @@
 """The runner of the benchmarks, the arithmetic of their tables, that their jobs can be run, and
 what the figures of adaptation.py rest on."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -210,9 +211,11 @@ def test_true_goals_are_those_of_the_step_that_is_predicted(monkeypatch):
 
 def test_times_are_compared_with_the_same_seed_on_the_same_machine():
     learning = importlib.import_module("learning")
-    times = {"one step": [(1, "a", 30.0), (2, "b", 80.0), (3, "b", 1.0)]}
-    times["plain PPO"] = [(1, "a", 10.0), (2, "b", 20.0), (3, "a", 1.0)]
-    names = ("seed", "machine", "train_cpu_seconds")
+    times = {"one step": [(1, "a", "x", 30.0), (2, "b", "x", 80.0), (3, "b", "x", 1.0)]}
+    times["plain PPO"] = [(1, "a", "x", 10.0), (2, "b", "x", 20.0), (3, "a", "x", 1.0)]
+    for name in times:
+        times[name].append((4, "a", name, 5.0))  # of another commit
+    names = ("seed", "machine", "commit", "train_cpu_seconds")
     runs = {f"msg | mixture | {k}": [dict(zip(names, r)) for r in of] for k, of in times.items()}
     assert learning.pace(runs, "one step") == "3.0 to 4.0"
     assert learning.pace(runs, "Direct-OM") == ""
@@ -244,7 +247,7 @@ def test_tables_and_pictures_of_whatever_is_there(name, tmp_path, monkeypatch):
         value = 100.0 + number
         returns = dict.fromkeys(job["kinds"], value)
         result = {**job, "returns": returns, "all_seats": returns, "train_cpu_seconds": 30.0}
-        result["machine"] = "any"
+        result |= {"machine": "any", "commit": "any"}
         result["by_episode"] = {kind: [value] * 10 for kind in job["kinds"]}
         results.append({**result, "curve": [[100, 10.0, 1.0], [200, 30.0, value]]})
     results.sort(key=lambda result: (result["setting"], result["seed"]))
@@ -254,7 +257,7 @@ def test_tables_and_pictures_of_whatever_is_there(name, tmp_path, monkeypatch):
         values = [next(iter(r["returns"].values())) for r in both]
         assert figures.figure(values) in page or "games" in result["setting"]
     benchmark.report(results[:1])
-    if name != "environments":  # which has no picture
+    if hasattr(benchmark, "draw"):
         benchmark.draw(results)
         assert list(tmp_path.glob("*.png"))
         benchmark.draw(results[:1])
@@ -281,14 +284,18 @@ def test_scores_lie_between_random_play_and_who_was_trained_on_the_same():
 
 
 def test_shares_are_of_seeds_that_met_all_kinds():
-    scales = {("msg", kind): (0.0, 10.0) for kind in ("cleaner", "exploiter", "random", "held-out")}
+    """By sort of kinds, each for itself; random play beside."""
+    names = ["cleaner", "exploiter", "random", "held-out A"]
+    scales = {("msg", kind): (4.0 + k, 10.0) for k, kind in enumerate(names)}
+    scales["msh", "ns"] = (9.0, 10.0)
     result = {"game": "msg", "learning": [[9.0]]}
     met = [(1, "cleaner", 2.0), (1, "exploiter", 3.0), (1, "random", 7.0), (2, "random", 9.0)]
     results = [{**result, "seed": s, "kind": k, "frozen": [99.0, x, x]} for s, k, x in met]
     assert adaptation.share(results[0], scales) == pytest.approx(0.2)
     assert adaptation.share(result, scales) is None
-    results.append({**result, "seed": 1, "kind": "held-out", "frozen": [1.0]})
-    assert adaptation.mean_shares(results, scales) == ["0.40 (1)", ""]
+    results.append({**result, "seed": 1, "kind": "held-out A", "frozen": [1.0]})
+    assert adaptation.mean_shares(results, scales) == ["0.40 (1)", "", ""]
+    assert adaptation.random_shares("msg", scales) == ["0.50", "", "0.70"]
 
 
 def test_the_pool_of_a_diverse_learner_is_trained_before_it():
@@ -305,7 +312,7 @@ def test_the_pool_of_a_diverse_learner_is_trained_before_it():
 def small_run(folder, **options):
     script = adaptation.ppo
     plain = {"goal": "none", "plan_update": "none", "co_players": "self"}
-    with adaptation.quiet(folder):
+    with contextlib.chdir(folder):
         name = script.train(script.Args(**TINY, **plain | options))["run"]
     return str(folder / name)
 
@@ -344,8 +351,7 @@ def test_a_learning_co_player_gets_what_pays(tmp_path):
         assert [torch.equal(x, y) for x, y in zip(before, weights)] == [True, False]
 
     words = ["--init", path, "--co-players", path, "--num-envs", "16", "--num-steps", "20"]
-    with adaptation.quiet(tmp_path):
-        script.train(script.parse_arguments([*words, "--total-timesteps", "1920"]), watch)
+    script.train(script.parse_arguments([*words, "--total-timesteps", "1920"]), watch)
     assert chosen[-1] > chosen[0] + 0.2
 
 

@@ -286,6 +286,13 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_i
         assert torch.equal(seen[0]["weights"][name], last["weights"][name]) != learns, name
 
 
+def test_as_many_games_as_in_the_file(script, play):
+    """96 steps are one iteration of three games; of 64, the default elsewhere, they are none."""
+    words = f"--env-id {HUNT} --horizon 6 --offline {play[HUNT][0]} --total-timesteps 96".split()
+    content = script.load_checkpoint(run(script, parsed(script, *words)).path)
+    assert content["progress"][0] == 96 and content["args"]["num_envs"] == 3
+
+
 def test_an_offline_run_goes_on_to_the_bit(script, play, refuse):
     """And not if its file has become shorter."""
     _, arrays = play[LEAVING]
@@ -341,6 +348,6 @@ def test_what_cannot_be_learnt_from(play, refuse):
         assert f"{name}.npz" in refuse(f"{words} {name}.npz"), name
     for wrong in ("--plan-update none", "--goal oracle", "--plan-until 0.5"):
         assert "--offline" in refuse(f"{words} {path} {wrong}")
-    short = "--num-envs 1 --num-steps 100 --total-timesteps 299"
-    assert "--total-timesteps" in refuse(f"{words} {path} {short}")
+    for short in ("--num-envs 1 --num-steps 100 --total-timesteps 299", "--total-timesteps 95"):
+        assert "--total-timesteps" in refuse(f"{words} {path} {short}")  # of three games
     assert "--co-player-model" in refuse("--co-player-model self")

@@ -347,11 +347,11 @@ def test_any_script_trains_on_simple_tag(script, small):
     """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on,
     also within a match. A class is among the co-players: it sees a row for each seat."""
     environments().Imitator.shapes.clear()
-    options = {"env_id": "mpe2.simple_tag_v3", "env_kwargs": '{"max_cycles": 8}'}
+    options = {"env_id": "mpe2.simple_tag_v3", "env_kwargs": '{"max_cycles": 7}'}
     args = small(**options, plan_update="none", co_players=f"self,random,{HERE}:Imitator")
     weights = []
     metrics = script.train(args, lambda agent, **others: weights.append(networks(agent)))
-    assert metrics["charts/episodic_length"] == 8
+    assert metrics["charts/episodic_length"] == 7
     assert set(environments().Imitator.shapes) == {((16, 16), (16, 5), (16, 2))}
     for part in ("actor", "critic", "moa"):
         assert not torch.equal(weights[0][part], weights[-1][part])
@@ -362,11 +362,16 @@ def test_any_script_trains_on_simple_tag(script, small):
         with pytest.raises(script.UsageError, match="tree search.*hop_onestep.py"):
             script.evaluate(run, "self", episodes=2, plan_update="offset")
     script.train(script.parse_arguments(["--resume", run, "--total-timesteps", "192"]))
-    assert script.load_checkpoint(run)["progress"][0] == 192
+    content = script.load_checkpoint(run)
+    assert content["progress"][0] == 192
+    now, _, _, ring = content["buffer"]
+    steps = torch.arange(now).unsqueeze(1)
+    assert torch.equal(steps - ring["episode"][:now], ring["time"][:now])  # the broken one is over
+    assert (ring["match"][32] == 32).all() and (ring["match"][31] < 32).all()
     words = ["--init", run, "--total-timesteps", "200"]
     if script.SCRIPT == "hop_mcts":
         words += ["--plan-update", "none"]
-    assert script.train(script.parse_arguments(words))["charts/episodic_length"] == 8
+    assert script.train(script.parse_arguments(words))["charts/episodic_length"] == 7
 
 
 def test_the_best_answer_is_learnt_in_rock_paper_scissors(script, small):

@@ -177,7 +177,7 @@ def checked(args, game):
         "--co-player-model: no scripted kind": args.co_player_model
         not in ("diffusion", "moa", *game.kinds),
         "--future-steps: at most 64": args.future_steps > 64,
-        "what learns --offline needs a planner, --plan-until 1, and no --goal oracle": args.offline
+        "who learns --offline needs a planner, --plan-until 1, and no --goal oracle": args.offline
         and (args.plan_update == "none" or args.plan_until < 1 or args.goal == "oracle"),
         "--offline does not take --snapshot-every": args.offline and args.snapshot_every,
     }
@@ -566,8 +566,7 @@ class PettingZooGame:
         with refused(f"cannot make {self.name} with {args.env_kwargs}"):
             self.kwargs = json.loads(args.env_kwargs)
             copies = Copies(self.make, self.kwargs, 1)
-            found = getattr(copies.envs[0].unwrapped, "max_cycles", None)
-            self.horizon = args.horizon or found
+            self.horizon = args.horizon or getattr(copies.envs[0].unwrapped, "max_cycles", None)
         if not self.horizon:
             raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
         self.num_players = len(copies.agents)
@@ -809,9 +808,8 @@ class Recorded(CoPlayers):
                     raise UsageError(f"{args.offline} is of {about[0]}, horizon {about[1]}")
                 self.data = {k: tensor(file[k]).to(x.device, x.dtype) for k, x in types.items()}
             steps, batch = self.data["match_ended"].shape
-            rows = {}
-            for name, value in self.data.items():  # raises for other sizes
-                rows[name] = value.view(steps * batch, *types[name].shape[1:])
+            # raises for other sizes
+            rows = {k: x.view(steps * batch, *types[k].shape[1:]) for k, x in self.data.items()}
             for prefix in ("next_", ""):
                 state = game.state_type._make(rows[prefix + name] for name in like)
                 game.subgoals(state)  # raises for cells that are not on the board
@@ -832,7 +830,6 @@ class Recorded(CoPlayers):
         return [self.data[name][self.episode[0]] for name in names]
 
     def start(self, batch, generator):
-        """The recorded state."""
         return self.game.state_type._make(self.now(*self.game.state_type._fields))
 
     def restart(self, state, ended, generator):
@@ -1707,6 +1704,8 @@ def train(args, watch=None):
         raise UsageError("--cuda: no CUDA device is available")
     content = load_checkpoint(source, device) if source is not None else {}
     game = make_game(args, device)
+    if args.offline:
+        args.num_envs = 1  # until the file tells
     args = checked(args, game)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
@@ -1764,20 +1763,21 @@ def train(args, watch=None):
             if content["args"]["cuda"] == args.cuda:
                 generator.set_state(content["generator"].cpu())
             torch.set_rng_state(content["torch_generator"].cpu())
-            co_players.focal, co_players.kind, co_players.target = content["seats"]
-            co_players.episode = content["episode"]
-            for k, other in co_players.agents.items():
-                other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
             recent, reservoir = content["replay"]
             agent.plan_mode = content["played"]["plan_update"]
-            if args.offline:
-                co_players.now("reward")  # raises where the file has become shorter
             if game.simulates or args.offline:
+                co_players.focal, co_players.kind, co_players.target = content["seats"]
+                co_players.episode = content["episode"]
+                for k, other in co_players.agents.items():
+                    other.memory = content["memory"][k]
                 state = state._make(content["state"])
                 returns = content["returns"]
+                if args.offline:
+                    co_players.now("reward")  # raises where the file has become shorter
             else:
-                print("--resume: episodes of this environment begin anew")
+                print("--resume: matches in this environment begin anew")
+                buffer.match_start = buffer.episode_start = state.time + buffer.now
     if args.load_moa is not None and not resumes:
         weights = load_checkpoint(args.load_moa, device)["agent"]
         with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
@@ -2034,7 +2034,7 @@ def parse_arguments(arguments):
     options = content["args"]
     if path == args.init:
         options |= {name: INIT[name] for name in INIT if name in options}
-    with refused(f"{path} is a run of other options"):
+    with refused(f"{path} is a run of other options, of {content['script']}.py"):
         if path == args.evaluate:
             options = {name: options[name] for name in ("env_id", *PLAYED)} | content["played"]
         return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)

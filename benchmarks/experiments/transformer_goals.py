@@ -539,8 +539,7 @@ class PettingZooGame:
         with refused(f"cannot make {self.name} with {args.env_kwargs}"):
             self.kwargs = json.loads(args.env_kwargs)
             copies = Copies(self.make, self.kwargs, 1)
-            found = getattr(copies.envs[0].unwrapped, "max_cycles", None)
-            self.horizon = args.horizon or found
+            self.horizon = args.horizon or getattr(copies.envs[0].unwrapped, "max_cycles", None)
         if not self.horizon:
             raise UsageError(f"--horizon: {self.name} does not tell how long an episode can last")
         self.num_players = len(copies.agents)
@@ -1606,18 +1605,19 @@ def train(args, watch=None):
             if content["args"]["cuda"] == args.cuda:
                 generator.set_state(content["generator"].cpu())
             torch.set_rng_state(content["torch_generator"].cpu())
-            co_players.focal, co_players.kind, co_players.target = content["seats"]
-            co_players.episode = content["episode"]
-            for k, other in co_players.agents.items():
-                other.memory = content["memory"][k]
             buffer.now, buffer.match_start, buffer.episode_start, buffer.ring = content["buffer"]
             reservoir = content["reservoir"]
             agent.plan_mode = content["played"]["plan_update"]
             if game.simulates:
+                co_players.focal, co_players.kind, co_players.target = content["seats"]
+                co_players.episode = content["episode"]
+                for k, other in co_players.agents.items():
+                    other.memory = content["memory"][k]
                 state = state._make(content["state"])
                 returns = content["returns"]
             else:
-                print("--resume: episodes of this environment begin anew")
+                print("--resume: matches in this environment begin anew")
+                buffer.match_start = buffer.episode_start = state.time + buffer.now
     if args.load_moa is not None and not resumes:
         weights = load_checkpoint(args.load_moa, device)["agent"]
         with refused(f"--load-moa: the MOA of {args.load_moa} is of another game, goal or size"):
@@ -1857,7 +1857,7 @@ def parse_arguments(arguments):
     options = content["args"]
     if path == args.init:
         options |= {name: INIT[name] for name in INIT if name in options}
-    with refused(f"{path} is a run of other options"):
+    with refused(f"{path} is a run of other options, of {content['script']}.py"):
         if path == args.evaluate:
             options = {name: options[name] for name in ("env_id", *PLAYED)} | content["played"]
         return tyro.cli(Args, args=words, default=Args(**options), description=__doc__)
