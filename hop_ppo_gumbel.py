@@ -913,7 +913,7 @@ SUBGOAL_COEF = 0.1  # weight of the subgoal's reconstruction
 def moa_loss(agent, batch, pretraining, generator):
     """Loss -log pi_hat + KL(q || uniform) + SUBGOAL_COEF * reconstruction on what a MatchBuffer
     read, and its terms in nats a step (`moa/kl`: a match). q, of a seat and match, is by the
-    likelihood of all its steps that are read. With q itself, `em`, the first two are -log of the
+    likelihood of all its steps that are drawn. With q itself, `em`, the first two are -log of the
     marginal likelihood, and the gradient is that of expectation-maximisation; else with draws from
     q (Gumbel-Softmax, Jang et al. 2017). `pretraining` is no other loss here."""
     moa = agent.moa

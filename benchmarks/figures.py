@@ -58,6 +58,12 @@ def by_setting(results: list[dict]) -> dict[str, list[dict]]:
     return {setting: list(group) for setting, group in groups}
 
 
+def paired(*groups: list[dict]) -> list[list[dict]]:
+    """The results of several settings of the seeds that all of these have."""
+    common = set.intersection(*({result["seed"] for result in group} for group in groups))
+    return [[result for result in group if result["seed"] in common] for group in groups]
+
+
 def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     """Running means [..] of the last `width` of values [..], along the last axis."""
     parts = [values[..., max(0, k + 1 - width) : k + 1] for k in range(values.shape[-1])]

@@ -10,7 +10,7 @@ what they are.
 
 import numpy as np
 
-from figures import by_setting, figure, interval, table
+from figures import by_setting, figure, interval, paired, table
 from figures import draw as draw_panels
 from run import train_and_judge
 
@@ -51,7 +51,7 @@ def report(results: list[dict]) -> str:
     for game in STEPS:
         for company in companies(game):
             for script in SCRIPTS:
-                each = [runs.get(f"{game} | {script} | {goal}", []) for goal in GOALS]
+                each = paired(*(runs.get(f"{game} | {script} | {goal}", []) for goal in GOALS))
                 if all(each):
                     returns = [np.array([r["returns"][company] for r in of]) for of in each]
                     halves = [[r["by_episode"][company][5:] for r in of] for of in each]
@@ -64,8 +64,7 @@ def report(results: list[dict]) -> str:
 
 def share(returns: list[np.ndarray]) -> str:
     """Share of the worth of true goals that inferred ones bring; nothing if it may be noise."""
-    seeds = min(map(len, returns))
-    none, inferred, oracle = (of[:seeds] for of in returns)
+    none, inferred, oracle = returns
     worth, half = interval((oracle - none).tolist())
     if not worth > half:  # nan as well
         return ""

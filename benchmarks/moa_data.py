@@ -23,7 +23,7 @@ import time
 import numpy as np
 import torch
 
-from figures import by_setting, figure, table
+from figures import by_setting, figure, paired, table
 from run import ROOT, checkpoint_of, save
 
 EPISODES = 5
@@ -214,7 +214,7 @@ def cells(values: list[list[float]], digits: int) -> list[str]:
 def gaps(of: dict[str, list[dict]], name: str, key: str = "late") -> list[list[float]]:
     """By seed and episode: share of the gap from none to oracle in `key` that a model closes."""
     found = []
-    for runs in zip(of["none"], of["oracle"], of[name]):
+    for runs in zip(*paired(of["none"], of["oracle"], of[name])):
         low, high, here = (np.array(r[key]) for r in runs)
         found.append(((low - here) / (low - high)).tolist())
     return found

@@ -184,6 +184,11 @@ def test_share_of_what_true_goals_are_worth():
     assert goals.share([none[:1], none[:1], none[:1] + 1.0]) == ""
 
 
+def test_seeds_are_compared_with_the_same():
+    first, second = ([{"seed": seed} for seed in seeds] for seeds in ((1, 2, 4), (2, 3, 4)))
+    assert figures.paired(first, second) == [[{"seed": 2}, {"seed": 4}]] * 2
+
+
 def test_true_goals_are_those_of_the_step_that_is_predicted(monkeypatch):
     """With the item that a scripted player walks to in this step, not in the one before."""
     moa_data = importlib.import_module("moa_data")
