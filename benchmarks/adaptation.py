@@ -261,7 +261,8 @@ def work(job: dict) -> dict:
         play = {name: value for name, value in script.INIT.items() if name in script.PLAYED}
         play = play if job["way"] == "planning" else {}
         played = frozen(script, path, entry, job["matches"], job["steps"], seeds[0], **play)
-        return {job["way"]: played[0], "first": played[1]}
+        result = {job["way"]: played[0]}
+        return result | {"first": played[1]} if job["way"] == "frozen" else result
     began = time.process_time()
     matches = []
     for seed in seeds:

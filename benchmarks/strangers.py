@@ -2,7 +2,7 @@
 
     python hop_onestep.py --evaluate runs/NAME --co-players benchmarks.strangers:Waiting
 
-`DEVELOPMENT` serves choices; `HELD_OUT` serves none, and is what is reported. On the stag hunt:
+`DEVELOPMENT` served choices, `HELD_OUT` none; tables have both, apart. On the stag hunt:
 
 - `Waiting` stays for eight steps, then takes the nearest item of any kind.
 - `Turns` hunts stags in one episode, hares in the next.
