@@ -131,7 +131,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 match["learner"] = kept(name, seed, quick)
                 ways = ["learning"]
                 if not kind.startswith("learning "):
-                    ways += ["frozen", "planning"][: 1 + (method != "hop_ppo_gumbel")]
+                    ways += ["frozen"] if method == "hop_ppo_gumbel" else ["frozen", "planning"]
                 for way in ways:
                     found.append({**match, "setting": f"{name} | {kind} | {way}", "way": way})
     return found
@@ -258,11 +258,11 @@ def work(job: dict) -> dict:
     path = str(ROOT / job["learner"])
     seeds = range(1000 * job["seed"], 1000 * job["seed"] + job["matches"])
     if job["way"] != "learning":
-        play = {name: value for name, value in script.INIT.items() if name in script.PLAYED}
-        play = play if job["way"] == "planning" else {}
+        play = {}
+        if job["way"] == "planning":
+            play = {name: value for name, value in script.INIT.items() if name in script.PLAYED}
         played = frozen(script, path, entry, job["matches"], job["steps"], seeds[0], **play)
-        result = {job["way"]: played[0]}
-        return result | {"first": played[1]} if job["way"] == "frozen" else result
+        return {job["way"]: played[0], "first": played[1]}
     began = time.process_time()
     matches = []
     for seed in seeds:
@@ -354,8 +354,9 @@ def report(results: list[dict]) -> str:
         rows = []
         for key in keys:
             several = played[key]
-            cells = []
-            for name in ("first", "frozen", "planning", "learning"):
+            first = [r for r in several if r["way"] == "frozen"]
+            cells = [figure([late(scored(r, "first", scales)) for r in first])]
+            for name in ("frozen", "planning", "learning"):
                 cells.append(figure([late(scored(r, name, scales)) for r in several]))
             seconds = [r.get("cpu_seconds_a_match") for r in several]
             shares = [share(r, scales) for r in several]
@@ -372,10 +373,8 @@ def report(results: list[dict]) -> str:
     for game in sorted({row[0] for row in rows}):
         rows.append([game, "", "random play", *random_shares(game, scales)])
     head = ["game", "trained", "script", "frozen, share of return: scripted kinds"]
-    parts.append(table([*head, "strangers", "held-out strangers"], rows))
-    parts.append(
-        "No score where random play gets 95 % or more of what who was trained on them gets."
-    )
+    parts += [table([*head, "strangers", "held-out strangers"], rows)] if rows else []
+    parts.append("No score where random play gets 95 % of what who was trained on them gets.")
     return "\n\n".join(parts)
 
 
