@@ -24,7 +24,8 @@ On the snowdrift:
 import torch
 from torch import Generator, Tensor
 
-STAY = 4  # after UP, DOWN, LEFT, RIGHT; then come what takes items
+STAY = 4
+MOVES = 5  # UP, DOWN, LEFT, RIGHT, STAY; actions that take items follow
 FAR = 10**6
 
 
@@ -46,7 +47,8 @@ class Stranger:
     def costs(self, seen: dict[str, Tensor], distance: Tensor, done: Tensor) -> Tensor:
         """float [R, S] by cell: FAR where nothing is to be gone to, else what the least of decides.
         `seen` [R, S] by name, bool: `players` (the others), `first` and `second` kind of items,
-        `items`; `distance` [R, S] from the own cell; `done` [R, 1] steps of the episode."""
+        `items`; `distance` [R, S] from the own cell; `done` [R, 1] steps of the episode. There are
+        also `self.apart` [S, S], distances between cells, and `self.column` [S]."""
         raise NotImplementedError
 
     def __call__(
@@ -55,7 +57,7 @@ class Stranger:
         """Actions int64 [R] for observations [R, C, H, W] of own cell, other players, kinds of
         items, bool `action_mask` [R, A] and `clock` [R, 2] (steps done, left)."""
         rows, _, height, width = observation.shape
-        kinds = action_mask.shape[1] - 5
+        kinds = action_mask.shape[1] - MOVES
         done = clock[:, :1]
         if self.episode is None:
             self.start_match(torch.ones(rows, dtype=torch.bool, device=observation.device))
@@ -76,14 +78,14 @@ class Stranger:
         moves = torch.tensor([-width, width, -1, 1, 0], device=clock.device)
         after = (own[:, None] + moves).clamp(0, len(cell) - 1)  # an illegal move leads anywhere
         reach = self.apart[after, target[:, None]]  # [R, 5]
-        closer = action_mask[:, :5] & (reach < reach[:, STAY:])
+        closer = action_mask[:, :MOVES] & (reach < reach[:, STAY:])
         noise = torch.rand(closer.shape, generator=generator, device=costs.device)
         action = torch.where(closer, noise, -1.0).argmax(1)
         action = torch.where(closer.any(1) & (least < FAR), action, STAY)
-        takes = action_mask[:, 5:]
+        takes = action_mask[:, MOVES:]
         taking = (target == own) & takes.any(1) & (least < FAR)
         self.taken = self.taken + taking[:, None]
-        return torch.where(taking, 5 + takes.int().argmax(1), action)
+        return torch.where(taking, MOVES + takes.int().argmax(1), action)
 
 
 def wanted(plane: Tensor, cost: Tensor) -> Tensor:
