@@ -55,6 +55,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from glob import glob
 from math import ceil, inf, isfinite, nan
 from multiprocessing.managers import BaseManager
 from pathlib import Path
@@ -73,11 +74,13 @@ from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+SCRIPT = Path(__file__).stem
+
 
 @dataclasses.dataclass
 class Args:
     # run
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's folder
+    exp_name: str = SCRIPT  # name of the experiment, part of the run's folder
     seed: int = 1  # seed of everything random
     torch_deterministic: bool = True  # use torch's deterministic algorithms
     cuda: bool = False  # run on the GPU
@@ -252,8 +255,7 @@ class GridGame:
     """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`) of HOP (Huang et al. 2024), as pure
     batched functions. Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is
     `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts; `msg` is `msg-8x8-4p-6d`). Players act
-    at once; an action is read against the state before the step. Raises UsageError for an id that
-    names no game."""
+    at once; an action is read against the state before the step. Raises UsageError."""
 
     simulates = True  # `step` works from any state
     state_type = GridState
@@ -407,7 +409,7 @@ class GridGame:
         near = self.relative[cells, state.players[:, self.others]]
         return own, cat([near, seen[:, self.others]], 3)
 
-    def reached(self, state, actions, after, reward):
+    def reached(self, state, actions, after):
         """int64 [B, N]: the subgoal, an item, that each player reached in this step; else -1."""
         hits = self.on_item(state) & (actions[:, :, None] == self.item_action)
         wins = hits & (after.items < 0)[:, None]
@@ -421,8 +423,7 @@ class GridGame:
     def scripted_actions(self, state, mask, kind, noisy, target, generator):
         """Actions [B, N] and targets [B, N] (item, -1 none) of scripted players at every seat.
         `kind` int64 [B, N] indexes `kinds` (past its end: acts at random), `noisy` bool [B, N];
-        `target` is that of the step before. Nearest is by Manhattan distance, ties uniform; a
-        target is kept while it is there."""
+        `target` is the last one, kept while there. Nearest: by Manhattan distance, ties uniform."""
         rank = self.rank[kind]  # [B, N, kinds of items]
         walks = (rank < 0).any(2)
         acts_at_random = (rank == 0).all(2) | (state.players < 0)
@@ -524,8 +525,8 @@ class Copies:
     def step(self, actions):
         """Plays int64 [copies, N]; returns `seen`."""
         for k, env in enumerate(self.envs):
-            seats = {agent: self.agents.index(agent) for agent in env.agents}
-            chosen = {agent: self.actions[n].start + actions[k, n] for agent, n in seats.items()}
+            seats = zip(self.agents, self.actions, actions[k])
+            chosen = {agent: space.start + x for agent, space, x in seats if agent in env.agents}
             observations, *outcome, infos = env.step(chosen)
             self.read(k, observations, infos, *outcome)
         return self.seen
@@ -554,7 +555,7 @@ class PettingZooGame:
 
     simulates = False
     state_type = ParallelState
-    num_items = oracle_size = 0
+    num_items = 0
     item_kind = []
     item_counts = [0]
     subgoal_size = 1
@@ -565,7 +566,6 @@ class PettingZooGame:
         self.make = self.name if ":" in self.name else f"{self.name}:parallel_env"
         self.device = torch.device(device)
         self.workers = args.env_workers
-        self.parts = []  # Copies, or proxies of those in other processes
         with refused(f"cannot make {self.name} with {args.env_kwargs}"):
             self.kwargs = json.loads(args.env_kwargs)
             copies = Copies(self.make, self.kwargs, 1)
@@ -585,7 +585,7 @@ class PettingZooGame:
 
     def start(self, batch, generator):
         """Makes `batch` copies and begins an episode in each."""
-        self.parts = []
+        self.parts = []  # Copies, or proxies of those in other processes
         for part in np.array_split(range(batch), min(self.workers, batch) or 1):
             copies = Copies
             if self.workers:
@@ -653,7 +653,7 @@ class PettingZooGame:
         view = cat([view.sign() * view.abs().log1p(), self.kind * present], 2)
         return cat([clock_features(self, state), view], 2), view[:, self.others]
 
-    def reached(self, state, actions, after, reward):
+    def reached(self, state, actions, after):
         """int64 [B, N]: no subgoal, -1."""
         return zeros_like(actions) - 1
 
@@ -681,8 +681,8 @@ def make_game(args, device):
 # ---- Co-players ----------------------------------------------------------------------------------
 def runs_in(entry):
     """The runs in a folder of runs, or the entry itself."""
-    found = Path(entry).glob("*/checkpoint.pt") if os.path.isdir(entry) else []
-    return sorted(f"{path.parent}" for path in found) or [entry]
+    paths = glob("*/checkpoint.pt", root_dir=entry)
+    return sorted(f"{Path(entry, path).parent}" for path in paths) or [entry]
 
 
 class CoPlayers:
@@ -762,8 +762,9 @@ class CoPlayers:
         game = self.game
         actions = game.idle(mask)
         if (self.script < len(game.kinds)).any():
-            told = (*self.scripted(), self.generator)
-            actions, self.target = game.scripted_actions(state, mask, *told)
+            actions, self.target = game.scripted_actions(
+                state, mask, *self.scripted(), self.generator
+            )
         for k, agent in self.agents.items():
             seats = self.kind == k
             actions = where(seats, agent.act(state, mask, seats, self)["action"], actions)
@@ -780,8 +781,7 @@ class CoPlayers:
         return actions
 
     def observe(self, ended):
-        """Takes in bool [B], which games `ended` with a step; returns bool [B]: their match ended,
-        and another began."""
+        """Takes in which games `ended`, bool [B]; returns in which a match ended, and one began."""
         self.target = self.target.masked_fill(ended[:, None], -1)
         self.episode = self.episode + ended
         match_ended = self.episode >= self.match_episodes
@@ -879,8 +879,7 @@ class PlayerNetwork(nn.Module):
         self.out = layer(hidden, outputs, gain)
 
     def forward(self, own, others, goal):
-        """[.., outputs] of own [.., X], others [.., N-1, Y] and goal [.., Z]; leading axes are
-        broadcast."""
+        """[.., outputs]; own [.., X], others [.., N-1, Y], goal [.., Z]; leading axes broadcast."""
         others = self.mix(F.relu(self.other(others)).sum(-2))
         return self.out(F.relu(self.hidden(F.relu(self.own(own) + others + self.goal(goal)))))
 
@@ -964,8 +963,7 @@ SUBGOAL_COEF = 0.1  # weight of the subgoal's reconstruction
 
 def moa_loss(agent, batch, pretraining, generator):
     """Loss -log pi_hat + alpha KL(q || N(0, I)) + SUBGOAL_COEF * reconstruction on what a
-    MatchBuffer read, and its terms in nats a step. `pretraining` leaves the first term out: the VAE
-    alone."""
+    MatchBuffer read; its terms in nats a step. `pretraining`: where subgoals are, the VAE alone."""
     moa = agent.moa
     args = agent.args
     index = batch["weight"].flatten().nonzero()[:, 0]
@@ -985,7 +983,9 @@ def moa_loss(agent, batch, pretraining, generator):
     logits = moa.subgoal_logits(*seen, goal, rows["features"], rows["present"])
     subgoal = rows["subgoal"] % logits.shape[1]  # -1: none, the last
     recon = (F.cross_entropy(logits, subgoal, reduction="none") * rows["ended"]).mean()
-    loss = args.moa_alpha * kl + SUBGOAL_COEF * recon + (0.0 if pretraining else nll)
+    loss = args.moa_alpha * kl + SUBGOAL_COEF * recon
+    if not (pretraining and len(moa.item_kind)):
+        loss += nll
     return loss, {"moa/nll": nll, "moa/kl": kl, "moa/recon": recon}
 
 
@@ -1010,11 +1010,10 @@ class MatchBuffer:
         self.episode_start = self.match_start  # [B]
 
     def add(self, state, step, ended, match_ended):
-        """Takes a `step` of all games in `state`, by name [B, N, ..], and bool [B] which episodes
-        and matches ended with it."""
+        """Adds a `step` in `state`, by name [B, N, ..]; bool [B]: episodes and matches it ended."""
         values = {name: step[name] for name in self.stored}
         starts = {"match": self.match_start, "episode": self.episode_start}
-        for name, value in {**state._asdict(), **values, **starts}.items():
+        for name, value in (state._asdict() | values | starts).items():
             if name not in self.ring:
                 self.ring[name] = value.new_zeros(self.size, *value.shape)
             self.ring[name][self.now % self.size] = value
@@ -1317,8 +1316,7 @@ def scores(agent, state, seen, chosen, generator):
 
 
 def calibration(rows):
-    """Slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how far the planner is to be
-    trusted."""
+    """Slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how right the planner is."""
     gain = pick(rows["q_plan"], rows["action"]) - rows["expected"]
     return (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
 
@@ -1417,9 +1415,9 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 
 
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
-SCRIPT = Path(__file__).stem
 PLAYED = "plan_update plan_beta plan_samples co_player_model".split()  # ours: evaluate's
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
+ABOUT = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
 
 
 def checkpoint_path(run):
@@ -1528,6 +1526,10 @@ def evaluate(
 def print_evaluation(args):
     """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
     company = args.co_players or "self"
+    typed = dict(vars(args).items() - vars(Args()).items())
+    unread = typed.keys() - {*EVALUATED, *ABOUT}
+    if unread:
+        raise UsageError(f"--evaluate does not read {', '.join(sorted(unread))}")
     options = {name: getattr(args, name) for name in EVALUATED}
     device = "cuda" if args.cuda else "cpu"
     result = evaluate(args.evaluate, company, episodes=args.eval_episodes, device=device, **options)
@@ -1562,7 +1564,7 @@ def record_video(run, company, episodes, **play):
     with refused(f"no video of {run}"):
         play |= {"episodes": episodes, "match_episodes": episodes, "num_envs": 1}
         evaluate(run, company, watch=watch, **play)
-        path = os.path.join(os.path.dirname(checkpoint_path(run)), "episode.gif")
+        path = Path(checkpoint_path(run)).with_name("episode.gif")
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0)
 
 
@@ -1575,18 +1577,15 @@ FREE = """total_timesteps checkpoint_every capture_video profile resume track co
 def report_profile(folder, profiler):
     """Writes trace.json, and prints the labels: seconds, and shares of the iterations."""
     profiler.export_chrome_trace(f"{folder}/trace.json")
-    times = {}  # microseconds
-    for event in profiler.key_averages():
-        if event.is_user_annotation and event.cpu_time_total:  # 0: the same label on the GPU
-            times[event.key] = event.cpu_time_total
+    labels = [event for event in profiler.key_averages() if event.is_user_annotation]
+    times = {x.key: x.cpu_time_total for x in labels if x.cpu_time_total}  # 0: that on the GPU
     for name, duration in times.items():
         print(f"{name:20} {duration / 1e6:8.3f} s {duration / max(times.values()):6.1%}")
 
 
 def train(args, watch=None):
     """The whole run; returns the last metrics, and `run`, its folder. `watch(**locals())` is called
-    after every iteration. Raises UsageError before anything is written, or later if a co-player or
-    an environment fails."""
+    after every iteration. UsageError before anything is written, or when others' code fails."""
     # ---- SETUP
     device = torch.device("cuda" if args.cuda else "cpu")
     resumes = args.resume is not None
@@ -1615,7 +1614,7 @@ def train(args, watch=None):
     folder = f"runs/{name}"
     pool = [run for entry in args.co_players.split(",") for run in runs_in(entry)]
     if resumes:
-        folder = os.path.dirname(checkpoint_path(args.resume)) or "."
+        folder = f"{Path(checkpoint_path(args.resume)).parent}"
         pool = content.get("pool", pool)  # a folder may have other runs by now
     world = game  # ours: or a file
     if args.offline is None:
@@ -1765,7 +1764,7 @@ def train(args, watch=None):
                         "action": actions,
                         "other_actions": actions[:, game.others],
                         "reward": reward,
-                        "reached": game.reached(state, actions, after, reward),
+                        "reached": game.reached(state, actions, after),
                         "goes_on": ~(terminated | truncated),
                         "final_value": final_value,
                         "learner": (kind == 0) & game.alive(state),
@@ -1858,7 +1857,7 @@ def train(args, watch=None):
                 seats = {f"returns/seat_{i}": x for i, x in enumerate(own.T)}
                 names = {f"returns/{x}": totals[kinds == k] for k, x in enumerate(co_players.names)}
                 means = {"charts/episodic_length": lengths, "charts/episodic_return": own}
-                for name, values in {**means, **names, **seats}.items():
+                for name, values in (means | names | seats).items():
                     if values.isfinite().any():
                         metrics[name] = float(values.nanmean())
             for name, value in metrics.items():
@@ -1867,13 +1866,14 @@ def train(args, watch=None):
                 writer.add_scalar(name, value, global_step)
             if tracker:
                 tracker.log(metrics, step=global_step)
-            bar.set_postfix_str(f"return {metrics.get('charts/episodic_return', nan):.2f}")
+            if "charts/episodic_return" in metrics:
+                bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.2f}")
             bar.update(per_iteration)
             if args.snapshot_every and not iteration % args.snapshot_every:
                 path = f"{folder}/snapshot_{iteration}.pt"
                 played = {"plan_update": "none"} if "plan_update" in PLAYED else {}
                 snapshot = {"script": SCRIPT, "args": vars(args), "played": played}
-                torch.save({**snapshot, "agent": agent.state_dict()}, path)
+                torch.save(snapshot | {"agent": agent.state_dict()}, path)
                 co_players.join(path, args.num_envs)
             if profiler:
                 profiler.step()
@@ -1895,7 +1895,7 @@ def train(args, watch=None):
     print(f"done at step {global_step}: {folder}")
     if args.capture_video:
         record_video(folder, pool[-1], 10)  # with the last kind of the list
-    return {**metrics, "run": folder}
+    return metrics | {"run": folder}
 
 
 INIT = dict(  # with --init, what is not given: one match in which the learner goes on learning

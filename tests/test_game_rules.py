@@ -149,7 +149,7 @@ def test_whole_episodes_agree_with_the_reference(script):
             played = torch.tensor(actions)
             mask, clock, alive = game.action_mask(state), game.clock(state), game.alive(state)
             after, reward, terminated, truncated = game.step(state, played)
-            reached = game.reached(state, played, after, reward)
+            reached = game.reached(state, played, after)
             for b, reference in enumerate(references):
                 if reference.over:  # it stays in the batch, its outputs are of no account
                     continue
@@ -220,7 +220,7 @@ def test_bad_ids_raise_usage_error(script, env_id):
 def by_seat(game, state, actions):
     """All that is [B, N, ..] of a state and of the one after it, and both states."""
     after, reward, terminated, truncated = game.step(state, actions)
-    reached = game.reached(state, actions, after, reward)
+    reached = game.reached(state, actions, after)
     seats = [reward, terminated, truncated, reached, state.players, after.players]
     for one in (state, after):
         seats += [game.action_mask(one), game.alive(one), game.observe(one), *game.features(one)]

@@ -62,7 +62,7 @@ def steps_of(game, player, players, buffer, state, count):
         memory = player.memory.clone()
         actions = players.act(state, game.action_mask(state))
         after, reward, *ends = game.step(state, actions)
-        reached = game.reached(state, actions, after, reward)
+        reached = game.reached(state, actions, after)
         step = {**player.decision, "action": actions, "reward": reward, "reached": reached}
         ended = (ends[0] | ends[1]).all(1)
         match_ended = players.observe(ended)

@@ -44,7 +44,7 @@ def played(game, agent, steps=150):
         actions = co_players.act(state, game.action_mask(state))
         after, reward, terminated, truncated = game.step(state, actions)
         step = {"action": actions, "alive": game.alive(state), "reward": reward}
-        step["reached"] = game.reached(state, actions, after, reward)
+        step["reached"] = game.reached(state, actions, after)
         ended = (terminated | truncated).all(1)
         buffer.add(state, step, ended, co_players.observe(ended))
         state = game.restart(after, ended, generator)
