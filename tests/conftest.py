@@ -6,18 +6,16 @@ import functools
 import importlib
 import os
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from run_tools import refused, run, shake, trust
+from copies import SCRIPTS
+from run_tools import main, parsed, refused, run, shake, trust
 
 os.environ["TQDM_DISABLE"] = "1"  # no progress bars in processes
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["hop_onestep", "hop_mcts", "hop_ppo_gumbel", "latent_world_model"]
-
+one_script = pytest.mark.only("hop_onestep")
 HUNT = "msh-3x3-3p-2h1s"
 SMALL = {  # options of a small and short run
     **dict(num_envs=4, num_steps=16, total_timesteps=128, num_minibatches=2, match_episodes=2),
@@ -44,8 +42,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     mark = metafunc.definition.get_closest_marker("only")
     if mark is not None and "script" in metafunc.fixturenames:
-        names = pytest.mark.parametrize("script", mark.args, indirect=True)
-        metafunc.definition.add_marker(names)
+        metafunc.definition.add_marker(pytest.mark.parametrize("script", mark.args, indirect=True))
 
 
 def load_script(name):
@@ -160,6 +157,18 @@ def record(script, small, monkeypatch):
 
 
 @pytest.fixture
+def typed(script):
+    """Makes the Args of a command line: of a text, of words, or of options by name."""
+    return functools.partial(parsed, script)
+
+
+@pytest.fixture
+def command(script, monkeypatch, capsys):
+    """Runs `main` with a command line, given like that: its status, and what it printed."""
+    return functools.partial(main, script, monkeypatch, capsys)
+
+
+@pytest.fixture
 def refuse(script, monkeypatch, capsys):
-    """What `main` says when it refuses words, given as they are or as text."""
+    """What `main` says when it refuses a command line, given like that."""
     return functools.partial(refused, script, monkeypatch, capsys)

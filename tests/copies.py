@@ -50,10 +50,8 @@ def name_of(node: ast.stmt) -> str:
 
 
 def first_line(node: ast.stmt, lines: list[str]) -> int:
-    """Where the text of a statement begins, from 0: with its decorators, and the comment lines
-    above. A banner is none of them."""
-    decorators = getattr(node, "decorator_list", [])
-    first = min(part.lineno for part in [node, *decorators]) - 1
+    """Where a statement begins, from 0: with its decorators, and comment lines but no banner."""
+    first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])]) - 1
     while first > 0 and re.match(r"\s*# (?!--)", lines[first - 1]):
         first -= 1
     return first
@@ -61,8 +59,7 @@ def first_line(node: ast.stmt, lines: list[str]) -> int:
 
 def path_of(name: str) -> Path:
     """The file of a script or experiment."""
-    folder = "benchmarks/experiments" if name in EXPERIMENTS else "."
-    return ROOT / folder / f"{name}.py"
+    return ROOT / ("benchmarks/experiments" if name in EXPERIMENTS else ".") / f"{name}.py"
 
 
 def definitions(source: str, mark: str = MARK) -> dict[str, Definition]:
@@ -98,8 +95,7 @@ def definitions(source: str, mark: str = MARK) -> dict[str, Definition]:
 
 
 def differences(sources: dict[str, str], mark: str = MARK) -> list[str]:
-    """What breaks the rule in `sources`, text by script, a line each: texts that differ without a
-    mark, and marks that mark nothing."""
+    """What breaks the rule in `sources`, text by script: unmarked differences, and idle marks."""
     found = {script: definitions(source, mark) for script, source in sources.items()}
     problems = []
     for name in dict.fromkeys(name for parts in found.values() for name in parts):
@@ -146,14 +142,11 @@ def all_differences() -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = [*SCRIPTS, *EXPERIMENTS]
     parser.add_argument("--repair", choices=SCRIPTS, help="the script to copy from")
-    parser.add_argument(
-        "--into", choices=names, nargs="*", help="what to copy into (default: all that share it)"
-    )
+    parser.add_argument("--into", choices=names, nargs="*", help="what to copy into (default: all)")
     options = parser.parse_args()
     base = options.repair
     for name in options.into or names:

@@ -18,9 +18,9 @@ def generator_of(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def arguments(**options):
-    """The words of a command line with these options."""
-    words = []
+def arguments(*words, **options):
+    """The words of a command line: those of one text, or `words`, and options by name."""
+    words = words[0].split() if len(words) == 1 else [str(word) for word in words]
     for name, value in options.items():
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -64,9 +64,9 @@ def broken_run(script, args, iteration):
     return Path(str(broken.value)).absolute()
 
 
-def parsed(script, *words):
-    """Args of the command line `words`."""
-    return script.parse_arguments([str(word) for word in words])
+def parsed(script, *words, **options):
+    """Args of this command line."""
+    return script.parse_arguments(arguments(*words, **options))
 
 
 def networks(agent):
@@ -99,9 +99,7 @@ def assert_equal(first, second, path=""):
     """Nested containers of tensors and plain values are the same to the bit, types included."""
     assert type(first) is type(second), path
     if isinstance(first, torch.Tensor):
-        torch.testing.assert_close(
-            first, second, rtol=0.0, atol=0.0, equal_nan=True, msg=path or None
-        )
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True, msg=path or None)
     elif isinstance(first, dict):
         assert list(first) == list(second), path
         for key in first:
@@ -113,8 +111,7 @@ def assert_equal(first, second, path=""):
 
 
 def assert_same_run(script, first, second):
-    """Two runs' last checkpoints are the same to the bit, but for options that may change, and the
-    folders of their snapshots."""
+    """Two runs' last checkpoints are the same to the bit, but for FREE options, and folders."""
     contents = [script.load_checkpoint(path) for path in (first, second)]
     for content in contents:
         content["args"] = {k: v for k, v in content["args"].items() if k not in script.FREE}
@@ -122,9 +119,9 @@ def assert_same_run(script, first, second):
     assert_equal(*contents)
 
 
-def main(script, monkeypatch, capsys, *words):
-    """Status, standard output and standard error of `main` with these words."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *[str(word) for word in words]])
+def main(script, monkeypatch, capsys, *words, **options):
+    """Status, standard output and standard error of `main` with this command line."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments(*words, **options)])
     capsys.readouterr()
     status = 0
     try:
@@ -137,7 +134,6 @@ def main(script, monkeypatch, capsys, *words):
 def refused(script, monkeypatch, capsys, *words):
     """`main` says one line on standard error, ends with status 2 and writes nothing; the line."""
     before = sorted(Path().rglob("*"))
-    words = words[0].split() if len(words) == 1 else words
     status, out, error = main(script, monkeypatch, capsys, *words)
     assert (status, out, error.count("\n")) == (2, "", 1), (words, error)
     assert sorted(Path().rglob("*")) == before, words

@@ -1,7 +1,6 @@
 """The runner of the benchmarks, the arithmetic of their tables, that their jobs can be run, and
 what the figures of adaptation.py rest on."""
 
-import contextlib
 import importlib
 import json
 import math
@@ -20,9 +19,13 @@ import adaptation
 import figures
 import run as runner
 import strangers
-from conftest import ROOT
+from copies import ROOT
 
 JOBS = [{"setting": f"{game} | a", "seed": seed} for seed in (1, 2) for game in ("msh", "msg")]
+PLACES = sorted((job["setting"], job["seed"]) for job in JOBS)
+TINY = {"env_id": "msh-3x3-3p-2h1s", "total_timesteps": 2048, "num_envs": 16, "hidden_size": 16}
+FAMILIES = {"msh": "msh-4x4-4h1s", "msg": "msg-4x4-4p-6d"}
+ppo = adaptation.ppo
 
 
 @pytest.fixture
@@ -53,16 +56,12 @@ def test_what_is_there_is_not_run_again(run):
     """And nothing starts after the deadline."""
     file, ran = run(minutes=0.0)
     assert not ran and not file.exists()
-    _, ran = run(only="msg | a")
-    assert ran == [("msg | a", 1), ("msg | a", 2)]
-    _, ran = run(only="msg | a,msh")
-    assert ran == [("msh | a", 1), ("msh | a", 2)]
+    assert run(only="msg | a")[1] == PLACES[:2]
+    assert run(only="msg | a,msh")[1] == PLACES[2:]
     file, ran = run()
     assert not ran
     results = runner.results_in(file)
-    assert [(r["setting"], r["seed"]) for r in results] == sorted(
-        (job["setting"], job["seed"]) for job in JOBS
-    )
+    assert [(r["setting"], r["seed"]) for r in results] == PLACES
     assert all(r["commit"] and r["benchmark"] == "goals" for r in results)
     assert len(run(quick=True)[1]) == len(JOBS)
 
@@ -192,10 +191,9 @@ def test_seeds_are_compared_with_the_same():
 def test_true_goals_are_those_of_the_step_that_is_predicted(monkeypatch):
     """With the item that a scripted player walks to in this step, not in the one before."""
     moa_data = importlib.import_module("moa_data")
-    script = adaptation.ppo
-    game = script.GridGame("msh-3x3-3p-2h1s")
-    agent = script.Agent(game, script.Args(goal="oracle", plan_update="none"))
-    act = script.CoPlayers.act
+    game = ppo.GridGame("msh-3x3-3p-2h1s")
+    agent = ppo.Agent(game, ppo.Args(goal="oracle", plan_update="none"))
+    act = ppo.CoPlayers.act
     told, truth = [], []
 
     def noted(players, state, mask):
@@ -207,10 +205,10 @@ def test_true_goals_are_those_of_the_step_that_is_predicted(monkeypatch):
         told.append(player.decision["goals"])
         return mask.float().log_softmax(2)
 
-    monkeypatch.setattr(script.CoPlayers, "act", noted)
+    monkeypatch.setattr(ppo.CoPlayers, "act", noted)
     monkeypatch.setattr(moa_data, "predictions", predictions)
     monkeypatch.setattr(moa_data, "MATCHES", 3)
-    moa_data.play(script, agent, "ns,nh", 1)
+    moa_data.play(ppo, agent, "ns,nh", 1)
     assert len(told) > 10 and all(map(torch.equal, told, truth))
 
 
@@ -268,9 +266,6 @@ def test_tables_and_pictures_of_whatever_is_there(name, tmp_path, monkeypatch):
         benchmark.draw(results[:1])
 
 
-TINY = {"env_id": "msh-3x3-3p-2h1s", "total_timesteps": 2048, "num_envs": 16, "hidden_size": 16}
-
-
 def test_an_episode_counts_in_the_window_in_which_it_ends():
     found = adaptation.windows([(0, 1.0), (299, 3.0), (300, 5.0), (899, 7.0), (900, 9.0)], 900)
     assert found[:2] == [2.0, 5.0] and found[2] == 7.0
@@ -314,69 +309,59 @@ def test_the_pool_of_a_diverse_learner_is_trained_before_it():
         assert job.get("stage", 0) < learner["stage"]
 
 
-def small_run(folder, **options):
-    script = adaptation.ppo
-    plain = {"goal": "none", "plan_update": "none", "co_players": "self"}
-    with contextlib.chdir(folder):
-        name = script.train(script.Args(**TINY, **plain | options))["run"]
-    return str(folder / name)
+def small_run(goal):
+    return ppo.train(ppo.Args(**TINY, goal=goal, plan_update="none", co_players="self"))["run"]
 
 
-def test_frozen_matches_are_played_as_evaluation_plays_them(tmp_path):
+def test_frozen_matches_are_played_as_evaluation_plays_them():
     """One match of 20 episodes from the same random numbers: history is carried on."""
-    path = small_run(tmp_path, goal="inferred")
-    content = adaptation.ppo.load_checkpoint(path)
+    path = small_run("inferred")
+    content = ppo.load_checkpoint(path)
     for name, weight in content["agent"].items():
         if name.endswith("weight"):
             torch.nn.init.normal_(weight, std=0.3)  # so that history matters
     torch.save(content, f"{path}/checkpoint.pt")
     options = {"episodes": 20, "num_envs": 1, "match_episodes": 10**6, "seed": 3}
-    expected = adaptation.ppo.evaluate(path, "ns", **options)["focal_returns"]
+    expected = ppo.evaluate(path, "ns", **options)["focal_returns"]
     steps = 20 * 35
-    returns, first = adaptation.frozen(adaptation.ppo, path, "ns", 1, steps, 3)
+    returns, first = adaptation.frozen(ppo, path, "ns", 1, steps, 3)
     assert first == pytest.approx(sum(expected[:10]) / 10)
     assert len(returns) == steps // adaptation.WINDOW
 
 
-def test_a_learning_co_player_gets_what_pays(tmp_path):
+def test_a_learning_co_player_gets_what_pays():
     """Rewarded at its seats for one action, it comes to prefer it. The learner does not learn here,
     and of the agents only that of the co-players changes."""
-    script = adaptation.ppo
-    path = small_run(tmp_path)
+    path = small_run("none")
     learner = adaptation.Learner()
     chosen = []
 
     def watch(co_players, storage, **variables):
         weights = [agent.agent.actor.out.weight for agent in co_players.agents.values()]
         before = [weight.clone() for weight in weights]
-        stays = torch.stack(storage["action"]) == script.STAY
+        stays = torch.stack(storage["action"]) == ppo.STAY
         chosen.append(float(stays[:, co_players.kind == 1].float().mean()))
         storage["reward"] = [*torch.where(co_players.kind == 1, 1.0, -1.0) * stays]
         learner.learn(co_players=co_players, storage=storage, **variables)
         assert [torch.equal(x, y) for x, y in zip(before, weights)] == [True, False]
 
-    words = ["--init", path, "--co-players", path, "--num-envs", "16", "--num-steps", "20"]
-    script.train(script.parse_arguments([*words, "--total-timesteps", "1920"]), watch)
+    words = f"--init {path} --co-players {path} --num-envs 16 --num-steps 20"
+    ppo.train(ppo.parse_arguments(f"{words} --total-timesteps 1920".split()), watch)
     assert chosen[-1] > chosen[0] + 0.2
 
 
-FAMILIES = {"msh": "msh-4x4-4h1s", "msg": "msg-4x4-4p-6d"}
-
-
 def played_by(family, name, steps=35, batch=64):
-    """Bool [steps, B, M]: items that are left after each step of games in which strangers sit at
-    all seats but one, where a player stays."""
-    script = adaptation.ppo
-    game = script.GridGame(FAMILIES[family])
+    """Bool [steps, B, M]: items left after each step; a player stays, strangers sit elsewhere."""
+    game = ppo.GridGame(FAMILIES[family])
     generator = torch.Generator().manual_seed(1)
-    entry = getattr(strangers, name)
-    players = script.CoPlayers(game, [entry] * 3, batch, 10**6, generator, fixed=True)
+    pool = [getattr(strangers, name)] * 3
+    players = ppo.CoPlayers(game, pool, batch, 10**6, generator, fixed=True)
     state = game.start(batch, generator)
     left = []
     for _ in range(steps):
         mask = game.action_mask(state)
         actions = players.act(state, mask)
-        assert script.pick(mask, actions).all()
+        assert ppo.pick(mask, actions).all()
         actions = torch.where(players.kind == 0, game.idle(mask), actions)
         state, _, terminated, truncated = game.step(state, actions)
         ended = (terminated | truncated).all(1)
@@ -397,9 +382,8 @@ def test_strangers_do_what_they_are_said_to_do():
         for stranger in strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]:
             gone = ~played_by(family, stranger.__name__, 14)
             assert gone.any() and not gone[0].all()
-    counts = {
-        name: played_by("msg", name, 4)[-1].sum(1).float().mean()
-        for name in ("Tired", "Fair", "Waverer", "Lazy", "Halves")
-    }
+    counts = {}
+    for name in ("Tired", "Fair", "Waverer", "Lazy", "Halves"):
+        counts[name] = played_by("msg", name, 4)[-1].sum(1).float().mean()
     assert counts["Tired"] < counts["Fair"] and counts["Tired"] < counts["Waverer"]
     assert counts["Tired"] < min(counts["Lazy"], counts["Halves"]) < 6

@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 
-from conftest import ROOT, SCRIPTS, load_script
+from conftest import SCRIPTS, load_script
+from copies import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 TEXT = PAGES[0].read_text()
@@ -22,8 +23,7 @@ def test_links_lead_somewhere_and_commands_have_options_that_exist(page):
     text = page.read_text()
     for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert (page.parent / link).exists(), link
-    found = re.findall(rf"python ({'|'.join(SCRIPTS)})\.py ([^#`|\n]*)", text)
-    for name, words in found:
+    for name, words in re.findall(rf"python ({'|'.join(SCRIPTS)})\.py ([^#`|\n]*)", text):
         known = {f.name.replace("_", "-") for f in dataclasses.fields(load_script(name).Args)}
         for option in re.findall(r"--([a-z-]+)", words):
             assert option.removeprefix("no-") in known, (name, option)
@@ -40,13 +40,11 @@ def test_the_difference_shown_is_one_of_the_scripts():
 def test_the_pseudo_code_is_that_of_the_script():
     (shown,) = re.findall("```text\n(.*?)```", TEXT, re.DOTALL)
     lines = [line.split("#")[0].strip() for line in shown.splitlines()]
-    document = load_script("hop_onestep").__doc__
-    assert [line for line in lines if line not in document] == []
+    assert [line for line in lines if line not in load_script("hop_onestep").__doc__] == []
 
 
 def test_examples_run():
-    """The co-player, the reward, the goal model and the planner do what is said, where they are
-    put."""
+    """Where they are put, the co-player, reward, goal model and planner do what is said."""
     examples = re.findall("```python\n(.*?)```", TEXT, re.DOTALL)
     script = load_script("hop_onestep")
     names = {}
@@ -56,24 +54,16 @@ def test_examples_run():
     game = script.GridGame("msh-3x3-3p-2h1s")
     generator = torch.Generator().manual_seed(1)
     players = script.CoPlayers(game, [names["Patient"]], 5, 2, generator)
-    players.agents[0] = player = script.Player(
-        script.Agent(game, script.Args(plan_update="none")), 5
-    )
+    agent = script.Agent(game, script.Args(plan_update="none"))
+    players.agents[0] = player = script.Player(agent, 5)
     state = game.start(5, generator)
-    actions = players.act(state, game.action_mask(state))
-    assert (actions[players.kind > 0] == script.STAY).all()
+    assert (players.act(state, game.action_mask(state))[players.kind > 0] == script.STAY).all()
     seen = player.infer(state, players)
     chosen = (torch.tensor([0, 3]), torch.tensor([1, 2]))
-    q_plan = names["scores"](player.agent, state, seen, chosen, generator)
-    assert q_plan.shape == (2, game.num_actions)
+    assert names["scores"](agent, state, seen, chosen, generator).shape == (2, game.num_actions)
     (reward,) = [text for text in examples if "takers" in text]
-    names = {
-        "self": game,
-        "state": state,
-        "wins": torch.zeros(5, 3, 3),
-        "taken": torch.ones(5, 1, 3),
-    }
-    names["takers"] = torch.ones(5, 1, 3)
+    names = {"self": game, "state": state, "wins": torch.zeros(5, 3, 3)}
+    names |= {"taken": torch.ones(5, 1, 3), "takers": torch.ones(5, 1, 3)}
     exec(reward, names)
     assert torch.equal(names["reward"], -0.01 * game.alive(state))
     assert reward.splitlines()[0].split("  #")[0] in (ROOT / "hop_onestep.py").read_text()
