@@ -1,6 +1,5 @@
 """Runs that stop, are killed, go on, and start from others."""
 
-import copy
 import math
 import os
 import re
@@ -8,32 +7,28 @@ import shutil
 import signal
 import threading
 import time
-import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import HUNT, plans, small_args
-from run_tools import (
-    arguments,
-    assert_equal,
-    assert_same_run,
-    broken_run,
-    main,
-    networks,
-    parsed,
-    run,
-    scalars,
-    trust,
-    weights_of,
-)
+from conftest import HUNT, one_script, plans, small_args, trust
+from run_tools import assert_equal, assert_same_run, broken_run, networks, run, scalars, weights_of
 
 BASE = {  # four iterations
     **dict(env_id=HUNT, co_players="self,nh,ns-noisy", total_timesteps=256, checkpoint_every=100),
     **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2),
 }
-one_script = pytest.mark.only("hop_onestep")
+VARIANTS = {  # options, and after which iteration the run dies
+    "snapshots": (dict(co_players="self,test_checkpoints:drawing", snapshot_every=1), 3),
+    "runs": (dict(checkpoint_every=1, match_episodes=50, prosocial=0.4), 3),
+    "pretraining": (dict(pretrain_moa_steps=150, checkpoint_every=1, moa_capacity=100), 2),
+    "oracle": (dict(goal="oracle", plan_update="hop", plan_until=0.6), 2),
+    "init": (dict(checkpoint_every=1, moa_buffer="positive"), 2),
+}
+OWN = {"hop_onestep": {}, "hop_mcts": {}}  # options of the variant "runs"
+OWN["hop_ppo_gumbel"] = dict(inter_om="count", assignment="exclusive", goal_training="em")
+OWN["latent_world_model"] = dict(td_target="model", co_player_model="nh")
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +61,14 @@ def test_when_checkpoints_are_written(script, small, monkeypatch, every, seconds
         steps.append(step_of(script, folder))
         clock[0] += seconds
 
-    fake = types.SimpleNamespace(**{**vars(time), "time": lambda: clock[0]})
-    monkeypatch.setattr(script, "time", fake)
+    monkeypatch.setattr(time, "time", lambda: clock[0])
     finished = run(script, small(**{**BASE, "checkpoint_every": every}), watch)
-    fourth = 192 if seconds else 128
-    assert [*steps, step_of(script, finished.path)] == [0, 0, third, fourth, 256]
+    steps.append(step_of(script, finished.path))
+    assert steps == [0, 0, third, 192 if seconds else 128, 256]
 
 
 @one_script
-def test_failed_write_keeps_the_old_checkpoint(script, small, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_checkpoint(script, small, typed, tmp_path, monkeypatch):
     """And the run goes on from that one; nothing of the failed one is left then."""
     save = torch.save
 
@@ -89,7 +83,7 @@ def test_failed_write_keeps_the_old_checkpoint(script, small, tmp_path, monkeypa
     monkeypatch.undo()
     (path,) = tmp_path.glob("runs/*")
     assert step_of(script, path) == 64
-    run(script, parsed(script, "--resume", path))
+    run(script, typed(resume=path))
     assert step_of(script, path) == 256
     assert {*path.glob("*.pt")} | {*path.glob(".*.pt")} == {path / "checkpoint.pt"}
 
@@ -100,23 +94,8 @@ def drawing(observation, action_mask, clock, generator):
     return (noise * action_mask).argmax(1)
 
 
-VARIANTS = {  # options, and after which iteration the run dies
-    "snapshots": (dict(co_players="self,test_checkpoints:drawing", snapshot_every=1), 3),
-    "runs": (dict(checkpoint_every=1, match_episodes=50, prosocial=0.4), 3),
-    "pretraining": (dict(pretrain_moa_steps=150, checkpoint_every=1, moa_capacity=100), 2),
-    "oracle": (dict(goal="oracle", plan_update="hop", plan_until=0.6), 2),
-    "init": (dict(checkpoint_every=1, moa_buffer="positive"), 2),
-}
-OWN = {  # options of the variant "runs"
-    "hop_onestep": {},
-    "hop_mcts": {},
-    "hop_ppo_gumbel": dict(inter_om="count", assignment="exclusive", goal_training="em"),
-    "latent_world_model": dict(td_target="model", co_player_model="nh"),
-}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_path, variant):
+def test_resumed_run_equals_an_unbroken_one(script, small, typed, done, foreign, tmp_path, variant):
     """To the bit, whatever its last checkpoint was, also where it was moved to, and without the run
     that it began from; figures do not stand twice in TensorBoard."""
     options, iteration = VARIANTS[variant]
@@ -124,13 +103,13 @@ def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_pa
     if variant == "runs":
         options = {**OWN[script.SCRIPT], **options, "co_players": f"self,{done},{foreign.parent}"}
     begins = {"init": {"init": donor}, "pretraining": {"load_moa": donor}}.get(variant, {})
-    args = parsed(script, *arguments(**vars(small(**BASE | options | begins))))
+    args = typed(**vars(small(**BASE | options | begins)))
     unbroken = run(script, args)
     path = broken_run(script, args, iteration).rename(tmp_path / "moved")
     donor.unlink()
     assert script.load_checkpoint(path)["progress"][1] < iteration
     time.sleep(1.0 - time.time() % 1.0)  # names of TensorBoard's files have whole seconds
-    assert run(script, parsed(script, "--resume", path)).path == path
+    assert run(script, typed(resume=path)).path == path
     assert_same_run(script, unbroken.path, path)
     whole, parts = scalars(unbroken.path), scalars(path)
     assert list(parts.pop("charts/SPS")) == list(whole.pop("charts/SPS")) == [64, 128, 192, 256]
@@ -139,7 +118,7 @@ def test_resumed_run_equals_an_unbroken_one(script, small, done, foreign, tmp_pa
 
 
 @one_script
-def test_finished_run_can_be_made_longer(script, small):
+def test_finished_run_can_be_made_longer(script, small, typed):
     """From its folder, or a copy of an earlier checkpoint in it; a planner that is off stays off,
     also where `--plan-until` lies ahead again."""
     modes = []
@@ -152,8 +131,7 @@ def test_finished_run_can_be_made_longer(script, small):
     shutil.copy(short.path / "checkpoint.pt", short.path / "early.pt")
     weights = []
     for file in ("", "early.pt"):
-        words = ["--resume", short.path / file, "--total-timesteps", 512]
-        run(script, parsed(script, *words), watch)
+        run(script, typed(resume=short.path / file, total_timesteps=512), watch)
         assert step_of(script, short.path) == 512
         weights.append(weights_of(script, short.path))
     assert_equal(*weights)
@@ -161,22 +139,20 @@ def test_finished_run_can_be_made_longer(script, small):
 
 
 @one_script
-def test_run_of_a_gpu_goes_on_without_one_in_a_thread(script, done, tmp_path):
-    """The generator of another device has another state; the run goes on with a fresh one. Signals
-    cannot be handled in a thread."""
+def test_run_of_a_gpu_goes_on_without_one_in_a_thread(script, done, typed, tmp_path):
+    """With a fresh generator, as states differ by device. A thread cannot handle signals."""
     content = script.load_checkpoint(done)
     content["args"]["cuda"] = True
     content["generator"] = torch.zeros(16, dtype=torch.uint8)
     torch.save(content, tmp_path / "checkpoint.pt")
-    words = ["--resume", tmp_path, "--no-cuda", "--total-timesteps", 320]
-    args = parsed(script, *words)
+    args = typed(f"--resume {tmp_path} --no-cuda --total-timesteps 320")
     thread = threading.Thread(target=run, args=(script, args))
     thread.start()
     thread.join()
     assert step_of(script, tmp_path) == 320
 
 
-def test_init_goes_on_learning_within_one_match(script, done, tmp_path):
+def test_init_goes_on_learning_within_one_match(script, done, typed, tmp_path):
     """With weights and options of the other run and fresh optimisers. What makes it one long match,
     and what the other run began with, is new, but for what is given. The MOA changes before any
     match or episode has ended, and a planner is on."""
@@ -185,10 +161,10 @@ def test_init_goes_on_learning_within_one_match(script, done, tmp_path):
     stored = before["args"] = {**before["args"], **began, "gamma": 0.8}
     donor = tmp_path / "donor.pt"
     torch.save(before, donor)
-    typed = dict(init=str(donor), num_steps=2, total_timesteps=2, co_players="nh")
-    args = parsed(script, *arguments(**typed))
+    given = dict(init=str(donor), num_steps=2, total_timesteps=2, co_players="nh")
+    args = typed(**given)
     new = {name: value for name, value in script.INIT.items() if name in stored}
-    assert vars(args) == {**stored, **new, **typed}
+    assert vars(args) == {**stored, **new, **given}
     assert not any(getattr(args, name) for name in began)
     assert args.num_envs == 1 and args.match_episodes > 1000 and not args.anneal
 
@@ -215,10 +191,11 @@ def test_snapshots_join_the_co_players(script, small):
 
     def watch(iteration, agent, co_players, **others):
         trust(agent)
-        weights.append(networks(copy.deepcopy(agent)))
+        weights.append(networks(agent))
         kinds.append(set(co_players.kind.flatten().tolist()))
         joined = [k for k in (2, 4, 6) if k <= iteration]
         assert len(co_players.names) == 2 + len(joined)
+        assert co_players.pool.tolist() == [*range(1, 2 + len(joined))]
         for kind, k in enumerate(joined, 2):
             snapshot = co_players.agents[kind].agent
             assert_equal(networks(snapshot), weights[k - 1])
@@ -232,7 +209,7 @@ def test_snapshots_join_the_co_players(script, small):
 
 
 @one_script
-def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, tmp_path):
+def test_a_folder_of_runs_stands_for_all_of_them(script, small, typed, done, foreign, tmp_path):
     """Beside other co-players, each as if it had been named; a run's own folder is one. Who comes
     later is not in the running run, also when that goes on."""
     folder = tmp_path / "pool"
@@ -249,13 +226,12 @@ def test_a_folder_of_runs_stands_for_all_of_them(script, small, done, foreign, t
             shutil.copytree(done, folder / "c", dirs_exist_ok=True)
 
     finished = run(script, args, watch)
-    words = ["--resume", finished.path, "--total-timesteps", 48]
-    run(script, parsed(script, *words), watch)
+    run(script, typed(resume=finished.path, total_timesteps=48), watch)
 
 
 @one_script
 @pytest.mark.parametrize("signals, status", [("INT", 130), ("TERM", 143), ("TERM TERM", 130)])
-def test_signals_end_a_run(script, small, monkeypatch, capsys, signals, status):
+def test_signals_end_a_run(script, small, command, monkeypatch, signals, status):
     """After the iteration, with a checkpoint, or at once at the second one; the exit status is the
     shell's, and the caller's handlers are back."""
     train = script.train
@@ -267,8 +243,7 @@ def test_signals_end_a_run(script, small, monkeypatch, capsys, signals, status):
 
     monkeypatch.setattr(script, "train", lambda args: train(args, watch))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    words = arguments(**vars(small(**BASE)))
-    got, _, error = main(script, monkeypatch, capsys, *words)
+    got, _, error = command(**vars(small(**BASE)))
     assert got == status and "ends after this iteration" in error and "Traceback" not in error
     (path,) = Path("runs").iterdir()
     assert step_of(script, path) == (0 if " " in signals else 128)
@@ -277,7 +252,7 @@ def test_signals_end_a_run(script, small, monkeypatch, capsys, signals, status):
 
 @one_script
 @pytest.mark.parametrize("function, steps", [("ppo_loss", 0), ("moa_loss", 0), ("moa_loss", 256)])
-def test_loss_that_is_not_finite(script, small, monkeypatch, capsys, function, steps):
+def test_loss_that_is_not_finite(script, small, command, monkeypatch, function, steps):
     """It stops the run in the third iteration, pretraining (for so many steps) or not, by the
     metric's name and with status 1; the checkpoint of the second is kept."""
     loss_of = getattr(script, function)
@@ -292,8 +267,7 @@ def test_loss_that_is_not_finite(script, small, monkeypatch, capsys, function, s
 
     monkeypatch.setattr(script, function, poisoned)
     options = {"checkpoint_every": 1, "num_minibatches": 1, "pretrain_moa_steps": steps}
-    words = arguments(**vars(small(**BASE | options)))
-    status, _, error = main(script, monkeypatch, capsys, *words)
+    status, _, error = command(**vars(small(**BASE | options)))
     assert status == 1 and re.search(f"{metric}/.* is nan at step 192", error)
     (path,) = Path("runs").iterdir()
     assert step_of(script, path) == 128

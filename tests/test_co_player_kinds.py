@@ -1,7 +1,6 @@
 """Scripted co-players, the dealing of seats, agents and callables as co-players.
 
-Cells are (row, column) in this file, and None for a player that has left or an item that is gone.
-"""
+Cells are (row, column) here, and None for a player that has left or an item that is gone."""
 
 import itertools
 import math
@@ -21,6 +20,13 @@ MSG = "msg-4x4-5d"
 PREY = [(1, 1), (0, 3), (3, 3), (3, 0), (2, 2)]  # the stag, four hares; or five drifts
 ONLY_STAG = [(1, 1), None, None, None, None]
 NOISE = 0.2
+BAD = {  # what is no action of `r` rows
+    "long": lambda r: torch.zeros(r + 1, dtype=torch.int64),
+    "scalar": lambda r: torch.zeros((), dtype=torch.int64),
+    "list": lambda r: [0] * r,
+    "above": lambda r: torch.full((r,), 7),
+    "float": lambda r: torch.zeros(r),
+}
 
 
 def scene(game, place, items, batch):
@@ -87,8 +93,7 @@ CHOICES = [
 @pytest.mark.parametrize("env_id, name, place, items, shares", CHOICES)
 def test_choices(script, monkeypatch, env_id, name, place, items, shares):
     monkeypatch.setitem(script.SCRIPTED, "msh", {**script.SCRIPTED["msh"], **ADDED})
-    actions = act(crowd(script, name, env_id), place, items)
-    assert_shares(actions[:, 1:].flatten(), shares)
+    assert_shares(act(crowd(script, name, env_id), place, items)[:, 1:].flatten(), shares)
 
 
 @pytest.mark.parametrize("env_id", ["msh-5x4-5p-3h2s", "msg-3x5-3p-4d"])
@@ -143,8 +148,7 @@ def test_oracle_goals_tell_the_kinds_apart(script, monkeypatch):
     """Also one that a user adds, and the learner from all of them."""
     monkeypatch.setitem(script.SCRIPTED, "msh", {**script.SCRIPTED["msh"], "hs": (2, 1)})
     game = script.GridGame(MSH)
-    pool = ["nh", "nh-noisy", "hs"]
-    players = script.CoPlayers(game, pool, 50, 1, generator_of(0), fixed=True)
+    players = script.CoPlayers(game, ["nh", "nh-noisy", "hs"], 50, 1, generator_of(0), fixed=True)
     act(players, (2, 2))
     oracle = game.oracle(scene(game, (2, 2), PREY, 50), *players.scripted())
     assert oracle.shape == (50, 4, game.oracle_size)
@@ -180,23 +184,6 @@ def test_half_of_the_matches_have_one_kind_of_co_player(script):
     assert_shares(players.kind.gather(1, game.others[players.focal]), ways)
 
 
-def test_who_joins_plays_in_coming_matches(script):
-    """As the next kind, and as one named from the start would."""
-    game = script.GridGame(MSH)
-    batch = 3000
-    players = script.CoPlayers(game, ["nh", "self"], batch, 1, generator_of(0))
-    players.join("ns-noisy", batch)
-    players.join(Walker, batch)
-    assert players.names == ["self", "nh", "ns-noisy", "Walker"]
-    assert players.pool.tolist() == [1, 0, 2, 3]
-    assert players.kind.max() == 1 and players.observe(torch.ones(batch).bool()).all()
-    others = players.kind[torch.arange(batch), (players.focal + 1) % 4]
-    assert_shares(others, even(*range(4)))
-    actions = act(players, (1, 1))
-    assert (actions[players.kind == 2] == STAG).float().mean() > 0.8
-    assert (actions[players.kind == 3] == UP).all()  # by its cell, number 5
-
-
 class Noting:
     """Stands for a Player: plays one action everywhere, and notes what it is told."""
 
@@ -216,8 +203,7 @@ class Noting:
 
 def test_agents_play_their_seats_and_remember_what_all_played(script):
     """The learner, agent 0, at its own seats as the others at theirs."""
-    game = script.GridGame(MSH)
-    players = script.CoPlayers(game, ["self", "ns", "nh"], 12, 2, generator_of(5))
+    players = script.CoPlayers(script.GridGame(MSH), ["self", "ns", "nh"], 12, 2, generator_of(5))
     agents = {0: Noting(UP), 2: Noting(DOWN)}
     players.agents.update(agents)
     for ended in (torch.arange(12) < 6, torch.arange(12) % 2 == 0):
@@ -298,15 +284,6 @@ def test_a_callable_sees_a_row_for_each_seat_and_plays_its_own(script):
     assert not own.seen and illegal > 10 and sum(changed) > 0.7 * len(changed) > 20
 
 
-BAD = {
-    "long": lambda r: torch.zeros(r + 1, dtype=torch.int64),
-    "scalar": lambda r: torch.zeros((), dtype=torch.int64),
-    "list": lambda r: [0] * r,
-    "above": lambda r: torch.full((r,), 7),
-    "float": lambda r: torch.zeros(r),
-}
-
-
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
 def test_what_is_no_action_raises_a_usage_error(script, value):
     def player(observation, action_mask, clock, generator):
@@ -319,13 +296,10 @@ def test_what_is_no_action_raises_a_usage_error(script, value):
 
 def test_names_of_co_players(script, tmp_path):
     """Modules of the working directory are found; what is no co-player is named in one line."""
-    (tmp_path / "friends_of_tests.py").write_text(
-        "def right(observation, action_mask, clock, generator):\n"
-        "    return action_mask[:, 0].long() * 0 + 3\n"
-    )
+    text = "def right(observation, action_mask, *others):\n    return action_mask[:, 0] * 0 + 3\n"
+    (tmp_path / "friends_of_tests.py").write_text(text)
     *_, players = callables(script, ["friends_of_tests:right"] * 2)
-    actions = act(players, (0, 2), PREY[:4])
-    assert (actions[players.kind == 1] == RIGHT).all()
+    assert (act(players, (0, 2), PREY[:4])[players.kind == 1] == RIGHT).all()
     wrong = ["", "NS", "-noisy", "cleaner", "self-noisy", "no/such.pt", ":x", "no_such_module:x"]
     for name in [*wrong, "friends_of_tests:nobody"]:
         with pytest.raises(script.UsageError) as error:
