@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import HUNT, plans, small_args
-from run_tools import main, run, trust
+from conftest import HUNT, one_script, plans, small_args
+from run_tools import run, trust
 
 OFFSET = {"plan_update": "offset", "plan_until": 1.0, "update_epochs": 1}
 FEW = {"episodes": 4, "match_episodes": 2}
-one_script = pytest.mark.only("hop_onestep")
-
-
-@pytest.fixture(scope="module")
-def plain(script, small, tmp_path_factory):
-    """The folder of a run whose planner was off from the start."""
-    folder = tmp_path_factory.mktemp("plain")
-    return run(script, small(env_id=HUNT, **{**OFFSET, "plan_until": 0.0}), folder=folder).path
+PLANNER = {"plan_update": "none", "plan_beta": 0.0}
+SEARCH = {"num_simulations": 1, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1}
+PLAY = {  # other values of the options in PLAYED
+    "hop_onestep": {**PLANNER, "plan_samples": 1},
+    "hop_mcts": {**PLANNER, **SEARCH},
+    "hop_ppo_gumbel": {"assignment": "hard"},
+    "latent_world_model": {**PLANNER, "plan_samples": 1, "co_player_model": "ns"},
+}
 
 
 def note_calls(monkeypatch, script):
@@ -44,52 +44,40 @@ def test_every_episode_counts_once_and_in_order(script, done, monkeypatch, num_e
     beyond the episodes that were asked for does not count."""
     games = min(num_envs, math.ceil(episodes / 3))
     played = torch.zeros(games)
+    seats = {}  # of the focal player, by episode
 
     class Numbered(script.GridGame):
-        """An episode's return is 100 times the number of the game, and its number in that; half
-        of it is paid in the first step, half in the last."""
+        """An episode's return is 100 times the number of the game, its number in that, and 0.1 for
+        each seat before; half is paid in the first step, half in the last, also to who has left."""
 
         def step(self, state, actions):
             begins = state.time == 0
-            state, reward, terminated, truncated = super().step(state, actions)
+            state, _, terminated, truncated = super().step(state, actions)
             ended = (terminated | truncated).all(1)
-            number = (0.5 * begins + 0.5 * ended) * (100 * torch.arange(games) + played)
+            total = (100 * torch.arange(games) + played)[:, None] + torch.arange(3) / 10
             played.add_(ended)
-            return state, number[:, None].expand_as(reward), terminated, truncated
+            return state, (0.5 * begins + 0.5 * ended)[:, None] * total, terminated, truncated
+
+    def watch(number, players, **others):
+        seats.update(zip(number.tolist(), players.focal.tolist()))
 
     monkeypatch.setattr(script, "GridGame", Numbered)
     options = {"episodes": episodes, "num_envs": num_envs, "match_episodes": 3}
-    result = script.evaluate(done, "nh,random", **options)
+    result = script.evaluate(done, "nh,random", **options, watch=watch)
     assert played.min() <= 3 * math.ceil(episodes / 3 / games)  # and no more is played
-    expected = []
+    focal, company = [], []
     for number in range(episodes):
         rounds, game = divmod(number // 3, games)
-        expected.append(100.0 * game + 3 * rounds + number % 3)
-    mean = sum(expected) / episodes
-    by_episode = [expected[k::3] for k in range(min(3, episodes))]
+        plain = 100 * game + 3 * rounds + number % 3
+        focal.append(plain + 0.1 * seats[number])
+        company.append(plain + 0.05 * (3 - seats[number]))  # the mean of the other two seats
+    by_episode = [focal[k::3] for k in range(min(3, episodes))]
     assert result == {
-        "focal_returns": expected,
-        "focal_return": pytest.approx(mean),
-        "co_player_return": pytest.approx(mean),
+        "focal_returns": pytest.approx(focal),
+        "focal_return": pytest.approx(sum(focal) / episodes),
+        "co_player_return": pytest.approx(sum(company) / episodes),
         "by_episode": pytest.approx([sum(part) / len(part) for part in by_episode]),
     }
-
-
-@one_script
-def test_returns_are_counted_to_the_end_of_an_episode(script, done):
-    """One cell with one stag: two that hunt share 10 in the first step of six, with the focal
-    player if that hunts as well."""
-
-    def hunt(observation, action_mask, clock, generator):
-        return torch.full((len(observation),), 5)
-
-    options = {"env_id": "msh-1x1-3p-0h1s", "match_episodes": 3}
-    result = script.evaluate(done, hunt, episodes=60, **options)
-    assert all(value in (0.0, pytest.approx(10 / 3)) for value in result["focal_returns"])
-    share = sum(value > 0.0 for value in result["focal_returns"]) / 60
-    assert 0.0 < share < 1.0
-    assert result["focal_return"] == pytest.approx(share * 10 / 3)
-    assert result["co_player_return"] == pytest.approx(share * 10 / 3 + (1 - share) * 5)
 
 
 def test_seed_determines_it_and_the_callers_random_state_is_left_alone(script, done):
@@ -152,8 +140,9 @@ def test_other_games_of_the_family(script, done):
 
 
 @pytest.mark.only("hop_onestep", "hop_mcts", "latent_world_model")
-def test_planner_is_on_as_asked(script, done, plain, monkeypatch, capsys):
+def test_planner_is_on_as_asked(script, small, done, command, monkeypatch):
     """One that steps the game itself also on top of a run without one, and trusted in full."""
+    plain = run(script, small(env_id=HUNT, **{**OFFSET, "plan_until": 0.0})).path
     calls = note_calls(monkeypatch, script)
     script.evaluate(done, "nh", **FEW)
     assert {options["plan_update"] for options in calls} == {"offset"}
@@ -170,21 +159,11 @@ def test_planner_is_on_as_asked(script, done, plain, monkeypatch, capsys):
         assert float(player.agent.plan_slope) == 1.0
         calls.clear()
         words = ["--evaluate", plain, "--co-players", "nh", "--eval-episodes", 2]
-        assert main(script, monkeypatch, capsys, *words)[0] == 0 and not calls
-        assert main(script, monkeypatch, capsys, *words, "--plan-update", "hop")[0] == 0 and calls
+        assert command(*words)[0] == 0 and not calls
+        assert command(*words, "--plan-update", "hop")[0] == 0 and calls
     else:
         with pytest.raises(script.UsageError, match="has not learnt"):  # it was never trained
             script.evaluate(plain, "nh", **options)
-
-
-PLANNER = {"plan_update": "none", "plan_beta": 0.0}
-SEARCH = {"num_simulations": 1, "num_goal_samples": 1, "puct_c": 20.0, "max_depth": 1}
-PLAY = {  # other values of the options in PLAYED
-    "hop_onestep": {**PLANNER, "plan_samples": 1},
-    "hop_mcts": {**PLANNER, **SEARCH},
-    "hop_ppo_gumbel": {"assignment": "hard"},
-    "latent_world_model": {**PLANNER, "plan_samples": 1, "co_player_model": "ns"},
-}
 
 
 def test_every_option_of_play_changes_what_is_played(script, done, tmp_path):
@@ -205,22 +184,20 @@ def test_every_option_of_play_changes_what_is_played(script, done, tmp_path):
 
 
 @one_script
-def test_evaluation_on_the_command_line(script, done, monkeypatch, capsys):
-    """Prints what `evaluate` returns, on the game that was trained on, with a 95 % interval over
-    matches, and writes nothing."""
+def test_evaluation_on_the_command_line(script, done, command):
+    """Prints what `evaluate` returns, with a 95 % interval over matches, and writes nothing."""
     words = f"--evaluate {done} --co-players nh,ns --match-episodes 3 --seed 4 --num-envs 2".split()
-    status, out, _ = main(script, monkeypatch, capsys, *words, "--eval-episodes", 9)
+    status, out, _ = command(*words, "--eval-episodes", 9)
     assert status == 0
     options = {"episodes": 9, "num_envs": 2, "match_episodes": 3, "seed": 4}
     result = script.evaluate(done, "nh,ns", **options)
     focal, others, by_episode = out.splitlines()
-    means = [sum(result["focal_returns"][k : k + 3]) / 3 for k in (0, 3, 6)]
-    spread = math.sqrt(sum((mean - sum(means) / 3) ** 2 for mean in means) / 2)
-    assert f"{result['focal_return']:.3f} +- {1.96 * spread / math.sqrt(3):.3f}" in focal
+    matches = torch.tensor(result["focal_returns"]).double().view(3, 3).mean(1)
+    assert f"{result['focal_return']:.3f} +- {1.96 * matches.std() / math.sqrt(3):.3f}" in focal
     assert "9 episodes" in focal
     assert f"{result['co_player_return']:.3f}" in others and "nh,ns" in others
     figures = by_episode.split("[")[1].rstrip("]").split()
     assert [float(figure) for figure in figures] == pytest.approx(result["by_episode"], abs=0.0051)
     assert not list(Path().iterdir()) and not (done / "episode.gif").exists()
-    status, out, error = main(script, monkeypatch, capsys, *words, "--eval-episodes", 3)
+    status, out, error = command(*words, "--eval-episodes", 3)
     assert status == 0 and "+- inf" in out and "Warning" not in error  # of one match
