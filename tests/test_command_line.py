@@ -10,13 +10,41 @@ import time
 import pytest
 import torch
 
-from conftest import HUNT, SCRIPTS
-from run_tools import arguments, main, parsed, run
+from conftest import HUNT, SCRIPTS, one_script
+from run_tools import arguments, run
 
-one_script = pytest.mark.only("hop_onestep")
+SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until", "inter_om_alpha"]
+FROM_0 = ["seed", "env_workers", "pretrain_moa_steps", "snapshot_every"]
+TAG = "--env-id mpe2.simple_tag_v3"
+WRONG = {  # and what the line says
+    "--hidden-size 9999": "--hidden-size must lie between 1 and 8192, not 9999",
+    "--total-timesteps 100 --num-envs 8 --num-steps 16": "total-timesteps",
+    "--env-id chess": "chess",
+    "--env-id no_such_package.module": "no_such_package",
+    "--env-id json:no_such_function": "no_such_function",
+    f'{TAG} --env-kwargs {{"no_such":1}}': "no_such",
+    f"{TAG} --goal oracle": "oracle",
+    f"{TAG} --co-players ns": "'ns'",
+    "--co-players nh,.": "no checkpoint at './checkpoint.pt'",  # an empty folder
+    f"--co-players x:{'y' * 5000}": "x:y",
+    "--freeze-moa": "--load-moa",
+    "--goal none --pretrain-moa-steps 100": "--pretrain-moa-steps",
+    "--cuda": "CUDA",
+    "--num-envs 1 --num-steps 8": "cannot write",  # a file is where the folder should be
+    "--resume DONE --env-id msg": "'nh' is no co-player",
+    "--resume DONE --num-envs 5": "--num-envs was 4",
+    "--resume DONE --learning-rate 0.5": "--learning-rate was 0.001",
+    "--resume DONE --seed 2": "--seed was 1",
+    "--init DONE --hidden-size 17": "does not fit",
+    "--load-moa DONE --env-id msg": "--load-moa",
+    f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
+    "--env-id msg --co-players DONE": "does not fit",
+    "--evaluate DONE --eval-episodes 0": "at least 1",
+    "--evaluate DONE --horizon 9 --num-steps 8": "does not read horizon, num_steps",
+}
 
 
-def test_every_option_can_be_given(script, monkeypatch, capsys):
+def test_every_option_can_be_given(script, typed, command):
     """By its name with hyphens, and it arrives; the help names it."""
     values = {}
     for field in dataclasses.fields(script.Args):
@@ -30,19 +58,18 @@ def test_every_option_can_be_given(script, monkeypatch, capsys):
             values[field.name] = 3
         elif field.name not in ("evaluate", "resume", "init"):
             values[field.name] = "word"
-    args = script.parse_arguments(arguments(**values))
-    assert dataclasses.asdict(args) == {**dataclasses.asdict(script.Args()), **values}
-    status, out, _ = main(script, monkeypatch, capsys, "--help")
+    assert dataclasses.asdict(typed(**values)) == {**dataclasses.asdict(script.Args()), **values}
+    status, out, _ = command("--help")
     assert status == 0 and all(f"--{name.replace('_', '-')}" in out for name in values)
 
 
 @one_script
-def test_switches_take_a_value_as_well(script):
+def test_switches_take_a_value_as_well(script, typed):
     """`--cuda False` is `--no-cuda`, `--cuda True` is `--cuda`."""
     other = dataclasses.replace(script.Args(), seed=3, anneal=False, track=True)
     for words in ("--anneal false --track True --seed 3", "--seed 3 --no-anneal --track"):
-        assert script.parse_arguments(words.split()) == other
-    assert script.parse_arguments(["--exp-name", "true-goals"]).exp_name == "true-goals"
+        assert typed(words) == other
+    assert typed("--exp-name true-goals").exp_name == "true-goals"
 
 
 @one_script
@@ -52,16 +79,12 @@ def test_switches_take_a_value_as_well(script):
     --plan-update=search --num-simulations=4 --resume= --init= --evaluate= --load-moa= --env-id=
     --co-players= --exp-name= --resume=a\0b --env-id=a\0b --exp-name=a\0b""".split(),
 )
-def test_words_that_are_no_options(script, tmp_path, monkeypatch, capsys, words):
+def test_words_that_are_no_options(command, tmp_path, words):
     """The message names them, and nothing is written; also what an empty shell variable gives."""
-    status, out, error = main(script, monkeypatch, capsys, *words.split("=", 1))
+    status, out, error = command(*words.split("=", 1))
     assert status == 2 and out == ""
     assert words.split("=")[0] in error or "Unrecognized options: b" in error
     assert "Traceback" not in error and not list(tmp_path.iterdir())
-
-
-SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until", "inter_om_alpha"]
-FROM_0 = ["seed", "env_workers", "pretrain_moa_steps", "snapshot_every"]
 
 
 def test_wrong_numbers(script):
@@ -81,37 +104,6 @@ def test_wrong_numbers(script):
                 script.checked(args, game)
         args = dataclasses.replace(script.Args(), **{field.name: number(field.name not in FROM_0)})
         assert field.name == "total_timesteps" or script.checked(args, game)
-
-
-TAG = "--env-id mpe2.simple_tag_v3"
-WRONG = {  # and what the line says
-    "--hidden-size 9999": "--hidden-size must lie between 1 and 8192, not 9999",
-    "--total-timesteps 100 --num-envs 8 --num-steps 16": "total-timesteps",
-    "--env-id chess": "chess",
-    "--env-id no_such_package.module": "no_such_package",
-    "--env-id json:no_such_function": "no_such_function",
-    f'{TAG} --env-kwargs {{"no_such":1}}': "no_such",
-    f"{TAG} --goal oracle": "oracle",
-    f"{TAG} --co-players ns": "'ns'",
-    "--co-players nobody": "nobody",
-    "--co-players nh,.": "no checkpoint at './checkpoint.pt'",  # an empty folder
-    f"--co-players x:{'y' * 5000}": "x:y",
-    "--freeze-moa": "--load-moa",
-    "--load-moa nowhere": "nowhere",
-    "--goal none --pretrain-moa-steps 100": "--pretrain-moa-steps",
-    "--cuda": "CUDA",
-    "--num-envs 1 --num-steps 8": "cannot write",  # a file is where the folder should be
-    "--resume DONE --env-id msg": "'nh' is no co-player",
-    "--resume DONE --num-envs 5": "--num-envs was 4",
-    "--resume DONE --learning-rate 0.5": "--learning-rate was 0.001",
-    "--resume DONE --seed 2": "--seed was 1",
-    "--init DONE --hidden-size 17": "does not fit",
-    "--load-moa DONE --env-id msg": "--load-moa",
-    f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
-    "--env-id msg --co-players DONE": "does not fit",
-    "--evaluate DONE --eval-episodes 0": "at least 1",
-    "--evaluate DONE --horizon 9 --num-steps 8": "does not read horizon, num_steps",
-}
 
 
 @one_script
@@ -141,8 +133,7 @@ def test_wrong_command_lines_of_one_script(script, refuse):
 @one_script
 def test_name_of_an_experiment(script, small, tmp_path):
     """Any text; a slash makes no folder within the runs. Two runs at once have two folders."""
-    args = small(exp_name="a/b ü", total_timesteps=64)
-    paths = [run(script, args).path for _ in range(2)]
+    paths = [run(script, small(exp_name="a/b ü", total_timesteps=64)).path for _ in range(2)]
     assert sorted(tmp_path.glob("runs/*")) == sorted(paths)
     assert "__a_b ü__" in paths[0].name and paths[0] != paths[1]
 
@@ -160,9 +151,7 @@ def test_co_player_that_fails(done, refuse):
 
 
 @one_script
-@pytest.mark.parametrize(
-    "option", ["--resume", "--init", "--load-moa", "--evaluate", "--co-players"]
-)
+@pytest.mark.parametrize("option", "--resume --init --load-moa --evaluate --co-players".split())
 def test_wrong_checkpoints(script, done, refuse, tmp_path, option):
     """One line with the path; code in a file is not run."""
 
@@ -192,14 +181,14 @@ def test_wrong_checkpoints(script, done, refuse, tmp_path, option):
 
 def test_run_of_another_script_is_no_run_of_this_one(script, sibling, refuse):
     """To evaluate, to go on with or to start from."""
-    words = arguments(env_id=HUNT, num_envs=1, num_steps=4, total_timesteps=4, hidden_size=8)
-    foreign = run(sibling, parsed(sibling, *words)).path
+    options = {"env_id": HUNT, "num_envs": 1, "num_steps": 4, "total_timesteps": 4}
+    foreign = run(sibling, sibling.Args(**options, hidden_size=8)).path
     for option in ("--evaluate", "--resume", "--init"):
         assert "run of other options" in refuse(option, foreign)
 
 
 @one_script
-def test_killed_run_of_a_copy_under_another_name(script, done, tmp_path):
+def test_killed_run_of_a_copy_under_another_name(script, done, typed, tmp_path):
     """It began from a run of the original and has that among its co-players; while it lives its
     run is its own. The original plays its run and goes on from it. What the shell sees of a
     refusal: status 2, one line, nothing on standard output."""
@@ -214,15 +203,14 @@ def test_killed_run_of_a_copy_under_another_name(script, done, tmp_path):
         while len(list(tmp_path.glob("runs/*/*.pt"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         (path,) = tmp_path.glob("runs/*")
-        args = parsed(script, "--resume", path)
+        args = typed(resume=path)
         with pytest.raises(script.UsageError, match=path.name):
             run(script, args)
         assert process.poll() is None
     finally:
         process.kill()
         process.communicate()
-    content = script.load_checkpoint(path)
-    step = content["progress"][0] + 64
+    step = script.load_checkpoint(path)["progress"][0] + 64
     assert run(script, dataclasses.replace(args, total_timesteps=step)).path == path
     assert script.load_checkpoint(path)["progress"][0] == step
     assert len(script.evaluate(path, str(path), episodes=2)["focal_returns"]) == 2

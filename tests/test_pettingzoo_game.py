@@ -19,6 +19,16 @@ from run_tools import assert_equal, generator_of, networks
 pytestmark = pytest.mark.only("hop_onestep")
 
 HERE = Path(__file__).stem
+BAD = [  # environment, its arguments, other options, a part of the message
+    ("Broken", {"where": "init"}, {}, "Broken.*RuntimeError: the cat sat on the init key"),
+    ("Broken", {"where": "reset"}, {}, "Broken.*RuntimeError: the cat sat on the reset key"),
+    ("Broken", {"where": "init of a worker"}, {"env_workers": 1}, "the cat sat on the init key"),
+    ("Small", {"actions": [2]}, {}, "Discrete"),
+    ("Small", {"length": None}, {}, "--horizon"),
+    ("Small", {"views": [84, 84, 3]}, {}, "4096"),
+    ("Small", {"agents": []}, {}, "needs agents"),
+    ("Small", {}, {"env_kwargs": "length=3"}, "length=3"),
+]
 
 
 class Small(ParallelEnv):
@@ -98,8 +108,7 @@ class Mixed(Small):
 
 
 class Leaving(Small):
-    """`done` is terminated after two steps (and truncated too, which is of no account), `cut`
-    truncated after four, `last` after `length`."""
+    """`done` is terminated after 2 steps (and truncated: no matter), `cut` truncated after 4."""
 
     def __init__(self, length=6):
         super().__init__(length, ["done", "cut", "last"])
@@ -156,11 +165,6 @@ def make(script, small):
     return made
 
 
-def environments():
-    """This module as PettingZooGame imports it: not the one that pytest runs, perhaps."""
-    return __import__(HERE)
-
-
 def last_actions(game, state):
     """The highest legal action of each player."""
     return game.action_mask(state).int().cumsum(2).argmax(2)
@@ -195,9 +199,8 @@ def test_observations_masks_and_actions(make):
 
 
 @pytest.mark.parametrize("length, steps", [(1, 5), (6, 72)])
-def test_scale_of_rewards(script, small, length, steps):
-    """1 over the spread of a player's rewards in the first rollout, or over the largest one; a run
-    that goes on keeps it."""
+def test_scale_of_rewards(script, small, typed, length, steps):
+    """1 over the spread of a player's first rewards, or over the largest; kept by `--resume`."""
     seen = []
 
     def watch(args, storage, **others):
@@ -210,14 +213,12 @@ def test_scale_of_rewards(script, small, length, steps):
     scale, spread, largest = seen[0]
     assert (spread > largest) == (length == 6)
     assert scale == pytest.approx(1.0 / float(spread.maximum(largest)))
-    words = ["--resume", path, "--total-timesteps", str(12 * steps)]
-    script.train(script.parse_arguments(words), watch)
+    script.train(typed(resume=path, total_timesteps=12 * steps), watch)
     assert [one[0] for one in seen] == [scale] * 3
 
 
 def test_players_that_leave(make):
-    """One is terminated while others go on, one truncated alone, the last truncated at the end. A
-    restart leaves the other game as it was."""
+    """One is terminated early, one truncated early; a restart leaves another game as it was."""
     game = make("Leaving")
     state = game.start(2, generator_of(0))
     for t in range(1, 7):
@@ -271,16 +272,15 @@ def test_truncation_bootstraps_and_termination_does_not(script, small):
 
 
 def test_every_episode_has_a_seed_of_the_generator(make):
-    seeds = environments().Small.seeds
     game = make("Small")
     played = []
     for seed in (5, 5, 6):  # a game can be started again
-        seeds.clear()
+        Small.seeds.clear()
         generator = generator_of(seed)
         states = [game.start(3, generator)]
         for _ in range(4):
             states.append(game.restart(states[-1], torch.ones(3).bool(), generator))
-        played.append((list(seeds), [state.observation.tolist() for state in states]))
+        played.append((list(Small.seeds), [state.observation.tolist() for state in states]))
     assert len(played[0][0]) == len(set(played[0][0])) == 15
     assert played[0] == played[1] != played[2]
 
@@ -316,23 +316,6 @@ def test_an_environment_that_fails_during_the_run(script, small):
     assert script.load_checkpoint(run)["args"]["env_id"] == f"{HERE}:Broken"
 
 
-BAD = [  # environment, its arguments, other options, a part of the message
-    ("Broken", {"where": "init"}, {}, "Broken.*RuntimeError: the cat sat on the init key"),
-    ("Broken", {"where": "reset"}, {}, "Broken.*RuntimeError: the cat sat on the reset key"),
-    ("Broken", {"where": "init of a worker"}, {"env_workers": 1}, "the cat sat on the init key"),
-    ("Small", {"actions": [2]}, {}, "Discrete"),
-    ("Small", {"length": None}, {}, "--horizon"),
-    ("Small", {"views": [84, 84, 3]}, {}, "4096"),
-    ("Small", {"agents": []}, {}, "needs agents"),
-    ("nobody", {}, {}, "nobody"),
-    ("Small", {"depth": 3}, {}, "depth"),
-    ("Small", {}, {"env_kwargs": "length=3"}, "length=3"),
-    ("Small", {}, {"goal": "oracle"}, "oracle"),
-    ("Small", {}, {"co_players": "ns"}, "ns"),
-    ("Small", {}, {"env_id": "no.such.module"}, "no.such.module"),
-]
-
-
 @pytest.mark.parametrize("name, kwargs, options, message", BAD)
 def test_what_cannot_be_used(script, small, name, kwargs, options, message):
     """One line, before anything is written."""
@@ -343,16 +326,16 @@ def test_what_cannot_be_used(script, small, name, kwargs, options, message):
 
 
 @pytest.mark.only(*SCRIPTS)
-def test_any_script_trains_on_simple_tag(script, small):
+def test_any_script_trains_on_simple_tag(script, small, typed):
     """Without a planner, which all can: PPO, goals and the MOA; the run is played, and goes on,
     also within a match. A class is among the co-players: it sees a row for each seat."""
-    environments().Imitator.shapes.clear()
+    Imitator.shapes.clear()
     options = {"env_id": "mpe2.simple_tag_v3", "env_kwargs": '{"max_cycles": 7}'}
     args = small(**options, plan_update="none", co_players=f"self,random,{HERE}:Imitator")
     weights = []
     metrics = script.train(args, lambda agent, **others: weights.append(networks(agent)))
     assert metrics["charts/episodic_length"] == 7
-    assert set(environments().Imitator.shapes) == {((16, 16), (16, 5), (16, 2))}
+    assert set(Imitator.shapes) == {((16, 16), (16, 5), (16, 2))}
     for part in ("actor", "critic", "moa"):
         assert not torch.equal(weights[0][part], weights[-1][part])
     run = metrics["run"]
@@ -361,17 +344,16 @@ def test_any_script_trains_on_simple_tag(script, small):
     if script.SCRIPT == "hop_mcts":
         with pytest.raises(script.UsageError, match="tree search.*hop_onestep.py"):
             script.evaluate(run, "self", episodes=2, plan_update="offset")
-    script.train(script.parse_arguments(["--resume", run, "--total-timesteps", "192"]))
+    script.train(typed(resume=run, total_timesteps=192))
     content = script.load_checkpoint(run)
     assert content["progress"][0] == 192
     now, _, _, ring = content["buffer"]
     steps = torch.arange(now).unsqueeze(1)
     assert torch.equal(steps - ring["episode"][:now], ring["time"][:now])  # the broken one is over
     assert (ring["match"][32] == 32).all() and (ring["match"][31] < 32).all()
-    words = ["--init", run, "--total-timesteps", "200"]
-    if script.SCRIPT == "hop_mcts":
-        words += ["--plan-update", "none"]
-    assert script.train(script.parse_arguments(words))["charts/episodic_length"] == 7
+    mode = "none" if script.SCRIPT == "hop_mcts" else None
+    args = typed(init=run, total_timesteps=200, plan_update=mode)
+    assert script.train(args)["charts/episodic_length"] == 7
 
 
 def test_the_best_answer_is_learnt_in_rock_paper_scissors(script, small):
