@@ -15,6 +15,14 @@ from run_tools import PLAYED, History, generator_of, run, situations, stacked
 pytestmark = pytest.mark.only("hop_ppo_gumbel")
 FOUR = "msh-3x3-4p-3h1s"
 ALONE = "msh-2x2-1p-1h1s"
+LOSSES = [("em", "all", 4096, 1.0), ("em", "positive", 101, 1.0)]
+LOSSES += [("gumbel", "all", 101, 1.0), ("gumbel", "positive", 4096, 0.3)]
+LOG2 = math.log(2)
+CHANNELS = {  # beliefs by kind; entropy of goals, information about the kind
+    "perfect": ([[0.0, 1.0], [1.0, 0.0]], LOG2, LOG2),
+    "noisy": ([[0.75, 0.25], [0.25, 0.75]], LOG2, 0.75 * math.log(3) - LOG2),
+    "nothing": ([[0.75, 0.25], [0.75, 0.25]], 2 * LOG2 - 0.75 * math.log(3), 0.0),
+}
 
 
 @torch.no_grad()
@@ -52,8 +60,7 @@ def test_beliefs_are_exact_bayes(record, rule, alpha):
         told = moa.belief(step["memory"]).double()
         torch.testing.assert_close(told, belief, atol=2e-5, rtol=1e-4)
         seen = (*game.features(step["state"]), game.action_mask(step["state"]))
-        likelihood = moa.log_likelihood(*seen, step["action"]).double().exp()
-        posterior = belief * likelihood
+        posterior = belief * moa.log_likelihood(*seen, step["action"]).double().exp()
         posterior = posterior / posterior.sum(2, keepdim=True)
         belief = posterior.where(step["alive"][..., None], belief)  # who has left is not judged
         new = one_hot(belief.argmax(2), 3) if rule == "count" else belief
@@ -65,9 +72,9 @@ def test_beliefs_are_exact_bayes(record, rule, alpha):
     assert belief.max() > 0.6
 
 
-def memory_of(agent, batch, scale=1.5):
+def memory_of(agent, batch):
     shape = (batch, agent.game.num_players, 2, agent.moa.memory_size)
-    return scale * torch.randn(shape, generator=generator_of(0))
+    return 1.5 * torch.randn(shape, generator=generator_of(0))
 
 
 @torch.no_grad()
@@ -84,8 +91,7 @@ def test_soft_and_hard_assignment(lively):
     belief = memory.sum(2).softmax(2)
     torch.testing.assert_close(shares_of(agent, memory), belief)
     _, agent = lively(goals=4, assignment="hard")
-    likeliest = belief == belief.amax(2, keepdim=True)
-    assert torch.equal(shares_of(agent, memory), likeliest.float())
+    assert torch.equal(shares_of(agent, memory), one_hot(belief.argmax(2), 4).float())
 
 
 def mean_of_the_best(logits):
@@ -121,10 +127,6 @@ def test_exclusive_assignment_is_optimal(lively, env_id, goals):
         torch.testing.assert_close(shares, expected, atol=1e-5, rtol=0)
         ties.add(count)
     assert env_id == ALONE or {1, 2} < ties
-
-
-LOSSES = [("em", "all", 4096, 1.0), ("em", "positive", 101, 1.0)]
-LOSSES += [("gumbel", "all", 101, 1.0), ("gumbel", "positive", 4096, 0.3)]
 
 
 @pytest.mark.parametrize("training, rule, limit, temperature", LOSSES)
@@ -169,8 +171,7 @@ def test_moa_loss_by_a_loop(script, record, monkeypatch, training, rule, limit, 
             own, others, features, present, subgoal = (batch[name][m, t, i] for name in names)
             logits = moa.subgoal_logits(own, others, goals[m, i] @ moa.table, features, present)
             recon = recon - logits.log_softmax(0)[subgoal] / len(rows)
-    bound = marginal if training == "em" else nll + kl * len(sums) / len(rows)
-    expected = bound + 0.5 * recon
+    expected = 0.5 * recon + (marginal if training == "em" else nll + kl * len(sums) / len(rows))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
     for name, value in {"nll": nll, "kl": kl, "recon": recon}.items():
         assert terms[f"moa/{name}"].item() == pytest.approx(value.item(), abs=1e-9)
@@ -189,14 +190,6 @@ def test_two_kinds_are_told_apart(script, training):
     metrics = run(script, script.Args(goal_training=training, **options)).metrics
     assert metrics["moa/kind_information"] > 0.4  # of log 2 = 0.69
     assert metrics["moa/seat_information"] < 0.1
-
-
-LOG2 = math.log(2)
-CHANNELS = {  # beliefs by kind; entropy of goals, information about the kind
-    "perfect": ([[0.0, 1.0], [1.0, 0.0]], LOG2, LOG2),
-    "noisy": ([[0.75, 0.25], [0.25, 0.75]], LOG2, 0.75 * math.log(3) - LOG2),
-    "nothing": ([[0.75, 0.25], [0.75, 0.25]], 2 * LOG2 - 0.75 * math.log(3), 0.0),
-}
 
 
 @pytest.mark.parametrize("channel", CHANNELS)

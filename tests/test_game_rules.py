@@ -1,7 +1,6 @@
 """Rules of the grid games: a slow reference written from the rules, views by hand, invariances.
 
-Cells are (row, column) in this file, and None for a player that has left or an item that is gone.
-"""
+Cells are (row, column) here, and None for a player that has left or an item that is gone."""
 
 import itertools
 import random
@@ -31,6 +30,22 @@ GAMES = {  # id: height, width, players, kinds of the items
     "msg-3x3-6d": (3, 3, 4, ["drift"] * 6),
     "msg-4x3-5p-4d": (4, 3, 5, ["drift"] * 4),
 }
+EVENTS = """stag by 1,stag by 2,stag by 3,hare by 1,hare by 2,drift by 1,drift by 2,illegal,
+    later hunt,countdown,truncated,truncated with leavers,no item left"""
+IDS = [  # height, width, players, numbers of items, highest mean return of a player
+    ("msh", 8, 8, 4, [1, 4], (10 + 2) / 4),
+    ("msh-3x5-3p", 3, 5, 3, [1, 4], (10 + 1) / 3),
+    ("msh-2p-1h3s", 8, 8, 2, [3, 1], 10 / 2),
+    ("msh-1x1-1p-0h1s", 1, 1, 1, [1, 0], 0),
+    ("msh-10x12-11p-20h10s", 10, 12, 11, [10, 20], (50 + 1) / 11),
+    ("msg", 8, 8, 4, [6], 6 * (6 - 4 / 4)),
+    ("msg-5x6-2p-10d", 5, 6, 2, [10], 10 * (6 - 4 / 2)),
+]
+BAD_IDS = """
+    garbage ms MSH mshx msh- msh--4h1s msh_4h1s msh-4h msh-1s msh-1s4h msh-4H1S msh-8 msh-8x
+    msh-8x8x8 msh-p msg-d msg-6 msh-6d msg-4h1s msh-4h1s-8x8 msh-4p-4p msh-08x8 msh-4h01s msg-00d
+    msh-4h1.0s msh-+4p msh--1p msh-0x4 msh-0p msg-0d msh-4h0s msh-2x2-4h1s msg-2x2-5d msh-9999x9999
+    msg-9999p msh-100h1s msh-33x32 msg-99x99 msh-1\u0664p""".split()  # \u0664: a digit, not ASCII
 
 
 def places_of(cells, width):
@@ -44,7 +59,6 @@ class Reference:
         self.height, self.width, _, self.kinds = GAMES[env_id]
         self.hunt = env_id.startswith("msh")
         self.horizon = 35 if self.hunt else 50
-        self.actions = 7 if self.hunt else 6
         self.players = places_of(state.players[b], self.width)
         self.items = places_of(state.items[b], self.width)
         self.time = int(state.time[b])
@@ -72,7 +86,7 @@ class Reference:
         return self.players[player][0] + down, self.players[player][1] + right
 
     def masks(self):
-        actions = range(self.actions)
+        actions = range(7 if self.hunt else 6)
         return [[self.legal(i, action) for action in actions] for i in range(len(self.players))]
 
     def clock(self):
@@ -130,10 +144,6 @@ def eventful_action(mask, rng):
     return rng.choice(interactions if interactions and roll < 0.6 else legal)
 
 
-EVENTS = """stag by 1,stag by 2,stag by 3,hare by 1,hare by 2,later hunt,countdown,
-    truncated with leavers,drift by 1,drift by 2,illegal,no item left,truncated"""
-
-
 def test_whole_episodes_agree_with_the_reference(script):
     """Rewards, ends, subgoals, and of every state places, clock, legal actions and who is there."""
     events = Counter()
@@ -180,17 +190,6 @@ def test_observations(script):
     assert [plane.nonzero().tolist() for plane in view] == places
 
 
-IDS = [  # height, width, players, numbers of items, highest mean return of a player
-    ("msh", 8, 8, 4, [1, 4], (10 + 2) / 4),
-    ("msh-3x5-3p", 3, 5, 3, [1, 4], (10 + 1) / 3),
-    ("msh-2p-1h3s", 8, 8, 2, [3, 1], 10 / 2),
-    ("msh-1x1-1p-0h1s", 1, 1, 1, [1, 0], 0),
-    ("msh-10x12-11p-20h10s", 10, 12, 11, [10, 20], (50 + 1) / 11),
-    ("msg", 8, 8, 4, [6], 6 * (6 - 4 / 4)),
-    ("msg-5x6-2p-10d", 5, 6, 2, [10], 10 * (6 - 4 / 2)),
-]
-
-
 @pytest.mark.parametrize("env_id, height, width, players, item_counts, best", IDS)
 def test_ids(script, env_id, height, width, players, item_counts, best):
     game = script.GridGame(env_id)
@@ -200,13 +199,6 @@ def test_ids(script, env_id, height, width, players, item_counts, best):
     planes = game.observe(game.start(5, generator_of(0)))
     assert planes.shape == (5, players, players + len(item_counts), height, width)
     assert planes[0, 0, players:].sum((1, 2)).tolist() == item_counts
-
-
-BAD_IDS = """
-    garbage ms MSH mshx msh- msh--4h1s msh_4h1s msh-4h msh-1s msh-1s4h msh-4H1S msh-8 msh-8x
-    msh-8x8x8 msh-p msg-d msg-6 msh-6d msg-4h1s msh-4h1s-8x8 msh-4p-4p msh-08x8 msh-4h01s msg-00d
-    msh-4h1.0s msh-+4p msh--1p msh-0x4 msh-0p msg-0d msh-4h0s msh-2x2-4h1s msg-2x2-5d msh-9999x9999
-    msg-9999p msh-100h1s msh-33x32 msg-99x99 msh-1\u0664p""".split()  # \u0664: a digit, not ASCII
 
 
 @pytest.mark.parametrize("env_id", [*BAD_IDS, "", " msh", "msh\n"], ids=repr)
@@ -248,8 +240,7 @@ def test_no_seat_and_no_game_of_the_batch_is_special(script, env_id):
     moved = state._replace(players=state.players[:, order])
     seats_2, games_2 = by_seat(game, moved, actions[:, order])
     assert torch.equal(torch.get_rng_state(), drawn)
-    for found, whole in zip(games_2, games):
-        assert torch.equal(found, whole)
+    assert all(map(torch.equal, games_2, games))
     for found, whole in zip(seats_2, seats):
         for k, old in enumerate(order):
             distance = [(order[(k + j) % n] - old) % n for j in range(n)]
@@ -265,12 +256,10 @@ def test_no_seat_and_no_game_of_the_batch_is_special(script, env_id):
 
 def test_starts_are_uniform(script):
     """Players on any cells, items on distinct ones, all independent: by chi square."""
-    game = script.GridGame("msh-2x3-3p-1h1s")
-    state = game.start(36000, generator_of(0))
+    state = script.GridGame("msh-2x3-3p-1h1s").start(36000, generator_of(0))
     assert not state.time.any() and not state.first_hunt.any()
     assert (state.items[:, 0] != state.items[:, 1]).all()
-    cells = torch.cat([state.players, state.items], 1)
-    found = cells.unique(dim=0, return_counts=True)[1]
+    found = torch.cat([state.players, state.items], 1).unique(dim=0, return_counts=True)[1]
     counts = torch.zeros(6**4 * 5)
     counts[: len(found)] = found.float()
     freedom = len(counts) - 1

@@ -75,8 +75,7 @@ def test_what_is_refused():
 
 @pytest.mark.parametrize("env_id", ["msh-4h1s", "msg-2x3-3p-3d"])
 def test_seeds(script, env_id):
-    """Those of the game, numbers of 64 bits; without one, each start is new, and nothing is drawn
-    from the global generator."""
+    """Those of the game, of 64 bits; without one a new start, not by the global generator."""
     env = parallel_env(env_id)
     game = script.GridGame(env_id)
     for seed in (0, 7, 2**40):

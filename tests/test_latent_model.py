@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import offline
 from conftest import HUNT, small_args
-from run_tools import assert_same_run, broken_run, generator_of, networks, parsed, run, situations
+from run_tools import assert_same_run, broken_run, generator_of, networks, run, situations
 
 pytestmark = pytest.mark.only("latent_world_model")
 ALONE = "msh-3x3-1p-2h1s"
@@ -137,8 +137,7 @@ def test_a_rule_acts_as_the_scripted_kind(script, lively):
 
 @pytest.mark.parametrize("plan, anneal", [("offset", False), ("hop", True)])
 def test_rows_are_what_the_game_did(script, record, monkeypatch, plan, anneal):
-    """Of every player that is there; next features are those of the step's own next state. The
-    model learns slower and slower, if so told."""
+    """Of all who are there, with features of the step's next state; the learning rate may fall."""
     monkeypatch.setattr(script, "REPLAY", 300)
     options = {"co_players": "self,random", "prosocial": 0.3, "num_steps": 16, "anneal": anneal}
     options |= {"plan_update": plan, "plan_until": 1.0, "plan_beta": 2.0, "total_timesteps": 192}
@@ -159,9 +158,8 @@ def test_rows_are_what_the_game_did(script, record, monkeypatch, plan, anneal):
         row["shift"] = kept["expected"] - kept["q_plan"].gather(2, action[..., None])[..., 0]
         row["shift"] -= (plan == "hop") * (1 - k / 2) / 2.0 * kept["log_prob"]
         row |= {"valued": kept["learner"], "terminated": kept["terminated"]}
-        assert set(one.moves) == set(row) == set(script.TRANSITION)
-        for name, value in row.items():
-            torch.testing.assert_close(one.moves[name], value[alive])
+        assert set(row) == set(script.TRANSITION)
+        torch.testing.assert_close(one.moves, {name: x[alive] for name, x in row.items()})
         assert not alive.all() and one.moves["terminated"].any() and one.moves["reward"].any()
         assert 0 < one.moves["valued"].sum() < len(one.moves["valued"])
         assert len(one.sums["model/reward"]) == script.MODEL_UPDATES
@@ -207,9 +205,8 @@ def test_a_batch_is_of_late_and_of_surprising_rows(script, record):
     place = batch["shift"]
     late = torch.arange(script.MODEL_BATCH) < 0.75 * script.MODEL_BATCH
     assert torch.equal(place < 100, late) and place.max() < 130
-    for name in script.TRANSITION:
-        expected = late if name == "valued" else rows[name][place]
-        assert torch.equal(batch[name], expected), name
+    expected = {name: rows[name][place] for name in script.TRANSITION} | {"valued": late}
+    torch.testing.assert_close(batch, expected, rtol=0, atol=0)
     assert reservoir["valued"].all()
 
 
@@ -252,7 +249,7 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_i
 
     def watch(**names):
         kept = {k: torch.stack(v) for k, v in names["storage"].items()}
-        weights = {name: value.clone() for name, value in networks(names["agent"]).items()}
+        weights = networks(names["agent"])
         seen.append({**names, "kept": kept, "weights": weights, "memory": names["player"].memory})
 
     run(script, offline_args(script, path, env_id=env_id, num_steps=5), watch)
@@ -286,14 +283,14 @@ def test_recorded_play_is_learnt_from_as_it_was(script, play, monkeypatch, env_i
         assert torch.equal(seen[0]["weights"][name], last["weights"][name]) != learns, name
 
 
-def test_as_many_games_as_in_the_file(script, play):
+def test_as_many_games_as_in_the_file(script, play, typed):
     """96 steps are one iteration of three games; of 64, the default elsewhere, they are none."""
-    words = f"--env-id {HUNT} --horizon 6 --offline {play[HUNT][0]} --total-timesteps 96".split()
-    content = script.load_checkpoint(run(script, parsed(script, *words)).path)
+    args = typed(env_id=HUNT, horizon=6, offline=play[HUNT][0], total_timesteps=96)
+    content = script.load_checkpoint(run(script, args).path)
     assert content["progress"][0] == 96 and content["args"]["num_envs"] == 3
 
 
-def test_an_offline_run_goes_on_to_the_bit(script, play, refuse):
+def test_an_offline_run_goes_on_to_the_bit(script, play, typed, refuse):
     """And not if its file has become shorter."""
     _, arrays = play[LEAVING]
     np.savez("cut.npz", **arrays)
@@ -303,20 +300,19 @@ def test_an_offline_run_goes_on_to_the_bit(script, play, refuse):
     np.savez("cut.npz", **{k: x[:3] if x.ndim else x for k, x in arrays.items()})
     assert "does not fit this run" in refuse("--resume", broken)
     np.savez("cut.npz", **arrays)
-    run(script, parsed(script, "--resume", broken))
+    run(script, typed(resume=broken))
     assert_same_run(script, unbroken.path, broken)
 
 
-def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play):
+def test_an_offline_run_plays_by_planning_and_games_go_on_from_it(script, play, typed):
     """The planner is trusted in full; `--init` takes all options but the file."""
     path = run(script, offline_args(script, play[HUNT][0])).path
     agent = script.load_player(path, script.GridGame(HUNT), 2).agent
     assert agent.plan_mode == "hop" and float(agent.plan_slope) == 1.0
     result = script.evaluate(path, "nh,random", episodes=6, match_episodes=2)
     assert all(map(math.isfinite, result["focal_returns"]))
-    words = ["--init", path, "--co-players", "self,nh", "--total-timesteps", 100]
     seen = []
-    args = parsed(script, *words)
+    args = typed(init=path, co_players="self,nh", total_timesteps=100)
     run(script, args, lambda storage, **others: seen.extend(storage["offset"]))
     assert torch.stack(seen).abs().max() > 0.0
 

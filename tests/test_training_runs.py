@@ -12,15 +12,53 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from conftest import HUNT, plans
-from run_tools import assert_equal, broken_run, main, networks, run, scalars, trust, weights_of
+from conftest import HUNT, one_script, plans
+from run_tools import assert_equal, broken_run, networks, run, scalars, trust, weights_of
 
 LONGER = {  # four iterations with a planner that stays on, and episodes that end in each
     **dict(env_id=HUNT, co_players="self,nh,ns-noisy", num_steps=40, total_timesteps=640),
     **dict(plan_update="offset", plan_until=1.0, update_epochs=2, moa_updates=2),
 }
 STEPS = [160, 320, 480, 640]
-one_script = pytest.mark.only("hop_onestep")
+OWN_METRICS = {  # beside those that all scripts log
+    "hop_onestep": "losses/plan_slope losses/transition_reward losses/transition_value",
+    "hop_mcts": "losses/plan_slope",
+    "hop_ppo_gumbel": "moa/usage_entropy moa/kind_information moa/seat_information",
+    "latent_world_model": "losses/plan_slope model/observation model/reward model/consistency",
+}
+PROFILED = {
+    **dict(env_id=HUNT, num_envs=2, num_steps=4, total_timesteps=40, profile=True),
+    **dict(plan_update="offset", plan_until=1.0, moa_updates=1, update_epochs=1),
+}
+LABELS = {  # after "players" and what they do
+    "hop_onestep": "planner,game,MOA,transition,PPO",
+    "hop_mcts": "planner,game,MOA,PPO",
+}
+BASE = {  # short, with everything at work
+    **dict(env_id=HUNT, co_players="self,nh,ns", num_envs=2, num_steps=36, total_timesteps=144),
+    **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2),
+}
+CHANGES = {  # another value of each option that learning depends on
+    **dict(seed=2, env_id="msh-3x3-3p-3h1s", horizon=10, co_players="nh", match_episodes=1),
+    **dict(snapshot_every=1, prosocial=0.5, total_timesteps=216, num_envs=3, num_steps=35),
+    **dict(learning_rate=3e-3, anneal=False, gamma=0.5, gae_lambda=0.1, update_epochs=2),
+    **dict(num_minibatches=1, clip_coef=1e-4, ent_coef=0.5, vf_coef=2.0, max_grad_norm=1e-3),
+    **dict(hidden_size=8, reward_scale=2.0, goal="none", goal_size=2, moa_learning_rate=1e-2),
+    **dict(moa_updates=1, moa_buffer="positive", pretrain_moa_steps=72),
+}
+PLANNER = dict(moa_alpha=1.0, plan_update="hop", plan_beta=5.0, plan_until=0.0)
+SEARCH = dict(num_simulations=12, num_goal_samples=1, puct_c=20.0, max_depth=1)
+DISCRETE = dict(pg=True, soft_coef=0.2, goals=2, goal_training="em", temperature=3.0)
+DISCRETE |= dict(inter_om="count", inter_om_alpha=0.5, assignment="hard")
+OWN_CHANGES = {
+    "hop_onestep": dict(**PLANNER, plan_samples=2),
+    "hop_mcts": dict(**PLANNER, **SEARCH),
+    "hop_ppo_gumbel": DISCRETE,
+    "latent_world_model": dict(**PLANNER, plan_samples=2, co_player_model="nh", td_target="model"),
+}
+ELSEWHERE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity
+    capture_video checkpoint_every resume init profile evaluate eval_episodes load_moa
+    freeze_moa moa_capacity env_kwargs env_workers offline""".split()  # tested by name
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +96,6 @@ def test_every_parameter_is_trained(script, done):
     assert all(160 <= rows <= 480 for rows in learners)
 
 
-OWN_METRICS = {  # beside those that all scripts log
-    "hop_onestep": "losses/plan_slope losses/transition_reward losses/transition_value",
-    "hop_mcts": "losses/plan_slope",
-    "hop_ppo_gumbel": "moa/usage_entropy moa/kind_information moa/seat_information",
-    "latent_world_model": "losses/plan_slope model/observation model/reward model/consistency",
-}
-
-
 def test_metrics_are_logged_and_are_what_their_names_say(script, done):
     logged = scalars(done.path)
     always = """charts/SPS charts/episodic_return charts/episodic_length charts/learning_rate
@@ -96,40 +126,11 @@ def test_files_of_a_run(script, done):
     assert f"done at step 640: runs/{done.path.name}" in done.printed
 
 
-BASE = {  # short, with everything at work
-    **dict(env_id=HUNT, co_players="self,nh,ns", num_envs=2, num_steps=36, total_timesteps=144),
-    **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2),
-}
-CHANGES = {  # another value of each option that learning depends on
-    **dict(seed=2, env_id="msh-3x3-3p-3h1s", horizon=10, co_players="nh", match_episodes=1),
-    **dict(snapshot_every=1, prosocial=0.5, total_timesteps=216, num_envs=3, num_steps=35),
-    **dict(learning_rate=3e-3, anneal=False, gamma=0.5, gae_lambda=0.1, update_epochs=2),
-    **dict(num_minibatches=1, clip_coef=1e-4, ent_coef=0.5, vf_coef=2.0, max_grad_norm=1e-3),
-    **dict(hidden_size=8, reward_scale=2.0, goal="none", goal_size=2, moa_learning_rate=1e-2),
-    **dict(moa_updates=1, moa_buffer="positive", pretrain_moa_steps=72),
-}
-PLANNER = dict(moa_alpha=1.0, plan_update="hop", plan_beta=5.0, plan_until=0.0)
-SEARCH = dict(num_simulations=12, num_goal_samples=1, puct_c=20.0, max_depth=1)
-OWN_CHANGES = {
-    "hop_onestep": dict(**PLANNER, plan_samples=2),
-    "hop_mcts": dict(**PLANNER, **SEARCH),
-    "hop_ppo_gumbel": {
-        **dict(pg=True, soft_coef=0.2, goals=2, goal_training="em", temperature=3.0),
-        **dict(inter_om="count", inter_om_alpha=0.5, assignment="hard"),
-    },
-    "latent_world_model": dict(**PLANNER, plan_samples=2, co_player_model="nh", td_target="model"),
-}
-ELSEWHERE = """exp_name torch_deterministic cuda compile track wandb_project_name wandb_entity
-    capture_video checkpoint_every resume init profile evaluate eval_episodes load_moa
-    freeze_moa moa_capacity env_kwargs env_workers offline""".split()  # tested by name
-
-
 def test_every_option_changes_the_outcome(script, small):
     """The weights of the policy at the end; the same options give the same ones."""
 
     def outcome(**options):
-        args = small(**{**BASE, **options})
-        return weights_of(script, run(script, args, trust).path)["actor"]
+        return weights_of(script, run(script, small(**BASE | options), trust).path)["actor"]
 
     deep = {"num_simulations": 16}  # a search that comes back to an action
     plain = outcome()
@@ -167,7 +168,7 @@ def test_schedules(script, small, anneal):
     assert last == (("offset",) * 10 + ("none",) * 10 if plans(script) else pytest.approx(expected))
 
 
-def test_moa_is_loaded_and_frozen(script, small, done):
+def test_moa_is_loaded_and_frozen(script, small, typed, done):
     options = {**LONGER, "load_moa": str(done.path), "seed": 5, "total_timesteps": 320}
     donor = weights_of(script, done.path)["moa"]
     frozen = run(script, small(**options, freeze_moa=True))
@@ -179,8 +180,7 @@ def test_moa_is_loaded_and_frozen(script, small, done):
     alone = weights_of(script, other.path)["moa"]
     assert 0.0 < (trained - donor).norm() < (alone - donor).norm() / 2
     words = f"--init {other.path} --load-moa {done.path} --freeze-moa --total-timesteps 100"
-    begun = run(script, script.parse_arguments(words.split()))
-    assert torch.equal(weights_of(script, begun.path)["moa"], donor)
+    assert torch.equal(weights_of(script, run(script, typed(words)).path)["moa"], donor)
 
 
 @pytest.mark.parametrize("env_id", [HUNT, "pettingzoo.classic.rps_v2"])
@@ -215,19 +215,8 @@ def test_compiled_loss_gives_nearly_the_same_run(script, small, monkeypatch):
     fast = run(script, small(**options, compile=True))
     assert torch.are_deterministic_algorithms_enabled()
     assert compiled == [script.ppo_loss]
-    second = weights_of(script, fast.path)
-    for name, first in weights_of(script, plain.path).items():
-        torch.testing.assert_close(first, second[name], rtol=1e-3, atol=1e-4)
-
-
-PROFILED = {
-    **dict(env_id=HUNT, num_envs=2, num_steps=4, total_timesteps=40, profile=True),
-    **dict(plan_update="offset", plan_until=1.0, moa_updates=1, update_epochs=1),
-}
-LABELS = {  # after "players" and what they do
-    "hop_onestep": "planner,game,MOA,transition,PPO",
-    "hop_mcts": "planner,game,MOA,PPO",
-}
+    weights = (weights_of(script, one.path) for one in (plain, fast))
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.only("hop_onestep", "hop_mcts")
@@ -264,7 +253,7 @@ def frames_of(path):
 
 
 @one_script
-def test_video_is_a_whole_last_episode(script, small, done, monkeypatch, capsys):
+def test_video_is_a_whole_last_episode(script, small, done, command, monkeypatch):
     """All its states, the last one with the hunt included, the rewards so far, and beliefs where
     there are any; `--evaluate` shows the game and the co-players that were asked for."""
     frames = frames_of(done.path)
@@ -286,8 +275,8 @@ def test_video_is_a_whole_last_episode(script, small, done, monkeypatch, capsys)
     assert "last episode" in titles[0] and "ns" in titles[0]
     assert all(len(belief) == 2 and 0.0 < belief[0][0] < 1.0 for belief in beliefs[:-1])
     drawn.clear()
-    words = f"--evaluate {path} --co-players nh --env-id msh-1x2-2p-1h1s --capture-video".split()
-    assert main(script, monkeypatch, capsys, *words, "--eval-episodes", 1)[0] == 0
+    words = f"--evaluate {path} --co-players nh --env-id msh-1x2-2p-1h1s --eval-episodes 1"
+    assert command(f"{words} --capture-video")[0] == 0
     assert all(len(items) == 2 and "nh" in title for _, items, title, _ in drawn) and drawn
     drawn.clear()
     run(script, small(goal="none", plan_update="none", capture_video=True))
@@ -305,7 +294,7 @@ def test_video_of_a_pettingzoo_environment(script, small, monkeypatch):
 
 
 @one_script
-def test_tracking_offline(script, small, tmp_path, monkeypatch):
+def test_tracking_offline(script, small, typed, tmp_path, monkeypatch):
     """Every metric at its step, also of a run that goes on. The run is finished, so that the next
     logs nothing into it. Without a login it is refused in one line."""
     wandb = pytest.importorskip("wandb")
@@ -326,13 +315,11 @@ def test_tracking_offline(script, small, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb.Run, "log", noted)
     tracked = run(script, small(track=True, wandb_project_name="project-x"))
     assert wandb.run is None
-    content = script.load_checkpoint(tracked.path)
-    args = dataclasses.replace(script.Args(**content["args"]), resume=str(tracked.path))
     run(script, small())
-    run(script, dataclasses.replace(args, total_timesteps=192))
+    run(script, typed(resume=tracked.path, total_timesteps=192))
     ids, projects, steps, names = zip(*logged)
     assert steps == (64, 128, 192) and set(projects) == {"project-x"}
-    assert set(ids) == {content["progress"][2]}
+    assert len(set(ids)) == 1
     assert all({"losses/policy", "moa/nll", "charts/SPS"} <= metrics for metrics in names)
     assert script.load_checkpoint(tracked.path)["progress"] == [192, 3, ids[0]]
     monkeypatch.setattr(wandb, "init", failing)
@@ -344,16 +331,14 @@ def test_tracking_offline(script, small, tmp_path, monkeypatch):
 @one_script  # test_tree_search.py has one of the search
 def test_self_play_catches_the_stag(script):
     """Four learners in the small stag hunt: 3.0 each is the most, 1.0 is for hares alone."""
-    args = script.Args(co_players="self", total_timesteps=81920, plan_samples=8)
-    finished = run(script, args)
+    finished = run(script, script.Args(co_players="self", total_timesteps=81920, plan_samples=8))
     result = script.evaluate(finished.path, "self", episodes=320)
-    mean = (result["focal_return"] + 3 * result["co_player_return"]) / 4
-    assert mean >= 2.5
+    assert (result["focal_return"] + 3 * result["co_player_return"]) / 4 >= 2.5
     assert finished.metrics["charts/episodic_return"] >= 2.3
 
 
 @one_script
-def test_learns_within_one_match(script):
+def test_learns_within_one_match(script, typed):
     """Who has learnt to hunt the stag with a hunter of stags gets little beside a hunter of hares,
     however long the match; with `--init` it takes hares (1.0 each) before the match ends."""
     options = {"env_id": "msh-2x2-2p-3h1s", "horizon": 8, "num_envs": 32, "num_steps": 16}
@@ -367,8 +352,7 @@ def test_learns_within_one_match(script):
             returns.extend(totals[kinds == 0].tolist())
         assert int(co_players.episode) == len(returns)  # it is still the first match
 
-    words = f"--init {path} --co-players nh --total-timesteps 1000"
-    run(script, script.parse_arguments(words.split()), watch)
+    run(script, typed(init=path, co_players="nh", total_timesteps=1000), watch)
     late = returns[-(len(returns) // 3) :]
     assert len(returns) > 150
     assert sum(late) / len(late) > frozen["focal_return"] + 0.4

@@ -10,6 +10,14 @@ from run_tools import generator_of
 
 pytestmark = pytest.mark.only("hop_mcts")
 SIMULATIONS = 30
+PAIR = {"env_id": "msh-2x2-2p-2h1s", "num_envs": 2, "num_steps": 4, "total_timesteps": 16}
+GAMES = [("msh-4x4-4h1s", {}), ("msg-4x4-3p-2d", {"prosocial": 0.3})]
+GAMES += [("msh-3x3-2p-1h2s", {"max_depth": 2}), ("msh-3x2-6p-2h2s", {"max_depth": 1})]
+BANDITS = [
+    ([-4.0, -3.0, -4.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0, [1, 8, 1, 0]),
+    ([1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2, 1.25, [1, 0, 1]),
+    ([0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000, 1.25, [600, 300, 100]),
+]
 
 
 class Scene:
@@ -52,14 +60,9 @@ class Scene:
         return self.script.search(self.script.Model(*given), value, self.args)
 
 
-GAMES = [("msh-4x4-4h1s", {}), ("msg-4x4-3p-2d", {"prosocial": 0.3})]
-GAMES += [("msh-3x3-2p-1h2s", {"max_depth": 2}), ("msh-3x2-6p-2h2s", {"max_depth": 1})]
-
-
 @pytest.mark.parametrize("env_id, options", GAMES)
 def test_search_equals_a_sequential_one(script, monkeypatch, env_id, options):
-    """Visit counts in every tree, and means of returns but for rounding; and a tree is the same in
-    another batch, at another place."""
+    """Visit counts, and but for rounding mean returns, of every tree, wherever in a batch."""
     scene = Scene(script, monkeypatch, env_id, **options)
     q, visits = scene.search()
     expected, counts = scene.search(sequential=True)
@@ -83,13 +86,6 @@ class Bandit:
     def step(self, nodes, actions, new):
         reward = self.payoffs[0, actions]
         return reward, torch.zeros_like(reward), torch.zeros_like(actions) > 0
-
-
-BANDITS = [
-    ([-4.0, -3.0, -4.0, 9.0], [0.5, 0.2, 0.3, -1.0], 10, 0.0, [1, 8, 1, 0]),
-    ([1.0, 3.0, 2.0], [0.5, 0.2, 0.3], 2, 1.25, [1, 0, 1]),
-    ([0.0, 0.0, 0.0], [0.6, 0.3, 0.1], 1000, 1.25, [600, 300, 100]),
-]
 
 
 @pytest.mark.parametrize("payoffs, prior, simulations, constant, expected", BANDITS)
@@ -144,11 +140,9 @@ def test_learns_the_stag_hunt(script):
     assert script.train(args)["charts/episodic_return"] > 3.0
 
 
-def test_a_search_is_trusted_within_a_match(script):
+def test_a_search_is_trusted_within_a_match(script, small, typed):
     """With --init it acts alone, trusted. V learns from all steps since the match began: from
     lambda-returns (lambda 0.8) by V as it is now."""
-    small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 8, "num_simulations": 4}
-    args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
     seen = []
 
     def watch(agent, match, last_value, **names):
@@ -157,24 +151,22 @@ def test_a_search_is_trusted_within_a_match(script):
             for gae_lambda in (0.8, 1.0):
                 check_rows(script, agent, match, last_value, gae_lambda)
 
-    run = script.train(args, watch)["run"]
+    run = script.train(small(**PAIR, co_players="self"), watch)["run"]
     assert all(slope != 1.0 and not kept for _, slope, kept in seen)
     seen.clear()
     words = f"--init {run} --num-steps 8 --total-timesteps 24 --co-players nh --horizon 5"
-    script.train(script.parse_arguments(words.split()), watch)
+    script.train(typed(words), watch)
     assert seen == [("hop", 1.0, 8), ("hop", 1.0, 16), ("hop", 1.0, 24)]
     seen.clear()
     words = f"--init {run} --num-envs 400 --num-steps 4 --total-timesteps 4800 --plan-update none"
-    script.train(script.parse_arguments(words.split()), watch)
+    script.train(typed(words), watch)
     assert seen == [("none", 1.0, 4), ("none", 1.0, 6), ("none", 1.0, 6)]  # 2,400 of all games
 
 
-def test_pretraining_and_a_search_that_has_stopped_within_a_match(script):
+def test_pretraining_and_a_search_that_has_stopped_within_a_match(script, small, typed):
     """V does not learn while goals alone do. Once off, the search stays off in a longer run, that
     of the networks from before the match as well."""
-    small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 8, "num_simulations": 4}
-    args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
-    run = script.train(args)["run"]
+    run = script.train(small(**PAIR, co_players="self"))["run"]
     modes = []
 
     def watch(agent, two, pretraining, **names):
@@ -182,21 +174,18 @@ def test_pretraining_and_a_search_that_has_stopped_within_a_match(script):
         assert all(torch.equal(*pair) for pair in pairs) == pretraining
         modes.append([one.plan_mode for one in two])
 
-    words = f"--init {run} --num-steps 5 --total-timesteps 10 --plan-until 0.5"
-    args = script.parse_arguments(f"{words} --pretrain-moa-steps 5".split())
-    run = script.train(args, watch)["run"]
-    script.train(script.parse_arguments(f"--resume {run} --total-timesteps 40".split()), watch)
+    options = {"num_steps": 5, "total_timesteps": 10, "plan_until": 0.5, "pretrain_moa_steps": 5}
+    run = script.train(typed(init=run, **options), watch)["run"]
+    script.train(typed(resume=run, total_timesteps=40), watch)
     assert modes == [["hop"] * 2] + [["none"] * 2] * 7
 
 
 @pytest.mark.parametrize("rate, learnt_acts", [(3e-3, {True}), (100.0, {False})])
-def test_what_is_learnt_within_a_match_acts_where_it_foresees_more(script, rate, learnt_acts):
+def test_in_a_match_the_agent_that_foresees_more_acts(script, small, typed, rate, learnt_acts):
     """V as it was before the match and as it is learnt are compared on steps that neither has
     seen yet; the better one's policy and search act. Opponent models are the same, and learn."""
-    small = {"env_id": "msh-2x2-2p-2h1s", "hidden_size": 16, "num_simulations": 4}
-    args = script.Args(**small, num_envs=2, num_steps=4, total_timesteps=16, co_players="self")
-    run = script.train(args)["run"]
-    before = script.load_player(run, script.GridGame(args.env_id), 1).agent
+    run = script.train(small(**PAIR, co_players="self"))["run"]
+    before = script.load_player(run, script.GridGame(PAIR["env_id"]), 1).agent
     learnt = [before.critic]
     acts = []
 
@@ -213,8 +202,8 @@ def test_what_is_learnt_within_a_match_acts_where_it_foresees_more(script, rate,
         learnt.append(deepcopy(agent.critic))
         acts.append(player.agent is agent)
 
-    words = f"--init {run} --co-players nh --num-steps 20 --learning-rate {rate}"
-    script.train(script.parse_arguments(f"{words} --total-timesteps 400".split()), watch)
+    options = {"co_players": "nh", "num_steps": 20, "learning_rate": rate}
+    script.train(typed(init=run, **options, total_timesteps=400), watch)
     assert not acts[0] and set(acts[5:]) == learnt_acts
 
 
