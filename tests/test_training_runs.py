@@ -328,15 +328,6 @@ def test_tracking_offline(script, small, typed, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("runs/*"))) == 2  # nothing of the one that was refused
 
 
-@one_script  # test_tree_search.py has one of the search
-def test_self_play_catches_the_stag(script):
-    """Four learners in the small stag hunt: 3.0 each is the most, 1.0 is for hares alone."""
-    finished = run(script, script.Args(co_players="self", total_timesteps=81920, plan_samples=8))
-    result = script.evaluate(finished.path, "self", episodes=320)
-    assert (result["focal_return"] + 3 * result["co_player_return"]) / 4 >= 2.5
-    assert finished.metrics["charts/episodic_return"] >= 2.3
-
-
 @one_script
 def test_learns_within_one_match(script, typed):
     """Who has learnt to hunt the stag with a hunter of stags gets little beside a hunter of hares,

@@ -133,13 +133,6 @@ def test_scores_of_any_seat(script, monkeypatch):
     torch.testing.assert_close(wide, q.unflatten(0, (-1, 2)).mean(1))
 
 
-def test_learns_the_stag_hunt(script):
-    """Self-play leaves the hares, which pay two players 1 each, for the stag, which pays them 5."""
-    options = {"num_envs": 16, "num_simulations": 8, "num_goal_samples": 1, "co_players": "self"}
-    args = script.Args(env_id="msh-3x3-2p-2h1s", total_timesteps=12288, **options)
-    assert script.train(args)["charts/episodic_return"] > 3.0
-
-
 def test_a_search_is_trusted_within_a_match(script, small, typed):
     """With --init it acts alone, trusted. V learns from all steps since the match began: from
     lambda-returns (lambda 0.8) by V as it is now."""
