@@ -170,29 +170,6 @@ def test_rows_are_what_the_game_did(script, record, monkeypatch, plan, anneal):
     assert rate == (0.5 if anneal else 1.0)
 
 
-def test_a_tiny_game_is_learnt(script, record, monkeypatch):
-    """Rewards, and who plays on, on 2x2 with a stag and a hare, of random play."""
-    monkeypatch.setattr(script, "LATENT_SIZE", 32)
-    options = {"env_id": "msh-2x2-2p-1h1s", "num_envs": 64, "num_steps": 32, "goal": "none"}
-    _, iterations = record(**options, total_timesteps=2048, plan_update="offset", plan_beta=0.0)
-    agent, rows = iterations[0].agent, iterations[0].moves
-    model = script.LatentModel(agent.game, agent.moa.goal_size, 32)
-    agent.model = model
-    optimizer = torch.optim.Adam(model.parameters())
-    generator = generator_of(1)
-    for k in range(400):
-        index = torch.randint(len(rows["reward"]), (128,), generator=generator)
-        loss, _ = script.model_loss(agent, {name: x[index] for name, x in rows.items()})
-        optimizer.param_groups[0]["lr"] = 2 * script.MODEL_LEARNING_RATE * (1 - k / 400)
-        script.descend(optimizer, 0, loss, 10.0, {}, {})
-    with torch.no_grad():
-        zs = model.encode(rows["own"], rows["others"])
-        *ahead, reward = model(*zs, rows["action"], rows["other_actions"])
-        _, _, plays_on = model.decode(*ahead)
-    assert ((reward - rows["reward"]).abs() < 0.3).float().mean() > 0.99
-    assert ((plays_on < 0.5) == rows["terminated"]).float().mean() > 0.95
-
-
 def test_a_batch_is_of_late_and_of_surprising_rows(script, record):
     """Whole rows; V does not learn from the surprising ones."""
     _, iterations = record(plan_update="offset", plan_until=1.0, total_timesteps=96)
