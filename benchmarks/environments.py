@@ -9,7 +9,7 @@ in simple_tag, where three chase one, it tells how often that is caught, not how
 import operator
 
 from figures import by_setting, figure, table
-from run import train_and_judge
+from run import train_and_judge, training
 
 ENVIRONMENTS = {  # name: id, co-players, game steps
     "rps": ("pettingzoo.classic.rps_v2", "benchmarks.biased_rps:Biased", 65_536),
@@ -34,11 +34,11 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
     for seed in (1,) if quick else seeds or (1, 2, 3):
         for name, (env_id, company, steps) in ENVIRONMENTS.items():
             for method, (script, words) in METHODS.items():
-                words = f"--env-id {env_id} --co-players {company} --num-envs 32 {words}".strip()
-                words += f" --total-timesteps {2048 if quick else steps} --seed {seed}"
-                job = {"setting": f"{name} | {method}", "seed": seed, "script": script}
-                job |= {"options": words, "kinds": {"trained with": company}}
-                found.append({**job, "episodes": 32 if quick else 320})
+                words = f"--env-id {env_id} --co-players {company} --num-envs 32 {words}"
+                steps = 2048 if quick else steps
+                job = training(f"{name} | {method}", seed, script, words, steps)
+                kinds = {"trained with": company}
+                found.append({**job, "kinds": kinds, "episodes": 32 if quick else 320})
     return found
 
 
@@ -50,7 +50,7 @@ def report(results: list[dict]) -> str:
     for title, value, digits in (("return", returned, 2), ("CPU seconds of training", seconds, 0)):
         rows = []
         for method in METHODS:
-            each = [runs.get(f"{name} | {method}", []) for name in ENVIRONMENTS]
+            each = [runs[f"{name} | {method}"] for name in ENVIRONMENTS]
             rows.append([method, *(figure([*map(value, of)], digits) for of in each)])
         parts.append(table([title, *ENVIRONMENTS], rows))
     return "\n\n".join(parts)

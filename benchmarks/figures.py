@@ -3,6 +3,7 @@
 import functools
 import itertools
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,16 @@ from matplotlib.figure import Figure
 import hop_onestep
 
 PICTURES = Path(__file__).parent / "pictures"
-COLOURS = {  # Okabe and Ito
-    "tree search": "#0072B2",
-    "one step": "#009E73",
-    "discrete goals": "#CC79A7",
-    "latent model": "#E69F00",
-    "Direct-OM": "#56B4E9",
-    "plain PPO": "#D55E00",
-    "prosocial PPO": "#555555",
-    "hop_mcts": "#0072B2",
-    "hop_onestep": "#009E73",
-    "hop_ppo_gumbel": "#CC79A7",
-    "latent_world_model": "#E69F00",
-    "none": "#D55E00",
-    "inferred": "#0072B2",
-    "oracle": "#555555",
+COLOURS = {  # of Okabe and Ito, and whose they are
+    "#0072B2": ("tree search", "hop_mcts", "inferred"),
+    "#009E73": ("one step", "hop_onestep"),
+    "#CC79A7": ("discrete goals", "hop_ppo_gumbel"),
+    "#E69F00": ("latent model", "latent_world_model"),
+    "#56B4E9": ("Direct-OM",),
+    "#D55E00": ("plain PPO", "none"),
+    "#555555": ("prosocial PPO", "oracle"),
 }
+COLOUR_OF = {name: colour for colour, names in COLOURS.items() for name in names}
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -56,10 +51,10 @@ def figure(values: list[float], digits: int = 2) -> str:
     return f"{mean:,.{digits}f}{within} ({len(values)})"
 
 
-def by_setting(results: list[dict]) -> dict[str, list[dict]]:
-    """The results of each setting, by seed; results are sorted."""
+def by_setting(results: list[dict]) -> defaultdict[str, list[dict]]:
+    """The results of each setting, by seed, or none; results are sorted."""
     groups = itertools.groupby(results, lambda result: result["setting"])
-    return {setting: list(group) for setting, group in groups}
+    return defaultdict(list, {setting: list(group) for setting, group in groups})
 
 
 def paired(*groups: list[dict]) -> list[list[dict]]:
@@ -83,28 +78,26 @@ def curves(runs: list[dict], column: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(name: str, panels: dict[str, dict], x: str, y: str, columns: int = 4, **axes) -> None:
-    """Picture of `panels` by title: lines by label, each (places [P], values [seeds, P]), as mean
-    and range of the seeds. A label's colour is that of its first words in COLOURS."""
+    """Picture of `panels` by title, if any: lines by label, each (places [P], values [seeds, P]),
+    as mean and range of the seeds. A label's first words have the colour of COLOUR_OF."""
+    if not panels:
+        return
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     picture = Figure((3.6 * columns, 0.5 + 3.0 * rows), layout="constrained")
-    grid = picture.subplots(rows, columns, squeeze=False).flat
     handles = {}
-    for panel, (title, lines) in zip(grid, panels.items()):
+    for k, (title, lines) in enumerate(panels.items(), 1):
+        panel = picture.add_subplot(rows, columns, k)
         for number, (label, (places, values)) in enumerate(lines.items()):
             values = np.atleast_2d(values)
-            colour = COLOURS.get(label.split(",")[0], f"C{number}")
+            colour = COLOUR_OF.get(label.split(",")[0], f"C{number}")
             style = ":" if "frozen" in label else "-"
             marker = "o" if len(places) < 12 else ""
             mean = np.nanmean(values, 0)
             handles[label] = panel.plot(places, mean, style, marker=marker, ms=3, color=colour)[0]
-            panel.fill_between(
-                places, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
-            )
+            panel.fill_between(places, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
         panel.set(title=title, xlabel=x, **axes)
         panel.grid(alpha=0.3)
-    for panel in list(grid)[len(panels) :]:
-        panel.axis("off")
     picture.axes[0].set_ylabel(y)
     picture.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     PICTURES.mkdir(exist_ok=True)
@@ -125,9 +118,9 @@ def random_return(game: str, company: str, matches: int = 200) -> float:
     players = hop_onestep.CoPlayers(world, entries, matches, 10, generator, fixed=True)
     state = world.start(matches, generator)
     running = torch.zeros(matches, world.num_players)  # returns of the running episodes
-    focal, everyone = [], []  # of the first ten episodes of each match
-    left = torch.full((matches,), 10)
-    while (left > 0).any():
+    returns = []  # of the first ten episodes of each match
+    done = running[:, 0] > 0
+    while not done.all():
         mask = world.action_mask(state)
         random = torch.multinomial(mask.flatten(0, 1).float(), 1, generator=generator)
         played = players.act(state, mask)
@@ -135,11 +128,10 @@ def random_return(game: str, company: str, matches: int = 200) -> float:
         state, reward, terminated, truncated = world.step(state, actions)
         running = running + reward
         ended = (terminated | truncated).all(1)
-        counted = ended & (left > 0)
-        focal.append(running[counted, players.focal[counted]])
-        everyone.append(running[counted].mean(1))
-        left = left - ended.long()
+        own = hop_onestep.pick(running, players.focal)
+        counted = running.mean(1) if company == "self" else own
+        returns.append(counted[ended & ~done])
         running[ended] = 0.0
-        players.observe(ended)
+        done = done | players.observe(ended)
         state = world.restart(state, ended, generator)
-    return float(torch.cat(everyone if company == "self" else focal).mean())
+    return float(torch.cat(returns).mean())

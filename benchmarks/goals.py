@@ -8,18 +8,21 @@ lies above 0; over all episodes of a match, and over its second half, when co-pl
 what they are.
 """
 
+import itertools
+from collections import defaultdict
+
 import numpy as np
 
 from figures import by_setting, figure, interval, paired, table
 from figures import draw as draw_panels
-from run import train_and_judge
+from run import train_and_judge, training
 
 GOALS = ("none", "inferred", "oracle")
 SCRIPTS = ("hop_mcts", "hop_onestep", "hop_ppo_gumbel", "latent_world_model")
 STEPS = {"msh-4x4-4h1s": 250_000, "msg": 200_000}  # game steps of training
 KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 EPISODES = {"msh-4x4-4h1s": 2000, "msg": 500}  # of the evaluation, in each company
-SHOWN = ("msh-4x4-4h1s | 3 nh", "msg | 3 cleaner", "msg | 3 exploiter")  # in the picture
+SHOWN = (("msh-4x4-4h1s", "3 nh"), ("msg", "3 cleaner"), ("msg", "3 exploiter"))  # in the picture
 
 work = train_and_judge
 
@@ -32,15 +35,13 @@ def companies(game: str) -> dict[str, str]:
 def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
     """Seeds outermost: everything has one seed before anything has two."""
     found = []
-    for seed in (1,) if quick else seeds or (1, 2, 3):
-        for game, steps in STEPS.items():
-            for script in SCRIPTS:
-                for goal in GOALS:
-                    words = f"--env-id {game} --co-players {KINDS[game]} --goal {goal}"
-                    words += f" --total-timesteps {4096 if quick else steps} --seed {seed}"
-                    job = {"setting": f"{game} | {script} | {goal}", "seed": seed}
-                    job |= {"script": script, "options": words, "kinds": companies(game)}
-                    found.append({**job, "episodes": 20 if quick else EPISODES[game]})
+    seeds = (1,) if quick else seeds or (1, 2, 3)
+    for seed, game, script, goal in itertools.product(seeds, STEPS, SCRIPTS, GOALS):
+        words = f"--env-id {game} --co-players {KINDS[game]} --goal {goal}"
+        steps = 4096 if quick else STEPS[game]
+        job = training(f"{game} | {script} | {goal}", seed, script, words, steps)
+        episodes = 20 if quick else EPISODES[game]
+        found.append({**job, "kinds": companies(game), "episodes": episodes})
     return found
 
 
@@ -51,7 +52,7 @@ def report(results: list[dict]) -> str:
     for game in STEPS:
         for company in companies(game):
             for script in SCRIPTS:
-                each = paired(*(runs.get(f"{game} | {script} | {goal}", []) for goal in GOALS))
+                each = paired(*(runs[f"{game} | {script} | {goal}"] for goal in GOALS))
                 if all(each):
                     returns = [np.array([r["returns"][company] for r in of]) for of in each]
                     halves = [[r["by_episode"][company][5:] for r in of] for of in each]
@@ -66,25 +67,17 @@ def share(returns: list[np.ndarray]) -> str:
     """Share of the worth of true goals that inferred ones bring; nothing if it may be noise."""
     none, inferred, oracle = returns
     worth, half = interval((oracle - none).tolist())
-    if not worth > half:  # nan as well
-        return ""
-    return f"{(inferred - none).mean() / worth:.0%}"
+    return f"{(inferred - none).mean() / worth:.0%}" if worth > half else ""  # half may be nan
 
 
 def draw(results: list[dict]) -> None:
     """goals.png: return by episode of the match, a row a script, a column a company."""
     runs = by_setting(results)
-    panels = {}
-    for script in SCRIPTS:
-        for shown in SHOWN:
-            game, company = shown.split(" | ")
-            lines = {}
-            for goal in GOALS:
-                of = runs.get(f"{game} | {script} | {goal}")
-                if of:
-                    values = np.array([run["by_episode"][company] for run in of])
-                    lines[goal] = (np.arange(1, 1 + values.shape[1]), values)
-            if lines:
-                panels[f"{script}\n{game}, {company}"] = lines
-    if panels:
-        draw_panels("goals", panels, "episode of the match", "return", columns=len(SHOWN))
+    panels = defaultdict(dict)
+    for script, (game, company), goal in itertools.product(SCRIPTS, SHOWN, GOALS):
+        of = runs[f"{game} | {script} | {goal}"]
+        if of:
+            values = np.array([run["by_episode"][company] for run in of])
+            places = np.arange(1, 1 + values.shape[1])
+            panels[f"{script}\n{game}, {company}"][goal] = (places, values)
+    draw_panels("goals", panels, "episode of the match", "return", columns=len(SHOWN))

@@ -9,11 +9,13 @@ come on top (`longer`). On the 8x8 stag hunts, where a method can be trapped by 
 has five seeds.
 """
 
+import itertools
 import statistics
+from collections import defaultdict
 
 from figures import best_return, by_setting, curves, figure, random_return, table
 from figures import draw as draw_panels
-from run import train_and_judge
+from run import train_and_judge, training
 
 METHODS = {  # name: script, options
     "tree search": ("hop_mcts", ""),
@@ -24,6 +26,7 @@ METHODS = {  # name: script, options
     "plain PPO": ("hop_onestep", "--goal none --plan-update none"),
     "prosocial PPO": ("hop_onestep", "--goal none --plan-update none --prosocial 1"),
 }
+COMPANIES = ("self-play", "mixture")
 STEPS = {  # game steps in self-play, and among the mixture, where fewer seats learn
     "msh-4x4-4h1s": (150_000, 200_000),
     "msh-4h1s": (300_000, 300_000),
@@ -31,14 +34,8 @@ STEPS = {  # game steps in self-play, and among the mixture, where fewer seats l
     "msg": (150_000, 200_000),
 }
 TRAPS = ("msh-4h1s", "msh-4h2s")  # games with five seeds of self-play
-LONGER = {  # how many times the game steps, among the mixture of two of the games
-    "plain PPO": 5,
-    "discrete goals": 5,
-    "tree search": 2,
-    "one step": 2,
-    "latent model": 2,
-    "Direct-OM": 2,
-}
+LONGER = {"plain PPO": 5, "discrete goals": 5}  # how many times the game steps, of two games
+LONGER |= dict.fromkeys(("tree search", "one step", "latent model", "Direct-OM"), 2)
 LONGER_GAMES = ("msh-4h1s", "msg")
 KINDS = {
     "msh": ("self", "ns", "nh", "random", "ns-noisy", "nh-noisy"),
@@ -48,47 +45,33 @@ KINDS = {
 work = train_and_judge
 
 
+def kinds_of(game: str, company: str) -> tuple[str, ...]:
+    """Kinds of co-players to be judged with."""
+    return ("self",) if company == "self-play" else KINDS[game[:3]]
+
+
 def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
     """Seeds outermost: everything has one seed before anything has two."""
     found = []
     for seed in (1,) if quick else seeds or (1, 2, 3, 4, 5):
-        for game in STEPS:
-            for method in METHODS:
-                if seeds or seed <= 3 or game in TRAPS:
-                    found.append(job("self-play", game, method, seed, 1, quick))
-                if seeds or seed <= 3:
-                    found.append(job("mixture", game, method, seed, 1, quick))
-        for game in LONGER_GAMES if seeds or seed <= 3 else ():
-            for method, times in LONGER.items():
-                found.append(job("mixture, longer", game, method, seed, times, quick))
+        parts = [(*part, 1) for part in itertools.product(STEPS, METHODS, COMPANIES)]
+        for game in LONGER_GAMES:
+            parts += [(game, name, "mixture, longer", times) for name, times in LONGER.items()]
+        for game, method, company, times in parts:
+            alone = company == "self-play"
+            if seeds or seed <= 3 or alone and game in TRAPS:
+                script, words = METHODS[method]
+                words = f"--env-id {game} {'--co-players self' * alone} {words}"
+                steps = 4096 if quick else times * STEPS[game][not alone]
+                job = training(f"{game} | {company} | {method}", seed, script, words, steps)
+                job |= {"steps": steps, "kinds": {kind: kind for kind in kinds_of(game, company)}}
+                found.append({**job, "episodes": 20 if quick else 500})
     return found
-
-
-def job(company: str, game: str, method: str, seed: int, times: int, quick: bool) -> dict:
-    """One run."""
-    script, words = METHODS[method]
-    alone = company == "self-play"
-    steps = 4096 if quick else times * STEPS[game][not alone]
-    words = f"--env-id {game} {'--co-players self' * alone} {words}"
-    words = f"{words} --total-timesteps {steps} --seed {seed}"
-    kinds = ("self",) if alone else KINDS[game[:3]]
-    return {
-        "setting": f"{game} | {company} | {method}",
-        "seed": seed,
-        "script": script,
-        "options": " ".join(words.split()),
-        "steps": steps,
-        "kinds": dict(zip(kinds, kinds)),
-        "episodes": 20 if quick else 500,
-    }
 
 
 def returns_of(result: dict) -> dict[str, float]:
     """Return by kind of co-players: of all seats with `self`, else of the learner."""
-    returns = {**result["returns"]}
-    if "self" in returns:
-        returns["self"] = result["all_seats"]["self"]
-    return returns
+    return {k: result["all_seats" if k == "self" else "returns"][k] for k in result["returns"]}
 
 
 def mean_return(result: dict) -> float:
@@ -100,58 +83,45 @@ def report(results: list[dict]) -> str:
     """Tables: self-play and mixture by game; the mixture by kind and by time."""
     runs = by_setting(results)
     parts = []
-    for company in ("self-play", "mixture"):
-        rows = [
-            [method, *(figure(list(map(mean_return, of))) for of in each), pace(runs, method)]
-            for method in METHODS
-            if any(each := [runs.get(f"{game} | {company} | {method}", []) for game in STEPS])
-        ]
-        kinds = {game: ("self",) if company == "self-play" else KINDS[game[:3]] for game in STEPS}
-        random = {
-            game: statistics.mean(random_return(game, kind) for kind in kinds[game])
-            for game in STEPS
-        }
-        rows.append(["random play", *(f"{random[game]:.2f}" for game in STEPS), ""])
+    for company in COMPANIES:
+        rows = []
+        for method in METHODS:
+            each = [runs[f"{game} | {company} | {method}"] for game in STEPS]
+            if any(each):
+                cells = [figure([*map(mean_return, of)]) for of in each]
+                rows.append([method, *cells, pace(runs, method)])
+        random = [[random_return(game, k) for k in kinds_of(game, company)] for game in STEPS]
+        rows.append(["random play", *(f"{statistics.mean(x):.2f}" for x in random), ""])
         if company == "self-play":
             rows.append(["upper bound", *(f"{best_return(game):.2f}" for game in STEPS), ""])
-        head = [f"{company}: mean return", *STEPS, "CPU time, plain PPO = 1"]
-        parts.append(table(head, rows))
+        parts.append(table([f"{company}: mean return", *STEPS, "CPU time, plain PPO = 1"], rows))
     for game in STEPS:
+        kinds = KINDS[game[:3]]
         rows = []
-        for company in ("mixture", "mixture, longer"):
-            for method in METHODS:
-                of = runs.get(f"{game} | {company} | {method}")
-                if of:
-                    rows.append([method, *by_kind(of, game)])
-        random = [f"{random_return(game, kind):.2f}" for kind in KINDS[game[:3]]]
+        for company, method in itertools.product(("mixture", "mixture, longer"), METHODS):
+            of = runs[f"{game} | {company} | {method}"]
+            if of:
+                each = [statistics.mean(returns_of(run)[kind] for run in of) for kind in kinds]
+                seconds = statistics.mean(run["train_cpu_seconds"] for run in of)
+                cells = [f"{of[0]['steps']:,}", *(f"{x:.2f}" for x in each)]
+                rows.append([method, *cells, figure([*map(mean_return, of)]), f"{seconds:.0f}"])
+        random = [f"{random_return(game, kind):.2f}" for kind in kinds]
         rows.append(["random play", "", *random, "", ""])
-        head = [f"{game}, mixture", "game steps", *KINDS[game[:3]], "mean", "CPU seconds"]
+        head = [f"{game}, mixture", "game steps", *kinds, "mean", "CPU seconds"]
         parts.append(table(head, rows))
     return "\n\n".join(parts)
-
-
-def by_kind(runs: list[dict], game: str) -> list[str]:
-    """Cells: game steps, mean return with three of each kind, over all, CPU seconds."""
-    cells = [f"{runs[0]['steps']:,}"]
-    for kind in KINDS[game[:3]]:
-        cells.append(f"{statistics.mean(returns_of(run)[kind] for run in runs):.2f}")
-    cells.append(figure(list(map(mean_return, runs))))
-    return [*cells, f"{statistics.mean(run['train_cpu_seconds'] for run in runs):.0f}"]
 
 
 def pace(runs: dict[str, list[dict]], method: str) -> str:
     """Least and greatest CPU time of a method's runs, in that of plain PPO's run of the same game,
     company and seed, of the same commit on the same machine: not of another day, as a rule."""
-    names = ("seed", "machine", "commit")
-    ratios = []
-    for game in STEPS:
-        for company in ("self-play", "mixture"):
-            settings = [f"{game} | {company} | {name}" for name in (method, "plain PPO")]
-            own, plain = (
-                {tuple(r[name] for name in names): r["train_cpu_seconds"] for r in of}
-                for of in (runs.get(setting, []) for setting in settings)
-            )
-            ratios += [own[key] / plain[key] for key in own.keys() & plain.keys()]
+    seconds = defaultdict(dict)  # by method
+    for game, company, name in itertools.product(STEPS, COMPANIES, (method, "plain PPO")):
+        for run in runs.get(f"{game} | {company} | {name}", []):
+            key = (game, company, run["seed"], run["machine"], run["commit"])
+            seconds[name][key] = run["train_cpu_seconds"]
+    own, plain = seconds[method], seconds["plain PPO"]
+    ratios = [own[key] / plain[key] for key in own.keys() & plain.keys()]
     return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
 
 
@@ -159,16 +129,11 @@ def draw(results: list[dict]) -> None:
     """learning_self-play.png by game steps, learning_mixture.png by time."""
     runs = by_setting(results)
     for company, column in (("self-play", 0), ("mixture", 1)):
-        panels = {}
-        for game in STEPS:
-            lines = {}
-            for method in METHODS:
-                of = runs.get(f"{game} | {company} | {method}")
-                if of:
-                    places, values = curves(of, column)
-                    lines[method] = (places if column else places / 1000, values)
-            if lines:
-                panels[game] = lines
-        if panels:
-            x = "CPU seconds" if column else "thousand game steps"
-            draw_panels(f"learning_{company}", panels, x, "mean return of the learner's seats")
+        panels = defaultdict(dict)
+        for game, method in itertools.product(STEPS, METHODS):
+            of = runs[f"{game} | {company} | {method}"]
+            if of:
+                places, values = curves(of, column)
+                panels[game][method] = (places if column else places / 1000, values)
+        x = "CPU seconds" if column else "thousand game steps"
+        draw_panels(f"learning_{company}", panels, x, "mean return of the learner's seats")

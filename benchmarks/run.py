@@ -68,9 +68,14 @@ def checkpoint_of(benchmark: str, setting: str, seed: int, quick: bool) -> str:
     return str(CHECKPOINTS / benchmark / f"{name}.pt")
 
 
-# ------------------------------------------------------------------------------------------------
-# A job, in its own process
-# ------------------------------------------------------------------------------------------------
+# ---- A job, in its own process -------------------------------------------------------------------
+def training(setting: str, seed: int, script: str, words: str, steps: int, **more) -> dict:
+    """A job for `train_and_judge`, so many game steps with `words` of the command line."""
+    words = f"{words} --total-timesteps {steps} --seed {seed}"
+    job = {"setting": setting, "seed": seed, "script": script, "options": " ".join(words.split())}
+    return {**job, **more}
+
+
 def train_and_judge(job: dict) -> dict:
     """Trains a `script` with `options` of the command line, and evaluates it for `episodes` with
     each of `kinds`, co-players by a name for them; `keep`: path of the checkpoint to be kept."""
@@ -140,9 +145,7 @@ def machine() -> str:
     return f"{found[1] if found else platform.machine()}, 1 thread of {os.cpu_count()}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Many jobs
-# ------------------------------------------------------------------------------------------------
+# ---- Many jobs -----------------------------------------------------------------------------------
 def results_in(file: Path) -> list[dict]:
     """The results in `file`, by setting and seed; the last one of each."""
     results = {}

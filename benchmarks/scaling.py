@@ -9,7 +9,7 @@ iteration has a fixed cost: these runs are cut, and count at equal time alone.
 import numpy as np
 
 from figures import by_setting, figure, table
-from run import train_and_judge
+from run import train_and_judge, training
 
 GAME = "msh-4x4-4h1s"
 METHODS = {"plain PPO": "--goal none --plan-update none", "one step": ""}
@@ -27,10 +27,9 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
         for games in (16, 64) if quick else GAMES:
             for method, words in METHODS.items():
                 steps = 4096 if quick else CUT.get((method, games), STEPS)
-                words = f"--env-id {GAME} --co-players self --num-envs {games} {words}".strip()
-                words += f" --total-timesteps {steps} --seed {seed}"
-                job = {"setting": f"{method} | {games} games", "seed": seed, "steps": steps}
-                job |= {"script": "hop_onestep", "options": words, "kinds": {"self": "self"}}
+                words = f"--env-id {GAME} --co-players self --num-envs {games} {words}"
+                job = training(f"{method} | {games} games", seed, "hop_onestep", words, steps)
+                job |= {"steps": steps, "kinds": {"self": "self"}}
                 found.append({**job, "episodes": 20 if quick else 1000})
     return found
 
@@ -47,8 +46,7 @@ def report(results: list[dict]) -> str:
     runs = by_setting(results)
     parts = []
     for method in METHODS:
-        each = {n: runs.get(f"{method} | {n} games", []) for n in GAMES}
-        each = {n: of for n, of in each.items() if of}
+        each = {n: of for n in GAMES if (of := runs[f"{method} | {n} games"])}
         whole = [n for n in each if (method, n) not in CUT]
         if whole:
             least = min(max(run["train_cpu_seconds"] for run in each[n]) for n in whole)
