@@ -45,7 +45,7 @@ GAMES = ("msh-4x4-4h1s", "msh-4h1s", "msg")
 GROUPS = ("self-play", "mixture", "diverse")
 METHODS = ("hop_mcts", "hop_onestep", "hop_ppo_gumbel", "latent_world_model")
 SCRIPTED = {"msh": ("ns", "nh", "random"), "msg": ("cleaner", "exploiter", "random")}
-LEARNERS = {"plain PPO": "", "prosocial PPO": " --prosocial 1"}  # co-players that go on learning
+LEARNERS = {"plain PPO": "", "prosocial PPO": "--prosocial 1"}  # co-players that go on learning
 REFERENCES = ("--plan-update none", "")  # options, beside --goal none
 MATCHES = 10  # of a learner with each kind
 STEPS = 2400  # of a match
@@ -57,105 +57,75 @@ LEAST_RANGE = 0.05  # of score 1, between the two; with less there is no score
 SHOWN = {"msh-4x4-4h1s": "nh", "msh-4h1s": "nh", "msg": "exploiter"}  # in the picture
 
 
-def kept(name: str, seed: int, quick: bool) -> str:
-    """Path from ROOT of who was trained under this name."""
-    return checkpoint_of("adaptation", name, seed, quick)
+def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+    """Seeds outermost; one reference of a kind is enough."""
+    seeds = (1,) if quick else seeds or (1, 2, 3, 4, 5)
+    games = GAMES[:1] if quick else GAMES
+    found = [jobs_of(game, seed, quick) for seed, game in itertools.product(seeds, games)]
+    later = sum(found[len(games) :], [])
+    return sum(found[: len(games)], []) + [job for job in later if "reference_steps" not in job]
 
 
-def kinds_of(game: str, seed: int, quick: bool) -> dict[str, str]:
-    """Co-players by name, as `--co-players` takes them."""
+def jobs_of(game: str, seed: int, quick: bool) -> list[dict]:
+    """Co-players and pools; learners; then references, and matches of every learner and kind."""
     family = game[:3]
+    groups, methods = (GROUPS[:1], METHODS[1:3]) if quick else (GROUPS, METHODS)
+    found = []
+
+    def kept(name):
+        """Path from ROOT of who was trained under this name."""
+        return checkpoint_of("adaptation", f"{game} | {name}", seed, quick)
+
+    def train(name, script, words, keep, own=seed, steps=500_000, **more):
+        words = f"--env-id {game} {words} --seed {own} --total-timesteps {8192 if quick else steps}"
+        job = {"setting": f"training | {game} | {name}", "seed": own, "script": script}
+        job |= {"options": " ".join(words.split()), "kinds": {"self": "self"}, "episodes": 100}
+        found.append({**job, "keep": keep, **more})
+
+    for name, words in LEARNERS.items():
+        words = f"--co-players self --goal none --plan-update none {words}"
+        train(name, "hop_onestep", words, kept(name))
+    pool = Path(kept("pool")).with_suffix("")
+    pooled = {kind: f"--co-players {kind}" for kind in ("self", *SCRIPTED[family])}
+    pooled |= {"prosocial": "--co-players self --prosocial 1", "mixture": ""}
+    for name, words in pooled.items() if "diverse" in groups else ():
+        words = f"--plan-update none {words}"
+        keep = str(pool / name / "checkpoint.pt")  # of another seed than who meets it
+        train(f"pool | {name}", "hop_onestep", words, keep, seed + 100, 150_000)
+    company = ",".join([*MIXTURE[family], str(pool)])
+    trained = {"self-play": "--co-players self", "mixture": "--num-envs 16"}
+    trained["diverse"] = f"--num-envs 16 --co-players {company} --snapshot-every 250"
+    for group, method in itertools.product(groups, methods):
+        name = f"{group} | {method}"
+        train(name, method, trained[group], kept(name), stage=1)
     kinds = {kind: kind for kind in SCRIPTED[family]}
     for label, players in (("stranger", strangers.DEVELOPMENT), ("held-out", strangers.HELD_OUT)):
-        for player in players[family]:
-            kinds[f"{label} {player.__name__}"] = f"benchmarks.strangers:{player.__name__}"
-    for name in LEARNERS:
-        kinds[f"learning {name}"] = kept(f"{game} | {name}", seed, quick)
-    return {kind: kinds[kind] for kind in list(kinds)[:: 5 if quick else 1]}
-
-
-def pool_of(game: str) -> dict[str, str]:
-    """Options of the runs of a pool, by name."""
-    pool = {kind: f"--co-players {kind}" for kind in ("self", *SCRIPTED[game[:3]])}
-    return pool | {"prosocial": "--co-players self --prosocial 1", "mixture": ""}
-
-
-def pool_at(game: str, seed: int, quick: bool) -> Path:
-    """Folder from ROOT of the runs that learners of the group `diverse` meet as well."""
-    return Path(kept(f"{game} | pool", seed, quick)).with_suffix("")
-
-
-def words_of(group: str, game: str, seed: int, quick: bool) -> str:
-    """Options that learners of a group are trained with."""
-    if group == "self-play":
-        return "--co-players self"
-    if group == "mixture":
-        return "--num-envs 16"
-    company = ",".join([*MIXTURE[game[:3]], str(pool_at(game, seed, quick))])
-    return f"--num-envs 16 --co-players {company} --snapshot-every 250"
-
-
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
-    """Pools; trainings; then references, and the matches of every learner with every kind."""
-    seeds = (1,) if quick else seeds or (1, 2, 3, 4, 5)
-    games, groups, methods = GAMES, GROUPS, METHODS
-    if quick:
-        games, groups, methods = GAMES[:1], GROUPS[:1], METHODS[1:3]
-    found = []
-    for seed, game in itertools.product(seeds, games):
-        plain = "--co-players self --goal none --plan-update none"
-        for name, words in LEARNERS.items():
-            keep = kept(f"{game} | {name}", seed, quick)
-            found.append(training(game, name, "hop_onestep", plain + words, seed, keep, quick))
-        for name, words in pool_of(game).items() if "diverse" in groups else ():
-            keep = str(pool_at(game, seed, quick) / name / "checkpoint.pt")
-            words = f"--plan-update none {words}"
-            own = seed + 100  # another than that of who meets it
-            found.append(training(game, f"pool | {name}", "hop_onestep", words, own, keep, quick))
+        kinds |= {f"{label} {name}": f"benchmarks.strangers:{name}" for name in players[family]}
+    kinds |= {f"learning {name}": kept(name) for name in LEARNERS}
+    for kind in list(kinds)[:: 5 if quick else 1]:
+        played = {"game": game, "kind": kind, "entry": kinds[kind], "stage": 2}
+        played |= {"steps": 600 if quick else STEPS, "matches": 2 if quick else MATCHES}
+        reference = {"setting": f"reference | {game} | {kind}", "seed": 1, **played}
+        found.append({**reference, "reference_steps": 4096 if quick else 300_000})
         for group, method in itertools.product(groups, methods):
             name = f"{group} | {method}"
-            keep = kept(f"{game} | {name}", seed, quick)
-            words = words_of(group, game, seed, quick)
-            job = training(game, name, method, words, seed, keep, quick)
-            found.append(job | {"stage": 1})
-        for kind, entry in kinds_of(game, seed, quick).items():
-            played = {"game": game, "kind": kind, "entry": entry, "steps": 600 if quick else STEPS}
-            played |= {"matches": 2 if quick else MATCHES, "stage": 2}
-            reference = {"setting": f"reference | {game} | {kind}", "seed": 1, **played}
-            reference["reference_steps"] = 4096 if quick else 300_000
-            if seed == seeds[0]:
-                found.append(reference)
-            for group, method in itertools.product(groups, methods):
-                name = f"{game} | {group} | {method}"
-                match = {**played, "seed": seed, "group": group, "script": method}
-                match["learner"] = kept(name, seed, quick)
-                ways = ["learning"]
-                if not kind.startswith("learning "):
-                    ways += ["frozen"] if method == "hop_ppo_gumbel" else ["frozen", "planning"]
-                for way in ways:
-                    found.append({**match, "setting": f"{name} | {kind} | {way}", "way": way})
+            match = {**played, "seed": seed, "group": group, "script": method}
+            match["learner"] = kept(name)
+            ways = ["learning"]
+            if not kind.startswith("learning "):
+                ways += ["frozen"] if method == "hop_ppo_gumbel" else ["frozen", "planning"]
+            for way in ways:
+                setting = f"{game} | {name} | {kind} | {way}"
+                found.append({**match, "setting": setting, "way": way})
     return found
 
 
-def training(game, name, script, words, seed, keep, quick):
-    """The job of a learner, of co-players that go on learning, or of a run of a pool."""
-    steps = 8192 if quick else 150_000 if name.startswith("pool") else 500_000
-    words = f"--env-id {game} {words} --seed {seed} --total-timesteps {steps}"
-    job = {"setting": f"training | {game} | {name}", "seed": seed, "script": script}
-    job |= {"options": " ".join(words.split()), "kinds": {"self": "self"}, "episodes": 100}
-    return job | {"keep": keep}
-
-
-# ------------------------------------------------------------------------------------------------
-# Matches
-# ------------------------------------------------------------------------------------------------
+# ---- Matches -------------------------------------------------------------------------------------
 def windows(ends: list[tuple[int, float]], steps: int) -> list[float]:
     """Mean return by window [steps / WINDOW] of episodes (step of the end, return); nan if none."""
-    parts = [[] for _ in range(steps // WINDOW)]
-    for step, value in ends:
-        if step < WINDOW * len(parts):
-            parts[step // WINDOW].append(value)
-    return [float(np.mean(part)) if part else float("nan") for part in parts]
+    step, value = np.array(ends).T
+    parts = [value[step // WINDOW == k] for k in range(steps // WINDOW)]
+    return [float(part.mean()) if len(part) else float("nan") for part in parts]
 
 
 def frozen(script, path, entry, batch, steps, seed, **play):
@@ -256,19 +226,18 @@ def work(job: dict) -> dict:
         return {"random": random_return(job["game"], entry), "trained": trained}
     script = importlib.import_module(job["script"])
     path = str(ROOT / job["learner"])
-    seeds = range(1000 * job["seed"], 1000 * job["seed"] + job["matches"])
+    seed = 1000 * job["seed"]
     if job["way"] != "learning":
-        play = {}
-        if job["way"] == "planning":
-            play = {name: value for name, value in script.INIT.items() if name in script.PLAYED}
-        played = frozen(script, path, entry, job["matches"], job["steps"], seeds[0], **play)
+        given = script.INIT if job["way"] == "planning" else {}
+        play = {name: given[name] for name in script.PLAYED if name in given}
+        played = frozen(script, path, entry, job["matches"], job["steps"], seed, **play)
         return {job["way"]: played[0], "first": played[1]}
     began = time.process_time()
     matches = []
-    for seed in seeds:
+    for k in range(job["matches"]):
         learner = Learner() if job["kind"].startswith("learning ") else None
-        matches.append(learning(script, path, entry, job["steps"], seed, learner))
-    seconds = (time.process_time() - began) / len(seeds)
+        matches.append(learning(script, path, entry, job["steps"], seed + k, learner))
+    seconds = (time.process_time() - began) / len(matches)
     return {"learning": matches, "cpu_seconds_a_match": round(seconds, 1)}
 
 
@@ -282,9 +251,7 @@ def reference(job: dict, entry: str, words: str) -> float:
     return float(np.nanmean(returns[-LATE:]))
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 def scale(results: list[dict]) -> dict[tuple, tuple[float, float]]:
     """Returns of score 0 and of score 1, by game and kind."""
     found = [result for result in results if result["setting"].startswith("reference")]
@@ -346,28 +313,27 @@ def matches_in(results: list[dict], scales: dict) -> dict[tuple, list[dict]]:
 
 
 def report(results: list[dict]) -> str:
-    """A table of scores for each game and group of learners."""
+    """A table of scores for each game and group of learners, and one of shares."""
     scales = scale(results)
     played = matches_in(results, scales)
     parts = []
     for (game, group), keys in itertools.groupby(sorted(played), key=lambda key: key[:2]):
         rows = []
         for key in keys:
-            several = played[key]
-            first = [r for r in several if r["way"] == "frozen"]
-            cells = [figure([late(scored(r, "first", scales)) for r in first])]
-            for name in ("frozen", "planning", "learning"):
-                cells.append(figure([late(scored(r, name, scales)) for r in several]))
-            seconds = [r.get("cpu_seconds_a_match") for r in several]
-            shares = [share(r, scales) for r in several]
-            rows.append([*key[2:], *cells, figure(shares), figure(seconds, 0)])
+            of = played[key]
+            first = [scored(r, "first", scales) for r in of if r["way"] == "frozen"]
+            cells = [figure([late(x) for x in first])]
+            for way in ("frozen", "planning", "learning"):
+                cells.append(figure([late(scored(r, way, scales)) for r in of]))
+            cells.append(figure([share(r, scales) for r in of]))
+            cells.append(figure([r.get("cpu_seconds_a_match") for r in of], 0))
+            rows.append([*key[2:], *cells])
         head = ["script", "co-players", "frozen, first ten", "frozen, last 600"]
         head += ["frozen, planning", "learning, last 600", "frozen, share of return"]
-        head += ["CPU seconds a match"]
-        parts.append(f"{game}, trained: {group}\n\n{table(head, rows)}")
+        parts.append(f"{game}, trained: {group}\n\n{table([*head, 'CPU seconds a match'], rows)}")
     rows = []
     for key, settings in itertools.groupby(sorted(played), key=lambda key: key[:3]):
-        cells = mean_shares(sum((played[setting] for setting in settings), []), scales)
+        cells = mean_shares([r for setting in settings for r in played[setting]], scales)
         if any(cells):
             rows.append([*key, *cells])
     for game in sorted({row[0] for row in rows}):
@@ -383,15 +349,12 @@ def draw(results: list[dict]) -> None:
     scales = scale(results)
     played = matches_in(results, scales)
     panels = defaultdict(dict)
-    for game, kind in SHOWN.items():
-        for method in METHODS:
-            for name in ("frozen", "learning"):
-                several = played.get((game, "self-play", method, kind), [])
-                scores = [scored(r, name, scales) for r in several]
-                scores = [np.nanmean(np.atleast_2d(x), 0) for x in scores if x is not None]
-                if scores:
-                    ends = WINDOW * np.arange(1, len(scores[0]) + 1)
-                    panels[f"{game}: three {kind}"][f"{method}, {name}"] = (ends, np.array(scores))
-    if panels:
-        y = "score (0 random, 1 trained on them)"
-        draw_panels("adaptation", panels, "steps of the match", y, columns=3, ylim=(-0.2, 1.1))
+    ways = ("frozen", "learning")
+    for (game, kind), method, way in itertools.product(SHOWN.items(), METHODS, ways):
+        scores = [scored(r, way, scales) for r in played[game, "self-play", method, kind]]
+        scores = [np.nanmean(np.atleast_2d(x), 0) for x in scores if x is not None]
+        if scores:
+            ends = WINDOW * np.arange(1, len(scores[0]) + 1)
+            panels[f"{game}: three {kind}"][f"{method}, {way}"] = (ends, np.array(scores))
+    y = "score (0 random, 1 trained on them)"
+    draw_panels("adaptation", panels, "steps of the match", y, columns=3, ylim=(-0.2, 1.1))

@@ -9,15 +9,13 @@ after one that does not count. That both searches make the same visits is held b
 """
 
 import contextlib
-import dataclasses
 import itertools
 import statistics
-import sys
 import tempfile
 import time
-import types
 from collections import defaultdict
 from math import exp, sqrt
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -49,9 +47,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Sequential search
-# ------------------------------------------------------------------------------------------------
+# ---- Sequential search ---------------------------------------------------------------------------
 class PlainGame:
     """What a GridGame does, for one game at a time: a GridState of lists and numbers."""
 
@@ -101,26 +97,23 @@ class PlainGame:
         return own[0], views[0]
 
 
-class Node(types.SimpleNamespace):
-    """A state in a tree: `number` of the simulation that made it, `depth`, `state`, `seen` (its
-    features), `reward` on the way, `value`, `goes_on`, and `prior` (None until expanded, then A
-    numbers, -1: illegal); then also `joint` (N actions), `visits`, `total` and `children` (A)."""
-
-
 class PlainTree:
     """The search of the player at seat 0 of one game, one node, one call of a network and one step
     of the game at a time, in plain Python, as HOP's own code has it. What Model is given of many
-    trees it is given of one: `draws` [S + 1, N], goals [N, Z]."""
+    trees it is given of one: `draws` [S + 1, N], goals [N, Z].
+
+    A node has the `number` of the simulation that made it, `depth`, `state`, `seen` (its features),
+    `reward` on the way, `value` and `goes_on`; from its first visit on `legal` actions (None
+    before), `joint` (N actions), and by action [A] `prior`, `visits`, `total` and `children`."""
 
     def __init__(self, agent, game, state, value, goals, drawn, draws):
         self.agent = agent
-        self.args = agent.args
         self.game = game
         self.theirs = goals[1:]
         self.goal = goals[1:].sum(0)
         self.drawn = drawn
         self.draws = draws.tolist()
-        self.root = Node(number=0, depth=0, state=state, value=value, prior=None)
+        self.root = SimpleNamespace(number=0, depth=0, state=state, value=value, legal=None)
         self.root.seen = game.features(state)
 
     def ask(self, network, node):
@@ -131,7 +124,8 @@ class PlainTree:
     def expand(self, node):
         """Asks for the prior, and draws what the co-players do."""
         masks = self.game.mask(node.state)
-        prior = softmax(self.ask(self.agent.actor, node).tolist(), masks[0])
+        node.prior = softmax(self.ask(self.agent.actor, node).tolist(), masks[0])
+        node.legal = [action for action, legal in enumerate(masks[0]) if legal]
         own, views = node.seen
         node.joint = [None]
         for j in range(1, len(masks)):
@@ -139,58 +133,59 @@ class PlainTree:
             upto = [*itertools.accumulate(softmax(logits, masks[j]))]
             draw = self.draws[node.number][j] * upto[-1]
             node.joint.append(next(a for a, p in enumerate(upto) if p > draw))
-        node.prior = [p if legal else -1.0 for p, legal in zip(prior, masks[0])]
-        node.visits = [0] * len(prior)
-        node.total = [0.0] * len(prior)
-        node.children = [None] * len(prior)
+        node.visits = [0] * len(node.prior)
+        node.total = [0.0] * len(node.prior)
+        node.children = [None] * len(node.prior)
 
     def choose(self, node):
         """The action to try next: by the prior at first, then by PUCT."""
-        legal = [action for action, p in enumerate(node.prior) if p >= 0]
         count = sum(node.visits)
         if count == 0:
-            return max(legal, key=node.prior.__getitem__)
-        mean = (node.value + sum(node.total)) / (1 + count)
-        q = [total / n if n else mean for total, n in zip(node.total, node.visits)]
+            return max(node.legal, key=node.prior.__getitem__)
+        q = means(node)
         low = min(q)
         span = max(max(q) - low, 1e-8)
-        weight = self.args.puct_c * sqrt(count)
+        weight = self.agent.args.puct_c * sqrt(count)
         rows = zip(q, node.prior, node.visits)
         score = [(x - low) / span + weight * p / (1 + n) for x, p, n in rows]
-        untried = [action for action in legal if node is self.root and not node.visits[action]]
-        return max(untried or legal, key=score.__getitem__)
+        untried = [action for action in node.legal if node is self.root and not node.visits[action]]
+        return max(untried or node.legal, key=score.__getitem__)
 
     def step(self, node, action, number):
         """The node to which an action leads, with its value."""
-        args = self.args
+        args = self.agent.args
         joint = [action, *node.joint[1:]]
         state, rewards, terminated, truncated = self.game.step(node.state, joint)
+        child = SimpleNamespace(number=number, depth=node.depth + 1, state=state, legal=None)
         reward = (1.0 - args.prosocial) * rewards[0] + args.prosocial * sum(rewards) / len(rewards)
-        child = Node(number=number, depth=node.depth + 1, state=state, value=0.0, prior=None)
         child.reward = args.reward_scale * reward
         child.goes_on = not terminated and not truncated and child.depth < args.max_depth
-        if not terminated:
-            child.seen = self.game.features(state)
-            child.value = self.ask(self.agent.critic, child).item()
+        child.seen = self.game.features(state) if not terminated else None
+        child.value = 0.0 if terminated else self.ask(self.agent.critic, child).item()
         return child
 
-    def simulate(self, number):
-        """Down to an action that was not tried, or after which nothing follows; and back up."""
-        path = []
-        child = self.root
-        while child is self.root or child.goes_on and child.number != number:
-            node = child
-            if node.prior is None:
-                self.expand(node)
-            action = self.choose(node)
-            child = node.children[action] or self.step(node, action, number)
-            node.children[action] = child
-            path.append((node, action))
-        future = child.value
-        for node, action in reversed(path):
-            future = node.children[action].reward + self.args.gamma * future
-            node.visits[action] += 1
-            node.total[action] += future
+    def simulate(self, node, number):
+        """Return from a node on: down to an action that was not tried, or after which nothing
+        follows; and back up."""
+        if node.legal is None:
+            self.expand(node)
+        action = self.choose(node)
+        child = node.children[action]
+        if child is None:
+            child = node.children[action] = self.step(node, action, number)
+            future = child.value
+        else:
+            future = self.simulate(child, number) if child.goes_on else child.value
+        future = child.reward + self.agent.args.gamma * future
+        node.visits[action] += 1
+        node.total[action] += future
+        return future
+
+
+def means(node):
+    """Mean returns [A] of a node's actions; of one not tried, the mean of all and of the value."""
+    mean = (node.value + sum(node.total)) / (1 + sum(node.visits))
+    return [total / n if n else mean for total, n in zip(node.total, node.visits)]
 
 
 def softmax(logits, mask):
@@ -212,26 +207,20 @@ def sequential_search(given, value, args):
         root = hop_mcts.GridState(*(field[t].tolist() for field in state))
         tree = PlainTree(agent, game, root, float(value[t]), goals[t], drawn[t], draws[:, t])
         for number in range(1, args.num_simulations + 1):
-            tree.simulate(number)
-        visits = tree.root.visits
-        total = tree.root.total
-        mean = (tree.root.value + sum(total)) / (1 + args.num_simulations)
-        rows.append([[x / n if n else mean for x, n in zip(total, visits)], visits])
+            tree.simulate(tree.root, number)
+        rows.append([means(tree.root), tree.root.visits])
     return value.new_tensor(rows).unbind(1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Measuring
-# ------------------------------------------------------------------------------------------------
+# ---- Measuring -----------------------------------------------------------------------------------
 def train(job):
     """An agent that plain PPO made in self-play, and its memory of running matches, [games, ..]."""
-    args = hop_mcts.Args(env_id=job["game"], co_players="self", plan_update="none")
+    args = hop_mcts.Args(env_id=job["game"], seed=job["seed"], co_players="self")
+    args.plan_update = "none"
     args.num_envs = max(args.num_envs, *job["batches"])
     args.total_timesteps = max(job["training"], args.num_envs * args.num_steps)
-    args.seed = job["seed"]
     last = {}
-    folder = tempfile.TemporaryDirectory()
-    with folder, contextlib.chdir(folder.name):
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         hop_mcts.train(args, watch=last.update)
     return last["agent"], last["player"].memory
 
@@ -241,11 +230,10 @@ def make_players(job, trained):
     players = {}
     for name in METHODS:
         script = hop_onestep if name == "one step" else hop_mcts
-        plans = "none" if name == "no planner" else "offset"
-        values = {**vars(trained.args), "plan_update": plans}
-        values |= {"num_simulations": job["simulations"], "num_goal_samples": TREES}
-        known = {field.name for field in dataclasses.fields(script.Args)}
-        args = script.Args(**{key: value for key, value in values.items() if key in known})
+        given = {**vars(trained.args), "num_goal_samples": TREES}
+        given["num_simulations"] = job["simulations"]
+        given["plan_update"] = "none" if name == "no planner" else "offset"
+        args = script.Args(**{key: given[key] for key in vars(script.Args()) if key in given})
         agent = script.Agent(script.GridGame(job["game"]), args)
         agent.load_state_dict(trained.state_dict(), strict=False)
         players[name] = script.Player(agent, 1)
@@ -253,7 +241,7 @@ def make_players(job, trained):
 
 
 @no_grad()
-def act(player, memory, seed, decisions=sys.maxsize):
+def act(player, memory, seed, decisions=None):
     """Decides in fresh games, one for each row of the `memory`, at all seats or as many as
     `decisions`: CPU seconds a decision."""
     generator = Generator().manual_seed(seed)
@@ -261,35 +249,23 @@ def act(player, memory, seed, decisions=sys.maxsize):
     state = game.start(len(memory), generator)
     mask = game.action_mask(state)
     seats = torch.zeros_like(mask[:, :, 0])
-    decisions = min(decisions, seats.numel())
+    decisions = decisions or seats.numel()
     seats.view(-1)[torch.linspace(0, seats.numel() - 1, decisions).long()] = True
     player.memory = memory
-    company = types.SimpleNamespace(generator=generator)
+    company = SimpleNamespace(generator=generator)
     start = time.process_time()
     player.act(state, mask, seats, company)
     return (time.process_time() - start) / decisions
 
 
-def planning_by(search):
-    """A context in which hop_mcts.py plans by this search, which is given what Model would be."""
-    return mock.patch.multiple(hop_mcts, Model=lambda *given: given, search=search)
-
-
-def work(job: dict) -> dict:
-    """Decisions a second by parallel games and method."""
-    trained, memory = train(job)
-    players = make_players(job, trained)
-    rates = {f"{n}": measure(players, memory[:n], job["rounds"]) for n in job["batches"]}
-    return {"rates": rates}
-
-
 def measure(players, memory, rounds):
     """Medians over rounds: decisions a second by method."""
     rates = defaultdict(list)
+    plain = {"Model": lambda *given: given, "search": sequential_search}
     for number in range(rounds + 1):
         for name, player in players.items():
             if name == "sequential search":
-                with planning_by(sequential_search):
+                with mock.patch.multiple(hop_mcts, **plain):
                     seconds = [act(player, memory[:SEQUENTIAL], number, SEQUENTIAL)]
             else:
                 calls = 1 if name == "batched search" else 4
@@ -298,9 +274,14 @@ def measure(players, memory, rounds):
     return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------
+def work(job: dict) -> dict:
+    """Decisions a second by parallel games and method."""
+    trained, memory = train(job)
+    players = make_players(job, trained)
+    return {"rates": {f"{n}": measure(players, memory[:n], job["rounds"]) for n in job["batches"]}}
+
+
+# ---- Figures -------------------------------------------------------------------------------------
 def report(results: list[dict]) -> str:
     """Decisions a second of every method."""
     rows = []

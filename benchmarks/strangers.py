@@ -21,58 +21,58 @@ On the snowdrift:
 - `Waverer` (held out) removes drifts, but stays in every second step.
 """
 
+from operator import attrgetter
+
 import torch
-from torch import Generator, Tensor
+from torch import Tensor, where
 
 STAY = 4
 MOVES = 5  # UP, DOWN, LEFT, RIGHT, STAY; actions that take items follow
-FAR = 10**6
 
 
 class Stranger:
-    """Walks to the cheapest target and takes it. A callable as `--co-players` wants it; `costs`
-    says what each cell is worth going to."""
+    """Goes to the cheapest of the cells that it wants, and takes what lies there: a callable as
+    `--co-players` wants it. `wants` and `cost` are functions of what it has seen, its attributes,
+    that tell bool and float [R, S] by cell. In each of R rows:
 
-    def __init__(self):
-        self.episode = None  # int64 [R, 1] number within the match
-        self.taken = None  # int64 [R, 1] items that the row has tried to take in this episode
+    - by cell [R, S]: `players` (the others), `items`, the `first` and `second` kind of items; and
+      `distance` from the own cell;
+    - [R, 1]: steps `done` in the episode, the `episode` in the match, items that are `left` in it,
+      `most` at its start, and how often the row has `taken` one;
+    - distances between cells `apart` [S, S], and their `column` [S]."""
+
+    def __init__(self, wants, cost=attrgetter("distance")):
+        self.wants = wants
+        self.cost = cost
+        self.episode = self.taken = self.most = 0
 
     def start_match(self, which: Tensor) -> None:
         """Takes bool [R]: rows whose match starts."""
-        which = which[:, None]
-        if self.episode is None:
-            self.episode = self.taken = torch.zeros_like(which).long()
-        self.episode = torch.where(which, -1, self.episode)
+        self.episode = where(which[:, None], -1, self.episode)
 
-    def costs(self, seen: dict[str, Tensor], distance: Tensor, done: Tensor) -> Tensor:
-        """float [R, S] by cell: FAR where nothing is to be gone to, else what the least of decides.
-        `seen` [R, S] by name, bool: `players` (the others), `first` and `second` kind of items,
-        `items`; `distance` [R, S] from the own cell; `done` [R, 1] steps of the episode. There are
-        also `self.apart` [S, S], distances between cells, and `self.column` [S]."""
-        raise NotImplementedError
-
-    def __call__(
-        self, observation: Tensor, action_mask: Tensor, clock: Tensor, generator: Generator
-    ):
+    def __call__(self, observation, action_mask, clock, generator):
         """Actions int64 [R] for observations [R, C, H, W] of own cell, other players, kinds of
         items, bool `action_mask` [R, A] and `clock` [R, 2] (steps done, left)."""
-        rows, _, height, width = observation.shape
+        height, width = observation.shape[2:]
         kinds = action_mask.shape[1] - MOVES
-        done = clock[:, :1]
-        if self.episode is None:
-            self.start_match(torch.ones(rows, dtype=torch.bool, device=observation.device))
-        self.episode = self.episode + (done == 0)
-        self.taken = self.taken.masked_fill(done == 0, 0)
         planes = observation.flatten(2) > 0.5  # [R, C, S]
         items = planes[:, -kinds:]
-        seen = {"players": planes[:, 1:-kinds].any(1), "items": items.any(1)}
-        seen |= {"first": items[:, 0], "second": items[:, -1]}
+        self.players = planes[:, 1:-kinds].any(1)
+        self.items = items.any(1)
+        self.first = items[:, 0]
+        self.second = items[:, -1]
+        self.left = self.items.sum(1, True)
+        self.done = clock[:, :1]
+        self.episode = self.episode + (self.done == 0)
+        self.taken = where(self.done == 0, 0, self.taken)
+        self.most = where(self.done == 0, self.left, self.most)
         cell = torch.arange(height * width, device=clock.device)
         self.column = cell % width
         self.apart = (cell // width - cell[:, None] // width).abs()
-        self.apart += (self.column - self.column[:, None]).abs()  # [S, S]
+        self.apart += (self.column - self.column[:, None]).abs()
         own = planes[:, 0].int().argmax(1)
-        costs = self.costs(seen, self.apart[own], done).float()
+        self.distance = self.apart[own]
+        costs = where(self.wants(self), self.cost(self).float(), torch.inf)
         costs = costs + 0.5 * torch.rand(costs.shape, generator=generator, device=costs.device)
         least, target = costs.min(1)
         moves = torch.tensor([-width, width, -1, 1, 0], device=clock.device)
@@ -80,90 +80,30 @@ class Stranger:
         reach = self.apart[after, target[:, None]]  # [R, 5]
         closer = action_mask[:, :MOVES] & (reach < reach[:, STAY:])
         noise = torch.rand(closer.shape, generator=generator, device=costs.device)
-        action = torch.where(closer, noise, -1.0).argmax(1)
-        action = torch.where(closer.any(1) & (least < FAR), action, STAY)
+        action = where(closer, noise, -1.0).argmax(1)
+        action = where(closer.any(1) & least.isfinite(), action, STAY)
         takes = action_mask[:, MOVES:]
-        taking = (target == own) & takes.any(1) & (least < FAR)
+        taking = (target == own) & takes.any(1) & least.isfinite()
         self.taken = self.taken + taking[:, None]
-        return torch.where(taking, MOVES + takes.int().argmax(1), action)
+        return where(taking, MOVES + takes.int().argmax(1), action)
 
 
-def wanted(plane: Tensor, cost: Tensor) -> Tensor:
-    """`cost` [R, S] where bool `plane` has something, else FAR."""
-    return torch.where(plane, cost.float(), float(FAR))
+def apart_from_players(seen: Stranger) -> Tensor:
+    """float [R, S]: distance from the nearest other player."""
+    return where(seen.players[:, None], seen.apart, 99).amin(2).float()
 
 
-class Waiting(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["items"] & (done >= 8), distance)
-
-
-class Turns(Stranger):
-    def costs(self, seen, distance, done):
-        even = self.episode % 2 == 0
-        return wanted(torch.where(even, seen["first"], seen["second"]), distance)
-
-
-class Follower(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["players"], distance)
-
-
-class Nearest(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["items"], distance)
-
-
-class Shy(Stranger):
-    def costs(self, seen, distance, done):
-        players = seen["players"][:, None]
-        nearest = torch.where(players, self.apart.float(), 99.0).amin(2)
-        return wanted(seen["second"], 100.0 - nearest)
-
-
-class Late(Stranger):
-    def costs(self, seen, distance, done):
-        early = done < 15
-        return wanted(torch.where(early, seen["first"], seen["second"]), distance)
-
-
-class Lazy(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["items"] & (distance <= 2), distance)
-
-
-class Shifts(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["items"] & (self.episode % 2 == 0), distance)
-
-
-class Halves(Stranger):
-    def costs(self, seen, distance, done):
-        left = 2 * self.column <= self.column.max()
-        return wanted(seen["items"] & left, distance)
-
-
-class Tired(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["items"] & (done < 15), distance)
-
-
-class Fair(Stranger):
-    def __init__(self):
-        super().__init__()
-        self.most = 0  # items at the start of the episode
-
-    def costs(self, seen, distance, done):
-        left = seen["items"].sum(1, True)
-        self.most = torch.where(done == 0, left, self.most)
-        fair = 2 * self.taken <= self.most - left
-        return wanted(seen["items"] & fair, distance)
-
-
-class Waverer(Stranger):
-    def costs(self, seen, distance, done):
-        return wanted(seen["items"] & (done % 2 == 0), distance)
-
-
-DEVELOPMENT = {"msh": (Waiting, Turns, Follower), "msg": (Lazy, Shifts, Halves)}
-HELD_OUT = {"msh": (Nearest, Shy, Late), "msg": (Tired, Fair, Waverer)}
+Waiting = Stranger(lambda seen: seen.items & (seen.done >= 8))
+Turns = Stranger(lambda seen: where(seen.episode % 2 == 0, seen.first, seen.second))
+Follower = Stranger(lambda seen: seen.players)
+Nearest = Stranger(lambda seen: seen.items)
+Shy = Stranger(lambda seen: seen.second, lambda seen: 100 - apart_from_players(seen))
+Late = Stranger(lambda seen: where(seen.done < 15, seen.first, seen.second))
+Lazy = Stranger(lambda seen: seen.items & (seen.distance <= 2))
+Shifts = Stranger(lambda seen: seen.items & (seen.episode % 2 == 0))
+Halves = Stranger(lambda seen: seen.items & (2 * seen.column <= seen.column.max()))
+Tired = Stranger(lambda seen: seen.items & (seen.done < 15))
+Fair = Stranger(lambda seen: seen.items & (2 * seen.taken <= seen.most - seen.left))
+Waverer = Stranger(lambda seen: seen.items & (seen.done % 2 == 0))
+DEVELOPMENT = {"msh": "Waiting Turns Follower".split(), "msg": "Lazy Shifts Halves".split()}
+HELD_OUT = {"msh": "Nearest Shy Late".split(), "msg": "Tired Fair Waverer".split()}

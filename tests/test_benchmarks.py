@@ -380,7 +380,7 @@ def test_strangers_do_what_they_are_said_to_do():
     assert left[:, :, 0].all() and not left[-1].all()
     for family in ("msh", "msg"):
         for stranger in strangers.DEVELOPMENT[family] + strangers.HELD_OUT[family]:
-            gone = ~played_by(family, stranger.__name__, 14)
+            gone = ~played_by(family, stranger, 14)
             assert gone.any() and not gone[0].all()
     counts = {}
     for name in ("Tired", "Fair", "Waverer", "Lazy", "Halves"):
