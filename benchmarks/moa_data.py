@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from figures import by_setting, figure, paired, table
-from run import ROOT, checkpoint_of, save
+from run import ROOT, checkpoint_of, save, training
 
 EPISODES = 5
 MATCHES = 300  # to vote by, and as many to measure on
@@ -56,24 +56,24 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
         donor = checkpoint_of("moa_data", "donor", seed, quick)
         for name, words in BUFFERS.items():
             own = seed + 100 * (name == "donor")
-            job = {"setting": f"buffer | {name}", "seed": own, "script": "hop_onestep"}
             words = f"--env-id {BUFFER_GAME} --co-players {KINDS['msh']} {words}"
+            about = {"kinds": KINDS["msh"]}
             if name.startswith("loaded"):
                 words += f" {donor}"
-                job["stage"] = 1
-            if name == "donor":
-                job["keep"] = donor
-            words += f" --total-timesteps {4096 if quick else BUFFER_STEPS} --seed {own}"
-            found.append({**job, "options": " ".join(words.split()), "kinds": KINDS["msh"]})
-        for game, steps in MODEL_STEPS.items():
+                about["stage"] = 1
+            elif name == "donor":
+                about["keep"] = donor
+            steps = 4096 if quick else BUFFER_STEPS
+            found.append(training(f"buffer | {name}", own, "hop_onestep", words, steps, **about))
+        for game in list(MODEL_STEPS)[: 1 if quick else 2]:
+            kinds = KINDS[game[:3]]
+            steps = 4096 if quick else MODEL_STEPS[game]
             for name, (script, words) in MODELS.items():
-                kinds = KINDS[game[:3]]
                 words = f"--env-id {game} --co-players {kinds} {words} --learning-rate 0"
                 words += f" --match-episodes {EPISODES}"
-                words += f" --total-timesteps {4096 if quick else steps} --seed {seed}"
-                job = {"setting": f"model | {game} | {name}", "seed": seed, "script": script}
-                found.append({**job, "options": " ".join(words.split()), "kinds": kinds})
-    return found if not quick else [job for job in found if "msg" not in job["setting"]]
+                setting = f"model | {game} | {name}"
+                found.append(training(setting, seed, script, words, steps, kinds=kinds))
+    return found
 
 
 def work(job: dict) -> dict:
@@ -125,7 +125,7 @@ def predictions(script, player, memory, mask):
     belief = moa.belief(memory).clamp(min=1e-30).log()
     each = []
     for action in range(mask.shape[2]):
-        taken = torch.full_like(mask[:, :, 0], action, dtype=torch.int64)
+        taken = torch.full(mask.shape[:2], action)
         each.append((belief + moa.log_likelihood(own, views, mask, taken)).logsumexp(2))
     return torch.stack(each, 2)
 
@@ -169,14 +169,13 @@ def play(script, agent, kinds, seed):
 
 def accuracy(votes: torch.Tensor, pairs: torch.Tensor, names: list[str]) -> float:
     """Share of players whose goal tells the kind, by the majority of `votes` with that goal."""
+    kinds = torch.arange(len(names))
     if "cleaner" in names:
-        cleaner = names.index("cleaner")
-        votes = torch.stack([votes[:, 0], votes[:, 1] == cleaner], 1)
-        pairs = torch.stack([pairs[:, 0], pairs[:, 1] == cleaner], 1)
-    table = torch.zeros(64, 64)
+        kinds = torch.tensor([name == "cleaner" for name in names]).long()
+    table = torch.zeros(64, len(names))
     ones = torch.ones(len(votes))
-    table.index_put_((votes[:, 0], votes[:, 1]), ones, accumulate=True)
-    return float((table.argmax(1)[pairs[:, 0]] == pairs[:, 1]).float().mean())
+    table.index_put_((votes[:, 0], kinds[votes[:, 1]]), ones, accumulate=True)
+    return float((table.argmax(1)[pairs[:, 0]] == kinds[pairs[:, 1]]).float().mean())
 
 
 def report(results: list[dict]) -> str:
@@ -184,7 +183,7 @@ def report(results: list[dict]) -> str:
     runs = by_setting(results)
     rows = []
     for name in BUFFERS:
-        of = runs.get(f"buffer | {name}", [])
+        of = runs[f"buffer | {name}"]
         nll = [figure([mean(r[when]) for r in of], 3) for when in ("early", "late")]
         returns = [figure([r[when] for r in of]) for when in ("first", "last")]
         rows.append([name, *nll, *returns, figure([r["train_cpu_seconds"] for r in of], 0)])
@@ -192,17 +191,17 @@ def report(results: list[dict]) -> str:
     head += ["return of the first fifth", "of the last", "CPU seconds"]
     parts = [table(head, rows)]
     for game in MODEL_STEPS:
-        of = {name: runs.get(f"model | {game} | {name}", []) for name in MODELS}
+        of = {name: runs[f"model | {game} | {name}"] for name in MODELS}
         rows = []
-        for name, some in of.items():
-            rows.append([f"nats an action, {name}", *cells([r["late"] for r in some], 3)])
+        for name in MODELS:
+            rows.append([f"nats an action, {name}", *cells([r["late"] for r in of[name]], 3)])
         for name in ("vae", "discrete", "em"):
             rows.append([f"gap closed, {name}", *cells(gaps(of, name), 2)])
         for name in ("discrete", "em"):
             rows.append([f"kind known, {name}", *cells([r["known"] for r in of[name]], 3)])
-        episodes = [f"episode {k + 1}" for k in range(EPISODES)]
+        head = [game, *(f"episode {k + 1}" for k in range(EPISODES))]
         rows = [row for row in rows if len(row) > 1]
-        parts += [table([game, *episodes], rows)] if rows else []
+        parts += [table(head, rows)] if rows else []
     return "\n\n".join(parts)
 
 

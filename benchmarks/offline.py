@@ -84,22 +84,19 @@ def play(path, game, env_id, pool, options):
         raise script.UsageError("--steps: at least 1")
     players = Company(game, pool, GAMES, EPISODES, generator)
     state = game.start(GAMES, generator)
-    data = defaultdict(list)
+    steps = []
     for _ in tqdm(range(ceil(options.steps / GAMES)), "play", unit_scale=GAMES, unit="step"):
         actions = players.act(state, game.action_mask(state))
         after, reward, terminated, truncated = game.step(state, actions)
         ended = (terminated | truncated).all(1)
-        step = {**state._asdict(), **{f"next_{k}": x for k, x in after._asdict().items()}}
+        step = state._asdict() | {f"next_{k}": x for k, x in after._asdict().items()}
         step |= {"action": actions, "reward": reward, "terminated": terminated}
-        step |= {"truncated": truncated, "match_ended": players.observe(ended)}
-        for name, value in step.items():
-            data[name].append(value.numpy())
+        steps.append({**step, "truncated": truncated, "match_ended": players.observe(ended)})
         state = game.restart(after, ended, generator) if ended.any() else after
-    arrays = {name: np.stack(values) for name, values in data.items()}
+    arrays = {name: stack([step[name] for step in steps]).numpy() for name in steps[0]}
     for name, values in arrays.items():
         if values.dtype == np.int64:  # in the smallest type that holds them
-            low, high = values.min(), values.max()
-            arrays[name] = values.astype(np.min_scalar_type(high if low >= 0 else min(low, ~high)))
+            arrays[name] = values.astype(np.min_scalar_type(min(values.min(), ~values.max())))
     with script.refused(f"cannot write {path}"), open(path, "wb") as file:
         np.savez_compressed(file, env_id=env_id, horizon=game.horizon, **arrays)
 
@@ -239,9 +236,7 @@ def main(words=None):
         sys.exit(2)
 
 
-# ------------------------------------------------------------------------------------------------
-# Benchmark: learning from a file alone, beside learning online among the same kinds
-# ------------------------------------------------------------------------------------------------
+# ---- Benchmark: learning from a file alone, beside learning online among the same kinds ----------
 GAME, KINDS = "msh-4x4-4h1s", "ns,nh,random"
 FILE_STEPS, TRAINING = 75_000, 200_000  # game steps
 WAYS = {"offline": "--offline {file}", "online": f"--co-players {KINDS}"}
@@ -250,27 +245,23 @@ WAYS = {"offline": "--offline {file}", "online": f"--co-players {KINDS}"}
 def jobs(seeds, quick):
     """A file for each seed, and both ways to learn."""
     found = []
+    steps, recorded, episodes = (4096, 4096, 20) if quick else (TRAINING, FILE_STEPS, 640)
     for seed in (1,) if quick else seeds or (1, 2, 3):
         for way, words in WAYS.items():
-            steps = 4096 if quick else TRAINING
-            words = f"--env-id {GAME} {words} --total-timesteps {steps} --seed {seed}"
-            job = {"setting": way, "seed": seed, "script": script.SCRIPT, "options": words}
-            job |= {"kinds": {kind: kind for kind in KINDS.split(",")}}
-            job["recorded"] = 4096 if quick else FILE_STEPS
-            found.append(job | {"episodes": 20 if quick else 640})
+            job = run.training(way, seed, script.SCRIPT, f"--env-id {GAME} {words}", steps)
+            job |= {"kinds": {kind: kind for kind in KINDS.split(",")}, "recorded": recorded}
+            found.append({**job, "episodes": episodes})
     return found
 
 
 def work(job):
     """Trains, from a file that is recorded first, or online; what the model knows of other play."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        file = "play.npz"
-        recorded = Collect(file, KINDS, job["recorded"], job["seed"])
-        collect(recorded)
-        result = run.train_and_judge({**job, "options": job["options"].format(file=file)})
-        unseen = Collect(file, KINDS, job["recorded"] // 6, 1000 + job["seed"])
-        collect(unseen)
-        model = judge(Judge(result.pop("folder"), file))
+        collect(Collect("play.npz", KINDS, job["recorded"], job["seed"]))
+        words = job["options"].format(file="play.npz")
+        result = run.train_and_judge({**job, "options": words})
+        collect(Collect("unseen.npz", KINDS, job["recorded"] // 6, 1000 + job["seed"]))
+        model = judge(Judge(result.pop("folder"), "unseen.npz"))
     return {**result, "options": job["options"], "model": model}
 
 
@@ -282,15 +273,14 @@ def report(results):
     for way, of in runs.items():
         returns = [figures.figure([r["returns"][kind] for r in of]) for kind in KINDS.split(",")]
         rows.append([way, *returns])
-    parts = [figures.table([f"{GAME}: learner with three", *KINDS.split(",")], rows)]
-    if "offline" in runs:
-        of = [r["model"] for r in runs["offline"]]
-        rows = []
-        for name in of[0]:
-            ends = [(model[name][0], *model[name][STEPS - 1 :]) for model in of]  # of V one figure
-            rows.append([name, *(figures.figure(list(values), 3) for values in zip(*ends))])
-        parts.append(figures.table(["model, offline", "1 step", f"{STEPS} steps"], rows))
-    return "\n\n".join(parts)
+    returns = figures.table([f"{GAME}: learner with three", *KINDS.split(",")], rows)
+    models = [r["model"] for r in runs["offline"]]
+    rows = []
+    for name in models[0] if models else ():
+        ends = [(model[name][0], *model[name][STEPS - 1 :]) for model in models]  # of V one figure
+        rows.append([name, *(figures.figure(list(values), 3) for values in zip(*ends))])
+    known = figures.table(["model, offline", "1 step", f"{STEPS} steps"], rows)
+    return f"{returns}\n\n{known}" if models else returns
 
 
 if __name__ == "__main__":
