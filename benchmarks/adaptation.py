@@ -57,20 +57,20 @@ LEAST_RANGE = 0.05  # of score 1, between the two; with less there is no score
 SHOWN = {"msh-4x4-4h1s": "nh", "msh-4h1s": "nh", "msg": "exploiter"}  # in the picture
 
 
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Seeds outermost; one reference of a kind is enough."""
     seeds = (1,) if quick else seeds or (1, 2, 3, 4, 5)
     games = GAMES[:1] if quick else GAMES
-    found = [jobs_of(game, seed, quick) for seed, game in itertools.product(seeds, games)]
-    later = sum(found[len(games) :], [])
-    return sum(found[: len(games)], []) + [job for job in later if "reference_steps" not in job]
+    for seed, game in itertools.product(seeds, games):
+        for job in jobs_of(game, seed, quick):
+            if seed == seeds[0] or "reference_steps" not in job:
+                yield job
 
 
-def jobs_of(game: str, seed: int, quick: bool) -> list[dict]:
+def jobs_of(game: str, seed: int, quick: bool):
     """Co-players and pools; learners; then references, and matches of every learner and kind."""
     family = game[:3]
     groups, methods = (GROUPS[:1], METHODS[1:3]) if quick else (GROUPS, METHODS)
-    found = []
 
     def kept(name):
         """Path from ROOT of who was trained under this name."""
@@ -80,24 +80,24 @@ def jobs_of(game: str, seed: int, quick: bool) -> list[dict]:
         words = f"--env-id {game} {words} --seed {own} --total-timesteps {8192 if quick else steps}"
         job = {"setting": f"training | {game} | {name}", "seed": own, "script": script}
         job |= {"options": " ".join(words.split()), "kinds": {"self": "self"}, "episodes": 100}
-        found.append({**job, "keep": keep, **more})
+        return {**job, "keep": keep, **more}
 
     for name, words in LEARNERS.items():
         words = f"--co-players self --goal none --plan-update none {words}"
-        train(name, "hop_onestep", words, kept(name))
+        yield train(name, "hop_onestep", words, kept(name))
     pool = Path(kept("pool")).with_suffix("")
     pooled = {kind: f"--co-players {kind}" for kind in ("self", *SCRIPTED[family])}
     pooled |= {"prosocial": "--co-players self --prosocial 1", "mixture": ""}
     for name, words in pooled.items() if "diverse" in groups else ():
         words = f"--plan-update none {words}"
         keep = str(pool / name / "checkpoint.pt")  # of another seed than who meets it
-        train(f"pool | {name}", "hop_onestep", words, keep, seed + 100, 150_000)
+        yield train(f"pool | {name}", "hop_onestep", words, keep, seed + 100, 150_000)
     company = ",".join([*MIXTURE[family], str(pool)])
     trained = {"self-play": "--co-players self", "mixture": "--num-envs 16"}
     trained["diverse"] = f"--num-envs 16 --co-players {company} --snapshot-every 250"
     for group, method in itertools.product(groups, methods):
         name = f"{group} | {method}"
-        train(name, method, trained[group], kept(name), stage=1)
+        yield train(name, method, trained[group], kept(name), stage=1)
     kinds = {kind: kind for kind in SCRIPTED[family]}
     for label, players in (("stranger", strangers.DEVELOPMENT), ("held-out", strangers.HELD_OUT)):
         kinds |= {f"{label} {name}": f"benchmarks.strangers:{name}" for name in players[family]}
@@ -106,7 +106,7 @@ def jobs_of(game: str, seed: int, quick: bool) -> list[dict]:
         played = {"game": game, "kind": kind, "entry": kinds[kind], "stage": 2}
         played |= {"steps": 600 if quick else STEPS, "matches": 2 if quick else MATCHES}
         reference = {"setting": f"reference | {game} | {kind}", "seed": 1, **played}
-        found.append({**reference, "reference_steps": 4096 if quick else 300_000})
+        yield {**reference, "reference_steps": 4096 if quick else 300_000}
         for group, method in itertools.product(groups, methods):
             name = f"{group} | {method}"
             match = {**played, "seed": seed, "group": group, "script": method}
@@ -116,8 +116,7 @@ def jobs_of(game: str, seed: int, quick: bool) -> list[dict]:
                 ways += ["frozen"] if method == "hop_ppo_gumbel" else ["frozen", "planning"]
             for way in ways:
                 setting = f"{game} | {name} | {kind} | {way}"
-                found.append({**match, "setting": setting, "way": way})
-    return found
+                yield {**match, "setting": setting, "way": way}
 
 
 # ---- Matches -------------------------------------------------------------------------------------

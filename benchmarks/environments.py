@@ -9,7 +9,7 @@ in simple_tag, where three chase one, it tells how often that is caught, not how
 import operator
 
 from figures import by_setting, figure, table
-from run import train_and_judge, training
+from run import training
 
 ENVIRONMENTS = {  # name: id, co-players, game steps
     "rps": ("pettingzoo.classic.rps_v2", "benchmarks.biased_rps:Biased", 65_536),
@@ -25,12 +25,9 @@ METHODS = {  # name: script, options
     "plain PPO": ("hop_onestep", "--goal none"),
 }
 
-work = train_and_judge
 
-
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Seeds outermost."""
-    found = []
     for seed in (1,) if quick else seeds or (1, 2, 3):
         for name, (env_id, company, steps) in ENVIRONMENTS.items():
             for method, (script, words) in METHODS.items():
@@ -38,8 +35,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 steps = 2048 if quick else steps
                 job = training(f"{name} | {method}", seed, script, words, steps)
                 kinds = {"trained with": company}
-                found.append({**job, "kinds": kinds, "episodes": 32 if quick else 320})
-    return found
+                yield {**job, "kinds": kinds, "episodes": 32 if quick else 320}
 
 
 def report(results: list[dict]) -> str:

@@ -29,10 +29,8 @@ class ForagingParallelEnv(ParallelEnv):
         self.max_cycles = self.env.spec.kwargs["max_episode_steps"]
         self.possible_agents = [f"player_{seat}" for seat in range(self.env.n_agents)]
         self.agents = []
-        views = self.env.observation_space
-        moves = self.env.action_space
-        self.observation_spaces = dict(zip(self.possible_agents, views, strict=True))
-        self.action_spaces = dict(zip(self.possible_agents, moves, strict=True))
+        self.observation_spaces = self.by_agent(self.env.observation_space)
+        self.action_spaces = self.by_agent(self.env.action_space)
 
     def observation_space(self, agent: str) -> spaces.Space:
         return self.observation_spaces[agent]

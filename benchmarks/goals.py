@@ -15,7 +15,7 @@ import numpy as np
 
 from figures import by_setting, figure, interval, paired, table
 from figures import draw as draw_panels
-from run import train_and_judge, training
+from run import training
 
 GOALS = ("none", "inferred", "oracle")
 SCRIPTS = ("hop_mcts", "hop_onestep", "hop_ppo_gumbel", "latent_world_model")
@@ -24,25 +24,21 @@ KINDS = {"msh-4x4-4h1s": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 EPISODES = {"msh-4x4-4h1s": 2000, "msg": 500}  # of the evaluation, in each company
 SHOWN = (("msh-4x4-4h1s", "3 nh"), ("msg", "3 cleaner"), ("msg", "3 exploiter"))  # in the picture
 
-work = train_and_judge
-
 
 def companies(game: str) -> dict[str, str]:
     """Co-players that a learner is judged among, by a name for them."""
     return {f"3 {kind}": kind for kind in KINDS[game].split(",")} | {"one of each": KINDS[game]}
 
 
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Seeds outermost: everything has one seed before anything has two."""
-    found = []
     seeds = (1,) if quick else seeds or (1, 2, 3)
     for seed, game, script, goal in itertools.product(seeds, STEPS, SCRIPTS, GOALS):
         words = f"--env-id {game} --co-players {KINDS[game]} --goal {goal}"
         steps = 4096 if quick else STEPS[game]
         job = training(f"{game} | {script} | {goal}", seed, script, words, steps)
         episodes = 20 if quick else EPISODES[game]
-        found.append({**job, "kinds": companies(game), "episodes": episodes})
-    return found
+        yield {**job, "kinds": companies(game), "episodes": episodes}
 
 
 def report(results: list[dict]) -> str:

@@ -36,12 +36,7 @@ class GridParallelEnv(ParallelEnv):
     UsageError (a ValueError) for an unknown game or render mode, ValueError for a bad seed, a
     missing action or one outside the action space, ResetNeeded before the first `reset`."""
 
-    metadata = {
-        "name": "hop_grid_v0",
-        "render_modes": ["rgb_array"],
-        "render_fps": 4,
-        "is_parallelizable": True,
-    }
+    metadata = {"name": "hop_grid_v0", "render_modes": ["rgb_array"], "render_fps": 4}
 
     def __init__(self, env_id="msh-4h1s", render_mode=None, max_cycles: int | None = None):
         if render_mode not in (None, *self.metadata["render_modes"]):

@@ -15,7 +15,7 @@ from collections import defaultdict
 
 from figures import best_return, by_setting, curves, figure, random_return, table
 from figures import draw as draw_panels
-from run import train_and_judge, training
+from run import training
 
 METHODS = {  # name: script, options
     "tree search": ("hop_mcts", ""),
@@ -42,17 +42,14 @@ KINDS = {
     "msg": ("self", "cleaner", "exploiter", "random", "cleaner-noisy", "exploiter-noisy"),
 }
 
-work = train_and_judge
-
 
 def kinds_of(game: str, company: str) -> tuple[str, ...]:
     """Kinds of co-players to be judged with."""
     return ("self",) if company == "self-play" else KINDS[game[:3]]
 
 
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Seeds outermost: everything has one seed before anything has two."""
-    found = []
     for seed in (1,) if quick else seeds or (1, 2, 3, 4, 5):
         parts = [(*part, 1) for part in itertools.product(STEPS, METHODS, COMPANIES)]
         for game in LONGER_GAMES:
@@ -65,8 +62,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 steps = 4096 if quick else times * STEPS[game][not alone]
                 job = training(f"{game} | {company} | {method}", seed, script, words, steps)
                 job |= {"steps": steps, "kinds": {kind: kind for kind in kinds_of(game, company)}}
-                found.append({**job, "episodes": 20 if quick else 500})
-    return found
+                yield {**job, "episodes": 20 if quick else 500}
 
 
 def returns_of(result: dict) -> dict[str, float]:

@@ -49,9 +49,8 @@ MODELS = {  # script and options
 KINDS = {"msh": "ns,nh,random", "msg": "cleaner,exploiter,random"}
 
 
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Seeds outermost."""
-    found = []
     for seed in (1,) if quick else seeds or (1, 2, 3):
         donor = checkpoint_of("moa_data", "donor", seed, quick)
         for name, words in BUFFERS.items():
@@ -64,7 +63,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
             elif name == "donor":
                 about["keep"] = donor
             steps = 4096 if quick else BUFFER_STEPS
-            found.append(training(f"buffer | {name}", own, "hop_onestep", words, steps, **about))
+            yield training(f"buffer | {name}", own, "hop_onestep", words, steps, **about)
         for game in list(MODEL_STEPS)[: 1 if quick else 2]:
             kinds = KINDS[game[:3]]
             steps = 4096 if quick else MODEL_STEPS[game]
@@ -72,8 +71,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 words = f"--env-id {game} --co-players {kinds} {words} --learning-rate 0"
                 words += f" --match-episodes {EPISODES}"
                 setting = f"model | {game} | {name}"
-                found.append(training(setting, seed, script, words, steps, kinds=kinds))
-    return found
+                yield training(setting, seed, script, words, steps, kinds=kinds)
 
 
 def work(job: dict) -> dict:

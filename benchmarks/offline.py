@@ -244,14 +244,12 @@ WAYS = {"offline": "--offline {file}", "online": f"--co-players {KINDS}"}
 
 def jobs(seeds, quick):
     """A file for each seed, and both ways to learn."""
-    found = []
     steps, recorded, episodes = (4096, 4096, 20) if quick else (TRAINING, FILE_STEPS, 640)
     for seed in (1,) if quick else seeds or (1, 2, 3):
         for way, words in WAYS.items():
             job = run.training(way, seed, script.SCRIPT, f"--env-id {GAME} {words}", steps)
             job |= {"kinds": {kind: kind for kind in KINDS.split(",")}, "recorded": recorded}
-            found.append({**job, "episodes": episodes})
-    return found
+            yield {**job, "episodes": episodes}
 
 
 def work(job):

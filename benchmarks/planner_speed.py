@@ -34,17 +34,15 @@ SEQUENTIAL = 3  # decisions of the sequential search a round
 METHODS = ("sequential search", "batched search", "one step", "no planner")
 
 
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Each alone on the machine."""
-    found = []
     for seed in seeds or (1,):
         for game in GAMES[:1] if quick else GAMES:
             for simulations in (8,) if quick else SIMULATIONS:
                 job = {"setting": f"{game} | {simulations} simulations", "seed": seed}
                 job |= {"game": game, "simulations": simulations, "alone": True}
                 job |= {"batches": (2,) if quick else BATCHES, "rounds": 1 if quick else 5}
-                found.append(job | {"training": 2048 if quick else 32_768})
-    return found
+                yield job | {"training": 2048 if quick else 32_768}
 
 
 # ---- Sequential search ---------------------------------------------------------------------------

@@ -1,19 +1,18 @@
 """Runs the benchmarks: trainings and matches in processes of one thread, results as JSON lines.
 
-    python benchmarks/run.py --quick                     # all in small, to see that all works
     python benchmarks/run.py learning                    # one benchmark: what has no result yet
     python benchmarks/run.py goals --only "msg | hop_mcts" --seeds 1    # a part of it
-    python benchmarks/run.py --fresh                     # measures anew, apart from what is here
     python benchmarks/run.py --report                    # results.md and pictures of what is here
 
 Stop it and start it at will: at most the runs under way are lost, and a run that fails costs no
 other its result. A line of results has the command, seed, commit (`-dirty`: something was not
 committed), machine, version of torch and seconds.
 
-A benchmark is a module of this folder with `jobs(seeds, quick)`, a list of dicts with `setting` and
-`seed`; `work(job)`, which makes the result of one in its own process; `report(results)`, Markdown;
-and, where there are pictures, `draw(results)`. A job with a `stage` waits for all of lower stages;
-one that is to be `alone` runs while no other does.
+A benchmark is a module of this folder with `jobs(seeds, quick)`, dicts with `setting` and `seed`,
+seeds outermost, so that everything has one before anything has two; `work(job)`, which makes the
+result of one in its own process, by default `train_and_judge`; `report(results)`, Markdown; and,
+where there are pictures, `draw(results)`. A job with a `stage` waits for all of lower stages; one
+that is to be `alone` runs while no other does.
 """
 
 import dataclasses
@@ -27,7 +26,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
@@ -38,7 +36,6 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks/experiments")]
-CHECKPOINTS = Path("benchmarks/checkpoints")  # from ROOT; trained players that later jobs play
 NAMES = """learning adaptation goals environments scaling planner_speed moa_data offline
     transformer diffusion view""".split()
 
@@ -63,17 +60,17 @@ def results_of(name: str, options: Options) -> Path:
 
 
 def checkpoint_of(benchmark: str, setting: str, seed: int, quick: bool) -> str:
-    """Path from ROOT of a kept checkpoint."""
+    """Path from ROOT of a trained player that later jobs play."""
     name = re.sub(r"[^\w.-]", "_", f"{setting}__{seed}{'__quick' * quick}")
-    return str(CHECKPOINTS / benchmark / f"{name}.pt")
+    return f"benchmarks/checkpoints/{benchmark}/{name}.pt"
 
 
 # ---- A job, in its own process -------------------------------------------------------------------
 def training(setting: str, seed: int, script: str, words: str, steps: int, **more) -> dict:
     """A job for `train_and_judge`, so many game steps with `words` of the command line."""
     words = f"{words} --total-timesteps {steps} --seed {seed}"
-    job = {"setting": setting, "seed": seed, "script": script, "options": " ".join(words.split())}
-    return {**job, **more}
+    about = {"setting": setting, "seed": seed, "script": script}
+    return about | {"options": " ".join(words.split())} | more
 
 
 def train_and_judge(job: dict) -> dict:
@@ -82,14 +79,14 @@ def train_and_judge(job: dict) -> dict:
     script = importlib.import_module(job["script"])
     began = time.process_time()
     metrics = script.train(script.parse_arguments(shlex.split(job["options"])))
-    result = {**job, "command": f"python {job['script']}.py {job['options']}"}
-    result["train_cpu_seconds"] = round(time.process_time() - began, 1)
+    seconds = round(time.process_time() - began, 1)
     content = script.load_checkpoint(metrics["run"])
     if "keep" in job:
         names = ("script", "args", "agent", "played")  # what playing needs
         save({name: content[name] for name in names}, ROOT / job["keep"])
     seats = script.make_game(script.Args(**content["args"]), "cpu").num_players
-    result |= {"returns": {}, "by_episode": {}, "all_seats": {}}
+    result = {**job, "command": f"python {job['script']}.py {job['options']}"}
+    result |= {"train_cpu_seconds": seconds, "returns": {}, "by_episode": {}, "all_seats": {}}
     for kind, entry in job["kinds"].items():
         seed = 1000 + job["seed"]
         played = script.evaluate(metrics["run"], entry, episodes=job["episodes"], seed=seed)
@@ -97,8 +94,7 @@ def train_and_judge(job: dict) -> dict:
         result["returns"][kind] = round(played["focal_return"], 4)
         result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
         result["all_seats"][kind] = round(everyone / seats, 4)
-    result["curve"] = curve(metrics["run"], result["train_cpu_seconds"])
-    return result | {"folder": metrics["run"]}
+    return result | {"curve": curve(metrics["run"], seconds), "folder": metrics["run"]}
 
 
 def save(content: dict, path: Path) -> None:
@@ -132,7 +128,8 @@ def work(job: dict) -> dict:
     torch.set_num_threads(1)
     start = time.time()
     benchmark = importlib.import_module(job["benchmark"])
-    result = {**job, **benchmark.work(job), "torch": torch.__version__, "machine": machine()}
+    result = {**job, **getattr(benchmark, "work", train_and_judge)(job)}
+    result |= {"torch": torch.__version__, "machine": machine()}
     result.pop("folder", None)
     result["cpu_seconds"] = round(time.process_time(), 1)
     return result | {"seconds": round(time.time() - start, 1)}
@@ -171,11 +168,10 @@ def commit() -> str:
     """The commit of the code; `-dirty` if anything but results and pictures has changed since."""
     made = [":!benchmarks/results", ":!benchmarks/results.md", ":!benchmarks/pictures"]
     changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *made]
-    found = []
+    told = []
     for words in (["git", "rev-parse", "--short", "HEAD"], changed):
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        found.append(done.stdout.strip())
-    return (found[0] or "unknown") + "-dirty" * bool(found[1])
+        told.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip())
+    return (told[0] or "unknown") + "-dirty" * bool(told[1])
 
 
 def jobs_left(jobs: list[dict], options: Options, results: list[dict]) -> list[dict]:
@@ -200,7 +196,7 @@ def in_process(job: dict, running: set[subprocess.Popen]) -> dict | str:
     return json.loads(output.splitlines()[-1])
 
 
-def side_by_side(jobs: list[dict], at_once: int, deadline: float) -> Iterator[dict | str]:
+def side_by_side(jobs: list[dict], at_once: int, deadline: float):
     """As they come: what `in_process` makes of each job that can start before `deadline`. No
     process outlives the one that asks."""
     running: set[subprocess.Popen] = set()
@@ -224,9 +220,8 @@ def run_all(name: str, options: Options, deadline: float) -> int:
     """Works off the jobs of a benchmark that are left; returns how many failed."""
     file = results_of(name, options)
     jobs = importlib.import_module(name).jobs(options.seeds, options.quick)
-    jobs = jobs_left(jobs, options, results_in(file))
     about = {"benchmark": name, "commit": commit()}
-    jobs = [{**job, **about} for job in jobs]
+    jobs = [{**job, **about} for job in jobs_left(jobs, options, results_in(file))]
     failed = 0
     with tqdm(total=len(jobs), unit="run", desc=name) as progress:
         for stage in sorted({job.get("stage", 0) for job in jobs}):
@@ -239,9 +234,8 @@ def run_all(name: str, options: Options, deadline: float) -> int:
                     continue
                 append(result, file)
                 progress.update()
-                told = f" {result['returns']}" if "returns" in result else ""
-                setting = f"{result['setting']}, seed {result['seed']}:{told}"
-                progress.write(f"{setting} in {result['seconds']:.0f} s")
+                told = f"{result['setting']}, seed {result['seed']}: {result.get('returns', '')}"
+                progress.write(f"{told} in {result['seconds']:.0f} s")
     return failed
 
 
@@ -274,9 +268,8 @@ def main(options: Options) -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no run outlives this
     deadline = time.time() + 60 * options.minutes
-    failed = 0
-    if not options.report:
-        failed = sum(run_all(name, options, deadline) for name in options.names)
+    names = () if options.report else options.names
+    failed = sum(run_all(name, options, deadline) for name in names)
     report(options)
     if failed:
         print(f"{failed} runs failed; started again, what is left is run", file=sys.stderr)

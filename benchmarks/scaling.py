@@ -9,7 +9,7 @@ iteration has a fixed cost: these runs are cut, and count at equal time alone.
 import numpy as np
 
 from figures import by_setting, figure, table
-from run import train_and_judge, training
+from run import training
 
 GAME = "msh-4x4-4h1s"
 METHODS = {"plain PPO": "--goal none --plan-update none", "one step": ""}
@@ -17,12 +17,9 @@ GAMES = (1, 4, 16, 64, 256, 1024)
 STEPS = 131_072
 CUT = {("plain PPO", 1): 12_288, ("one step", 1): 4_096, ("one step", 4): 16_384}  # game steps
 
-work = train_and_judge
 
-
-def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
+def jobs(seeds: tuple[int, ...], quick: bool):
     """Seeds outermost."""
-    found = []
     for seed in (1,) if quick else seeds or (1, 2, 3):
         for games in (16, 64) if quick else GAMES:
             for method, words in METHODS.items():
@@ -30,8 +27,7 @@ def jobs(seeds: tuple[int, ...], quick: bool) -> list[dict]:
                 words = f"--env-id {GAME} --co-players self --num-envs {games} {words}"
                 job = training(f"{method} | {games} games", seed, "hop_onestep", words, steps)
                 job |= {"steps": steps, "kinds": {"self": "self"}}
-                found.append({**job, "episodes": 20 if quick else 1000})
-    return found
+                yield {**job, "episodes": 20 if quick else 1000}
 
 
 def return_after(run: dict, seconds: float) -> float:

@@ -146,7 +146,7 @@ def test_results_and_pictures_do_not_make_the_code_another(tmp_path, monkeypatch
 @pytest.mark.parametrize("quick", [False, True])
 def test_jobs_can_be_run(name, quick):
     """Each has a place of its own, a line of results can hold it, and its options are good ones."""
-    jobs = importlib.import_module(name).jobs((), quick)
+    jobs = list(importlib.import_module(name).jobs((), quick))
     assert len({(job["setting"], job["seed"]) for job in jobs}) == len(jobs)
     kept = [job["keep"] for job in jobs if "keep" in job]
     assert len(set(kept)) == len(kept)
