@@ -1,8 +1,5 @@
 """Few-shot adaptation to three co-players, by HOP's protocol: frozen, and going on learning.
 
-    python benchmarks/run.py adaptation --fresh --seeds 1 --only \\
-        "training | msg | self-play | hop_mcts,self-play | hop_mcts | exploiter,msg | exploiter"
-
 A learner that was trained in self-play, on the mixture (the main job), or `diverse`, plays 2,400
 steps with the same three co-players of one kind: one match, the protocol of HOP (Huang et al. 2024,
 arXiv 2406.08002). `diverse` is the mixture and a pool: six short runs of plain PPO, in self-play,
@@ -178,8 +175,7 @@ class Learner:
     learning by PPO from what its seats saw and did. Where an episode is truncated, V of the last
     step stands for V of the final state."""
 
-    def __init__(self):
-        self.optimizer = None
+    optimizer = None  # until it learns
 
     def learn(self, co_players, storage, state, generator, **rest):
         """After an iteration of `train`, whose variables these are."""

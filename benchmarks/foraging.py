@@ -11,7 +11,6 @@ as NONE. Rewards are shares of all food, 1 for the whole.
 
 import gymnasium
 import lbforaging  # noqa: F401, registers the ids
-from gymnasium import spaces
 from pettingzoo import ParallelEnv
 
 
@@ -31,12 +30,8 @@ class ForagingParallelEnv(ParallelEnv):
         self.agents = []
         self.observation_spaces = self.by_agent(self.env.observation_space)
         self.action_spaces = self.by_agent(self.env.action_space)
-
-    def observation_space(self, agent: str) -> spaces.Space:
-        return self.observation_spaces[agent]
-
-    def action_space(self, agent: str) -> spaces.Space:
-        return self.action_spaces[agent]
+        self.observation_space = self.observation_spaces.__getitem__  # of an agent
+        self.action_space = self.action_spaces.__getitem__
 
     def by_agent(self, values) -> dict:
         """One of `values` for each agent, in seat order."""

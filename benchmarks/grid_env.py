@@ -10,7 +10,6 @@ Trained this way a script reads flattened planes in place of relative cells, and
 that the clock in the infos tells: it learns more slowly than on the same game by its own id.
 """
 
-import operator
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -58,12 +57,8 @@ class GridParallelEnv(ParallelEnv):
         view = spaces.Dict({"observation": self.state_space, "action_mask": mask})
         self.observation_spaces = {agent: deepcopy(view) for agent in self.possible_agents}
         self.action_spaces = {agent: spaces.Discrete(num_actions) for agent in self.possible_agents}
-
-    def observation_space(self, agent: str) -> spaces.Space:
-        return self.observation_spaces[agent]
-
-    def action_space(self, agent: str) -> spaces.Space:
-        return self.action_spaces[agent]
+        self.observation_space = self.observation_spaces.__getitem__  # of an agent
+        self.action_space = self.action_spaces.__getitem__
 
     def present(self) -> GridState:
         """The state of the game. Raises ResetNeeded."""
@@ -87,10 +82,9 @@ class GridParallelEnv(ParallelEnv):
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """Observations and infos of a new game. A `seed` settles this game and those after it."""
         if seed is not None:
-            number = operator.index(seed)
-            if not 0 <= number < 2**64:
-                raise ValueError(f"a seed lies in 0..2**64 - 1, not {number}")
-            self.generator.manual_seed(number)
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"a seed lies in 0..2**64 - 1, not {seed}")
+            self.generator.manual_seed(int(seed))
         self.game_state = self.game.start(1, self.generator)
         self.agents = self.possible_agents[:]
         return self.views()
@@ -104,8 +98,8 @@ class GridParallelEnv(ParallelEnv):
         played = [STAY] * len(self.possible_agents)
         for agent in self.agents:
             action = actions.get(agent)
-            if not self.action_space(agent).contains(action):
-                space = self.action_space(agent)
+            space = self.action_space(agent)
+            if not space.contains(action):
                 raise ValueError(f"{agent}: action {action!r} is not in {space}")
             played[self.possible_agents.index(agent)] = int(action)
         self.game_state, *outcome = self.game.step(state, torch.tensor([played]))

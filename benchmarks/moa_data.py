@@ -16,7 +16,6 @@ it is a cleaner: the other two differ only on a drift).
 import contextlib
 import importlib
 import shlex
-import statistics
 import tempfile
 import time
 
@@ -99,19 +98,14 @@ def work(job: dict) -> dict:
     if "keep" in job:
         save(content, ROOT / job["keep"])
     ends = (0.2 * last["iteration"], 0.8 * last["iteration"])
-    result["first"] = mean([value for k, value in returns if k <= ends[0]])
-    result["last"] = mean([value for k, value in returns if k > ends[1]])
+    result["first"] = float(np.mean([value for k, value in returns if k <= ends[0]]))
+    result["last"] = float(np.mean([value for k, value in returns if k > ends[1]]))
     _, voters = play(script, last["agent"], job["kinds"], votes)
     result["late"], pairs = play(script, last["agent"], job["kinds"], votes + 1000)
     if script.SCRIPT == "hop_ppo_gumbel":
         names = ["self", *job["kinds"].split(",")]
         result["known"] = [accuracy(*parts, names) for parts in zip(voters, pairs)]
     return result
-
-
-def mean(values: list[float]) -> float:
-    """nan without values."""
-    return statistics.mean(values) if values else float("nan")
 
 
 def predictions(script, player, memory, mask):
@@ -182,7 +176,7 @@ def report(results: list[dict]) -> str:
     rows = []
     for name in BUFFERS:
         of = runs[f"buffer | {name}"]
-        nll = [figure([mean(r[when]) for r in of], 3) for when in ("early", "late")]
+        nll = [figure([float(np.mean(r[when])) for r in of], 3) for when in ("early", "late")]
         returns = [figure([r[when] for r in of]) for when in ("first", "last")]
         rows.append([name, *nll, *returns, figure([r["train_cpu_seconds"] for r in of], 0)])
     head = [f"{BUFFER_GAME}: learns from", "nats an action after a fifth", "at the end"]
