@@ -33,8 +33,7 @@ import torch
 
 import hop_onestep as ppo
 import strangers
-from figures import draw as draw_panels
-from figures import figure, random_return, table
+from figures import draw_panels, figure, random_return, table
 from learning import KINDS as MIXTURE
 from run import ROOT, checkpoint_of, train_and_judge
 

@@ -6,8 +6,6 @@ level-based foraging (`foraging.py`). Judged by the learner's return; in self-pl
 in simple_tag, where three chase one, it tells how often that is caught, not how well any plays.
 """
 
-import operator
-
 from figures import by_setting, figure, table
 from run import training
 
@@ -41,15 +39,14 @@ def jobs(seeds: tuple[int, ...], quick: bool):
 def report(results: list[dict]) -> str:
     """Returns by method and environment, and times."""
     runs = by_setting(results)
-    parts = []
-    seconds = operator.itemgetter("train_cpu_seconds")
-    for title, value, digits in (("return", returned, 2), ("CPU seconds of training", seconds, 0)):
-        rows = []
-        for method in METHODS:
-            each = [runs[f"{name} | {method}"] for name in ENVIRONMENTS]
-            rows.append([method, *(figure([*map(value, of)], digits) for of in each)])
-        parts.append(table([title, *ENVIRONMENTS], rows))
-    return "\n\n".join(parts)
+    returns, seconds = [], []
+    for method in METHODS:
+        each = [runs[f"{name} | {method}"] for name in ENVIRONMENTS]
+        returns.append([method, *(figure([*map(returned, of)]) for of in each)])
+        times = [[run["train_cpu_seconds"] for run in of] for of in each]
+        seconds.append([method, *(figure(of, 0) for of in times)])
+    parts = {"return": returns, "CPU seconds of training": seconds}
+    return "\n\n".join(table([title, *ENVIRONMENTS], rows) for title, rows in parts.items())
 
 
 def returned(run: dict) -> float:

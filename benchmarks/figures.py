@@ -77,7 +77,7 @@ def curves(runs: list[dict], column: int) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :, column].mean(0), smooth(rows[:, :, 2])
 
 
-def draw(name: str, panels: dict[str, dict], x: str, y: str, columns: int = 4, **axes) -> None:
+def draw_panels(name: str, panels: dict, x: str, y: str, columns: int = 4, **axes) -> None:
     """Picture of `panels` by title, if any: lines by label, each (places [P], values [seeds, P]),
     as mean and range of the seeds. A label's first words have the colour of COLOUR_OF."""
     if not panels:
@@ -102,11 +102,6 @@ def draw(name: str, panels: dict[str, dict], x: str, y: str, columns: int = 4, *
     picture.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     PICTURES.mkdir(exist_ok=True)
     picture.savefig(PICTURES / f"{name}.png", dpi=110)
-
-
-def best_return(game: str) -> float:
-    """Highest possible mean return of all players."""
-    return hop_onestep.GridGame(game).best_return
 
 
 @functools.cache

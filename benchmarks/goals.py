@@ -13,8 +13,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from figures import by_setting, figure, interval, paired, table
-from figures import draw as draw_panels
+from figures import by_setting, draw_panels, figure, interval, paired, table
 from run import training
 
 GOALS = ("none", "inferred", "oracle")
@@ -46,15 +45,14 @@ def report(results: list[dict]) -> str:
     runs = by_setting(results)
     rows = []
     for game in STEPS:
-        for company in companies(game):
-            for script in SCRIPTS:
-                each = paired(*(runs[f"{game} | {script} | {goal}"] for goal in GOALS))
-                if all(each):
-                    returns = [np.array([r["returns"][company] for r in of]) for of in each]
-                    halves = [[r["by_episode"][company][5:] for r in of] for of in each]
-                    late = [np.array(of).mean(1) for of in halves]
-                    cells = [figure(of.tolist()) for of in returns]
-                    rows.append([f"{game}, {company}", script, *cells, share(returns), share(late)])
+        for company, script in itertools.product(companies(game), SCRIPTS):
+            each = paired(*(runs[f"{game} | {script} | {goal}"] for goal in GOALS))
+            if all(each):
+                returns = [np.array([r["returns"][company] for r in of]) for of in each]
+                halves = [np.array([r["by_episode"][company][5:] for r in of]) for of in each]
+                shares = (share(returns), share([half.mean(1) for half in halves]))
+                cells = [figure(of.tolist()) for of in returns]
+                rows.append([f"{game}, {company}", script, *cells, *shares])
     head = ["learner with", "script", *GOALS, "share inferred", "in episodes 6 to 10"]
     return table(head, rows)
 

@@ -23,8 +23,7 @@ from torch import Generator, cat, no_grad, tensor
 
 import hop_mcts
 import hop_onestep
-from figures import draw as draw_panels
-from figures import table
+from figures import draw_panels, table
 
 GAMES = ("msh", "msg")
 BATCHES = (1, 16, 64)  # parallel games

@@ -2,23 +2,17 @@
 
     python hop_onestep.py --evaluate runs/NAME --co-players benchmarks.strangers:Waiting
 
-`DEVELOPMENT` served choices, `HELD_OUT` none; tables have both, apart. On the stag hunt:
+`DEVELOPMENT` served choices, `HELD_OUT` none; tables have both, apart.
 
-- `Waiting` stays for eight steps, then takes the nearest item of any kind.
-- `Turns` hunts stags in one episode, hares in the next.
-- `Follower` walks to the nearest player, and takes what it stands on.
-- `Nearest` (held out) takes the nearest item of any kind.
-- `Shy` (held out) hunts the hare that is farthest from the other players.
-- `Late` (held out) hunts stags for fifteen steps, then hares.
+On the stag hunt `Waiting` stays for eight steps, then takes the nearest item of any kind; `Turns`
+hunts stags in one episode, hares in the next; `Follower` walks to the nearest player, and takes
+what it stands on. Held out: `Nearest` takes the nearest item of any kind; `Shy` hunts the hare that
+is farthest from the other players; `Late` hunts stags for fifteen steps, then hares.
 
-On the snowdrift:
-
-- `Lazy` removes drifts that are at most two steps away, and else stays.
-- `Shifts` removes drifts in one episode, and none in the next.
-- `Halves` removes drifts of the left half of the board.
-- `Tired` (held out) removes drifts for the first fifteen steps of an episode.
-- `Fair` (held out) removes drifts as long as it has removed no more than half of what is gone.
-- `Waverer` (held out) removes drifts, but stays in every second step.
+On the snowdrift `Lazy` removes drifts that are at most two steps away, and else stays; `Shifts`
+removes drifts in one episode, and none in the next; `Halves` those of the left half of the board.
+Held out: `Tired` removes drifts for the first fifteen steps of an episode; `Fair` as long as it has
+removed no more than half of what is gone; `Waverer` stays in every second step.
 """
 
 from operator import attrgetter
