@@ -63,18 +63,13 @@ def paired(*groups: list[dict]) -> list[list[dict]]:
     return [[result for result in group if result["seed"] in common] for group in groups]
 
 
-def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    """Running means [..] of the last `width` of values [..], along the last axis."""
-    parts = [values[..., max(0, k + 1 - width) : k + 1] for k in range(values.shape[-1])]
-    return np.stack([part.mean(-1) for part in parts], -1)
-
-
 def curves(runs: list[dict], column: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of the curves of several runs: places [P], by game steps (0) or CPU seconds (1), and smoothed
-    returns [seeds, P]."""
+    """Of the curves of several runs: places [P], by game steps (0) or CPU seconds (1), and running
+    means of the last five returns [seeds, P]."""
     points = min(len(run["curve"]) for run in runs)
     rows = np.array([run["curve"][:points] for run in runs])
-    return rows[:, :, column].mean(0), smooth(rows[:, :, 2])
+    means = [rows[:, max(0, k - 4) : k + 1, 2].mean(1) for k in range(points)]
+    return rows[:, :, column].mean(0), np.stack(means, 1)
 
 
 def draw_panels(name: str, panels: dict, x: str, y: str, columns: int = 4, **axes) -> None:

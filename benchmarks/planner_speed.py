@@ -45,17 +45,39 @@ def jobs(seeds: tuple[int, ...], quick: bool):
 
 
 # ---- Sequential search ---------------------------------------------------------------------------
-class PlainGame:
-    """What a GridGame does, for one game at a time: a GridState of lists and numbers."""
+class PlainSearch:
+    """Tree search of the player at seat 0, one tree, one node, one call of a network and one step
+    of the game at a time, in plain Python, as HOP's own code has it. States are GridStates of one
+    game, of lists and numbers.
 
-    def __init__(self, game):
-        self.game = game
-        self.next_cell = game.next_cell.tolist()
-        self.legal_moves = game.legal_moves.tolist()
-        self.kind = game.item_kind.tolist()
-        self.rules = [*zip(game.item_action.tolist(), game.quota.tolist(), game.share.tolist())]
+    A node has the `number` of the simulation that made it, `depth`, `state`, `seen` (its features),
+    `reward` on the way, `value` and `goes_on`; from its first visit on `legal` actions (None
+    before), `joint` (N actions), and by action [A] `prior`, `visits`, `total` and `children`."""
 
-    def step(self, state, actions):
+    def __init__(self, agent):
+        self.agent = agent
+        self.args = agent.args
+        self.game = agent.game
+        self.next_cell = self.game.next_cell.tolist()
+        self.legal_moves = self.game.legal_moves.tolist()
+        self.kind = self.game.item_kind.tolist()
+        rules = (self.game.item_action, self.game.quota, self.game.share)
+        self.rules = [*zip(*(of_item.tolist() for of_item in rules))]
+
+    def search(self, state, value, goals, drawn, draws):
+        """Q and visits [A]. What Model is given of many trees it is given of one: goals and `drawn`
+        [N, Z], `draws` [S + 1, N]."""
+        self.theirs = goals[1:]
+        self.goal = goals[1:].sum(0)
+        self.drawn = drawn
+        self.draws = draws.tolist()
+        self.root = SimpleNamespace(number=0, depth=0, state=state, value=value, legal=None)
+        self.root.seen = self.features(state)
+        for number in range(1, self.args.num_simulations + 1):
+            self.simulate(self.root, number)
+        return means(self.root), self.root.visits
+
+    def play(self, state, actions):
         """Next state, the N rewards; for the player at seat 0, terminated and truncated."""
         players, items, time, first_hunt = state
         after = [self.next_cell[cell][action] for cell, action in zip(players, actions)]
@@ -89,29 +111,8 @@ class PlainGame:
 
     def features(self, state):
         """Own features [N, X] and co-players' [N, N-1, Y]."""
-        batch = hop_mcts.GridState(*(tensor([field]) for field in state))
-        own, views = self.game.features(batch)
+        own, views = self.game.features(hop_mcts.GridState(*(tensor([x]) for x in state)))
         return own[0], views[0]
-
-
-class PlainTree:
-    """The search of the player at seat 0 of one game, one node, one call of a network and one step
-    of the game at a time, in plain Python, as HOP's own code has it. What Model is given of many
-    trees it is given of one: `draws` [S + 1, N], goals [N, Z].
-
-    A node has the `number` of the simulation that made it, `depth`, `state`, `seen` (its features),
-    `reward` on the way, `value` and `goes_on`; from its first visit on `legal` actions (None
-    before), `joint` (N actions), and by action [A] `prior`, `visits`, `total` and `children`."""
-
-    def __init__(self, agent, game, state, value, goals, drawn, draws):
-        self.agent = agent
-        self.game = game
-        self.theirs = goals[1:]
-        self.goal = goals[1:].sum(0)
-        self.drawn = drawn
-        self.draws = draws.tolist()
-        self.root = SimpleNamespace(number=0, depth=0, state=state, value=value, legal=None)
-        self.root.seen = game.features(state)
 
     def ask(self, network, node):
         """[outputs] of the player's policy or value network."""
@@ -120,7 +121,7 @@ class PlainTree:
 
     def expand(self, node):
         """Asks for the prior, and draws what the co-players do."""
-        masks = self.game.mask(node.state)
+        masks = self.mask(node.state)
         node.prior = softmax(self.ask(self.agent.actor, node).tolist(), masks[0])
         node.legal = [action for action, legal in enumerate(masks[0]) if legal]
         own, views = node.seen
@@ -142,7 +143,7 @@ class PlainTree:
         q = means(node)
         low = min(q)
         span = max(max(q) - low, 1e-8)
-        weight = self.agent.args.puct_c * sqrt(count)
+        weight = self.args.puct_c * sqrt(count)
         rows = zip(q, node.prior, node.visits)
         score = [(x - low) / span + weight * p / (1 + n) for x, p, n in rows]
         untried = [action for action in node.legal if node is self.root and not node.visits[action]]
@@ -150,14 +151,14 @@ class PlainTree:
 
     def step(self, node, action, number):
         """The node to which an action leads, with its value."""
-        args = self.agent.args
+        share = self.args.prosocial
         joint = [action, *node.joint[1:]]
-        state, rewards, terminated, truncated = self.game.step(node.state, joint)
+        state, rewards, terminated, truncated = self.play(node.state, joint)
         child = SimpleNamespace(number=number, depth=node.depth + 1, state=state, legal=None)
-        reward = (1.0 - args.prosocial) * rewards[0] + args.prosocial * sum(rewards) / len(rewards)
-        child.reward = args.reward_scale * reward
-        child.goes_on = not terminated and not truncated and child.depth < args.max_depth
-        child.seen = self.game.features(state) if not terminated else None
+        reward = (1.0 - share) * rewards[0] + share * sum(rewards) / len(rewards)
+        child.reward = self.args.reward_scale * reward
+        child.goes_on = not terminated and not truncated and child.depth < self.args.max_depth
+        child.seen = self.features(state) if not terminated else None
         child.value = 0.0 if terminated else self.ask(self.agent.critic, child).item()
         return child
 
@@ -168,12 +169,12 @@ class PlainTree:
             self.expand(node)
         action = self.choose(node)
         child = node.children[action]
-        if child is None:
-            child = node.children[action] = self.step(node, action, number)
-            future = child.value
+        if child and child.goes_on:
+            future = self.simulate(child, number)
         else:
-            future = self.simulate(child, number) if child.goes_on else child.value
-        future = child.reward + self.agent.args.gamma * future
+            child = node.children[action] = child or self.step(node, action, number)
+            future = child.value
+        future = child.reward + self.args.gamma * future
         node.visits[action] += 1
         node.total[action] += future
         return future
@@ -194,24 +195,22 @@ def softmax(logits, mask):
 
 
 def sequential_search(given, value, args):
-    """Q and visits [T, A] as by hop_mcts.search, by one PlainTree after another; in place of a
-    model, what Model would be `given`."""
+    """Q and visits [T, A] as by hop_mcts.search, of one tree after another; in place of a model,
+    what Model would be `given`."""
     agent, state, goals, drawn, draws = given
     draws = draws.unflatten(0, (-1, len(goals)))
-    game = PlainGame(agent.game)
+    plain = PlainSearch(agent)
     rows = []
     for t in range(len(goals)):
         root = hop_mcts.GridState(*(field[t].tolist() for field in state))
-        tree = PlainTree(agent, game, root, float(value[t]), goals[t], drawn[t], draws[:, t])
-        for number in range(1, args.num_simulations + 1):
-            tree.simulate(tree.root, number)
-        rows.append([means(tree.root), tree.root.visits])
+        rows.append(plain.search(root, float(value[t]), goals[t], drawn[t], draws[:, t]))
     return value.new_tensor(rows).unbind(1)
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
-def train(job):
-    """An agent that plain PPO made in self-play, and its memory of running matches, [games, ..]."""
+def make_players(job):
+    """A Player for each method, with the networks of an agent that plain PPO made in self-play (but
+    for the transition network), and that agent's memory of running matches, [games, ..]."""
     args = hop_mcts.Args(env_id=job["game"], seed=job["seed"], co_players="self")
     args.plan_update = "none"
     args.num_envs = max(args.num_envs, *job["batches"])
@@ -219,22 +218,17 @@ def train(job):
     last = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         hop_mcts.train(args, watch=last.update)
-    return last["agent"], last["player"].memory
-
-
-def make_players(job, trained):
-    """A Player for each method, with the trained networks; the transition network is not."""
+    given = {**vars(last["agent"].args), "num_goal_samples": TREES}
+    given["num_simulations"] = job["simulations"]
     players = {}
     for name in METHODS:
         script = hop_onestep if name == "one step" else hop_mcts
-        given = {**vars(trained.args), "num_goal_samples": TREES}
-        given["num_simulations"] = job["simulations"]
         given["plan_update"] = "none" if name == "no planner" else "offset"
         args = script.Args(**{key: given[key] for key in vars(script.Args()) if key in given})
         agent = script.Agent(script.GridGame(job["game"]), args)
-        agent.load_state_dict(trained.state_dict(), strict=False)
+        agent.load_state_dict(last["agent"].state_dict(), strict=False)
         players[name] = script.Player(agent, 1)
-    return players
+    return players, last["player"].memory
 
 
 @no_grad()
@@ -255,27 +249,24 @@ def act(player, memory, seed, decisions=None):
     return (time.process_time() - start) / decisions
 
 
-def measure(players, memory, rounds):
-    """Medians over rounds: decisions a second by method."""
-    rates = defaultdict(list)
-    plain = {"Model": lambda *given: given, "search": sequential_search}
-    for number in range(rounds + 1):
-        for name, player in players.items():
-            if name == "sequential search":
-                with mock.patch.multiple(hop_mcts, **plain):
-                    seconds = [act(player, memory[:SEQUENTIAL], number, SEQUENTIAL)]
-            else:
-                calls = 1 if name == "batched search" else 4
-                seconds = [act(player, memory, number) for _ in range(calls)]
-            rates[name].append(1.0 / statistics.mean(seconds))
-    return {name: statistics.median(values[1:]) for name, values in rates.items()}
-
-
 def work(job: dict) -> dict:
-    """Decisions a second by parallel games and method."""
-    trained, memory = train(job)
-    players = make_players(job, trained)
-    return {"rates": {f"{n}": measure(players, memory[:n], job["rounds"]) for n in job["batches"]}}
+    """Decisions a second by parallel games and method, medians of rounds."""
+    players, memory = make_players(job)
+    plain = {"Model": lambda *given: given, "search": sequential_search}
+    found = {}
+    for games in job["batches"]:
+        rates = defaultdict(list)
+        for number, name in itertools.product(range(job["rounds"] + 1), METHODS):
+            if name == "sequential search":
+                few = memory[: min(games, SEQUENTIAL)]
+                with mock.patch.multiple(hop_mcts, **plain):
+                    seconds = [act(players[name], few, number, SEQUENTIAL)]
+            else:
+                calls = range(1 if name == "batched search" else 4)
+                seconds = [act(players[name], memory[:games], number) for _ in calls]
+            rates[name].append(1.0 / statistics.mean(seconds))
+        found[f"{games}"] = {name: statistics.median(x[1:]) for name, x in rates.items()}
+    return {"rates": found}
 
 
 # ---- Figures -------------------------------------------------------------------------------------

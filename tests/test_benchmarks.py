@@ -172,7 +172,10 @@ def test_intervals():
     assert math.isnan(figures.interval([4.0])[1])
     assert figures.figure([1.0, 2.0, 3.0]) == "2.00 ± 2.48 (3)"
     assert figures.figure([None, 2.0]) == "2.00 (1)"
-    assert figures.smooth(np.array([1.0, 2.0, 6.0]), 2).tolist() == [1.0, 1.5, 4.0]
+    run = {"curve": [[10 * k, k, value] for k, value in enumerate((1.0, 2.0, 6.0, 3.0, 3.0, 6.0))]}
+    places, means = figures.curves([run], 0)
+    assert places.tolist() == [0, 10, 20, 30, 40, 50]
+    assert means.tolist() == [[1.0, 1.5, 3.0, 3.0, 3.0, 4.0]]
 
 
 def test_share_of_what_true_goals_are_worth():
