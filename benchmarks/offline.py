@@ -77,11 +77,18 @@ class Company(script.CoPlayers):
 
 
 @no_grad()
-def play(path, game, env_id, pool, options):
-    """Writes a data set of games that players of `pool` play at all seats. Raises UsageError."""
-    generator = Generator().manual_seed(options.seed)
+def collect(options):
+    """Writes a data set of games that listed players play at all seats. Raises UsageError."""
+    pool = options.co_players.split(",")
+    if "self" in pool:
+        raise script.UsageError("--co-players: there is no self here, give a run by its path")
     if options.steps < 1:
         raise script.UsageError("--steps: at least 1")
+    if not os.access(Path(options.file).parent, os.W_OK) or os.path.isdir(options.file):
+        raise script.UsageError(f"cannot write {options.file}")
+    about = {"env_id": options.env_id, "env_kwargs": options.env_kwargs}
+    game = script.make_game(script.Args(**about, horizon=options.horizon), "cpu")
+    generator = Generator().manual_seed(options.seed)
     players = Company(game, pool, GAMES, EPISODES, generator)
     state = game.start(GAMES, generator)
     steps = []
@@ -97,19 +104,8 @@ def play(path, game, env_id, pool, options):
     for name, values in arrays.items():
         if values.dtype == np.int64:  # in the smallest type that holds them
             arrays[name] = values.astype(np.min_scalar_type(min(values.min(), ~values.max())))
-    with script.refused(f"cannot write {path}"), open(path, "wb") as file:
-        np.savez_compressed(file, env_id=env_id, horizon=game.horizon, **arrays)
-
-
-def collect(options):
-    pool = options.co_players.split(",")
-    if "self" in pool:
-        raise script.UsageError("--co-players: there is no self here, give a run by its path")
-    if not os.access(Path(options.file).parent, os.W_OK) or os.path.isdir(options.file):
-        raise script.UsageError(f"cannot write {options.file}")
-    named = {name: getattr(options, name) for name in ("env_id", "env_kwargs", "horizon")}
-    game = script.make_game(script.Args(**named), "cpu")
-    play(options.file, game, options.env_id, pool, options)
+    with script.refused(f"cannot write {options.file}"), open(options.file, "wb") as file:
+        np.savez_compressed(file, env_id=options.env_id, horizon=game.horizon, **arrays)
 
 
 def load(path, game, env_id):
@@ -209,7 +205,8 @@ def judge(options):
         file = options.file or f"{folder}/play.npz"
         if options.file is None:
             pool = [options.run if x == "self" else x for x in options.co_players.split(",")]
-            play(file, game, args.env_id, pool, options)
+            about = (args.env_id, args.env_kwargs, args.horizon)
+            collect(Collect(file, ",".join(pool), options.steps, options.seed, *about))
         recorded = load(file, game, args.env_id)
     player = script.Player(agent, len(recorded.kind))
     sums, value, following = judged(recorded, player, args)
