@@ -248,7 +248,7 @@ def reference(job: dict, entry: str, words: str) -> float:
 # ---- Figures -------------------------------------------------------------------------------------
 def scale(results: list[dict]) -> dict[tuple, tuple[float, float]]:
     """Returns of score 0 and of score 1, by game and kind."""
-    found = [result for result in results if result["setting"].startswith("reference")]
+    found = [r for r in results if r["setting"].startswith("reference")]
     return {(r["game"], r["kind"]): (r["random"], max(r["trained"])) for r in found}
 
 
@@ -280,9 +280,9 @@ def sort_of(kind: str) -> str:
 def mean_shares(results: list[dict], scales: dict) -> list[str]:
     """By SORTS: mean share over the three kinds, of the seeds that met them all."""
     by_seed = defaultdict(list)
-    for result in results:
-        if "frozen" in result:
-            by_seed[sort_of(result["kind"]), result["seed"]].append(share(result, scales))
+    for r in results:
+        if "frozen" in r:
+            by_seed[sort_of(r["kind"]), r["seed"]].append(share(r, scales))
     means = {key: float(np.mean(x)) for key, x in by_seed.items() if len(x) == 3}
     return [figure([x for key, x in means.items() if key[0] == sort]) for sort in SORTS]
 
@@ -299,10 +299,9 @@ def random_shares(game: str, scales: dict) -> list[str]:
 def matches_in(results: list[dict], scales: dict) -> dict[tuple, list[dict]]:
     """Results of matches by game, group, script and kind."""
     played = defaultdict(list)
-    for result in results:
-        if "learner" in result and (result["game"], result["kind"]) in scales:
-            key = result["game"], result["group"], result["script"], result["kind"]
-            played[key].append(result)
+    for r in results:
+        if "learner" in r and (r["game"], r["kind"]) in scales:
+            played[r["game"], r["group"], r["script"], r["kind"]].append(r)
     return played
 
 

@@ -15,15 +15,13 @@ it is a cleaner: the other two differ only on a drift).
 
 import contextlib
 import importlib
-import shlex
 import tempfile
-import time
 
 import numpy as np
 import torch
 
 from figures import by_setting, figure, paired, table
-from run import ROOT, checkpoint_of, save, training
+from run import checkpoint_of, trained, training
 
 EPISODES = 5
 MATCHES = 300  # to vote by, and as many to measure on
@@ -76,10 +74,8 @@ def jobs(seeds: tuple[int, ...], quick: bool):
 def work(job: dict) -> dict:
     """NLL by episode of the match, early and at the end; returns of the first and last fifth."""
     script = importlib.import_module(job["script"])
-    words = [str(ROOT / w) if w.endswith(".pt") else w for w in shlex.split(job["options"])]
-    args = script.parse_arguments(words)
     votes = 1000 + job["seed"]
-    result = {"command": f"python {job['script']}.py {job['options']}"}
+    early = []
     returns = []
     last = {}
 
@@ -88,16 +84,13 @@ def work(job: dict) -> dict:
             returns.append((iteration, float(values[kinds == 0].mean())))
         last.update(agent=agent, iteration=iteration)
         steps = iteration * args.num_envs * args.num_steps
-        if "early" not in result and steps >= args.total_timesteps / 5:
-            result["early"] = play(script, agent, job["kinds"], votes + 1000)[0]
+        if not early and steps >= args.total_timesteps / 5:
+            early.extend(play(script, agent, job["kinds"], votes + 1000)[0])
 
-    began = time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        content = script.load_checkpoint(script.train(args, watch)["run"])
-    result["train_cpu_seconds"] = round(time.process_time() - began, 1)
-    if "keep" in job:
-        save(content, ROOT / job["keep"])
+        result = trained(script, job, watch)
     ends = (0.2 * last["iteration"], 0.8 * last["iteration"])
+    result["early"] = early
     result["first"] = float(np.mean([value for k, value in returns if k <= ends[0]]))
     result["last"] = float(np.mean([value for k, value in returns if k > ends[1]]))
     _, voters = play(script, last["agent"], job["kinds"], votes)

@@ -118,11 +118,6 @@ def load(path, game, env_id):
     return recorded
 
 
-def states(game, data, prefix=""):
-    """The states, or with `next_` the next states, of a record, all steps of all games in a row."""
-    return game.state_type._make(data[prefix + k].flatten(0, 1) for k in game.state_type._fields)
-
-
 def mean(values):
     """Mean of a tensor, to four decimals; None if it has none."""
     average = values.double().mean()
@@ -136,7 +131,7 @@ def judged(recorded, player, args):
     recorded.agents[0] = player
     reward = data["reward"].lerp(data["reward"].mean(2, keepdim=True), args.prosocial)
     over = data["terminated"] | data["truncated"]
-    state = states(game, data)
+    state = game.state_type._make(data[k].flatten(0, 1) for k in game.state_type._fields)
     alive = game.alive(state).view(over.shape)
     values = zeros_like(reward)
     some = linspace(0, len(state.time) - 1, 4096, dtype=torch.double).long()

@@ -73,35 +73,41 @@ def training(setting: str, seed: int, script: str, words: str, steps: int, **mor
     return about | {"options": " ".join(words.split())} | more
 
 
-def train_and_judge(job: dict) -> dict:
-    """Trains a `script` with `options` of the command line, and evaluates it for `episodes` with
-    each of `kinds`, co-players by a name for them; `keep`: path of the checkpoint to be kept."""
-    script = importlib.import_module(job["script"])
+def trained(script, job: dict, watch=None) -> dict:
+    """Trains a script with `options` of the command line; the beginning of a result. `keep`: path
+    from ROOT of the player that is to be kept; a killed benchmark leaves all of it or nothing."""
+    words = [str(ROOT / w) if w.endswith(".pt") else w for w in shlex.split(job["options"])]
     began = time.process_time()
-    metrics = script.train(script.parse_arguments(shlex.split(job["options"])))
-    seconds = round(time.process_time() - began, 1)
-    content = script.load_checkpoint(metrics["run"])
+    folder = script.train(script.parse_arguments(words), watch)["run"]
+    result = {**job, "command": f"python {job['script']}.py {job['options']}", "folder": folder}
+    result["train_cpu_seconds"] = round(time.process_time() - began, 1)
     if "keep" in job:
-        names = ("script", "args", "agent", "played")  # what playing needs
-        save({name: content[name] for name in names}, ROOT / job["keep"])
-    seats = script.make_game(script.Args(**content["args"]), "cpu").num_players
-    result = {**job, "command": f"python {job['script']}.py {job['options']}"}
-    result |= {"train_cpu_seconds": seconds, "returns": {}, "by_episode": {}, "all_seats": {}}
+        content = script.load_checkpoint(folder)
+        path = ROOT / job["keep"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: content[name] for name in ("script", "args", "agent", "played")}
+        torch.save(kept, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    return result
+
+
+def train_and_judge(job: dict) -> dict:
+    """Trains the `script`, and evaluates it for `episodes` with each of `kinds`, co-players by a
+    name for them."""
+    script = importlib.import_module(job["script"])
+    result = trained(script, job)
+    run = result["folder"]
+    args = script.Args(**script.load_checkpoint(run)["args"])
+    seats = script.make_game(args, "cpu").num_players
+    result |= {"returns": {}, "by_episode": {}, "all_seats": {}}
     for kind, entry in job["kinds"].items():
         seed = 1000 + job["seed"]
-        played = script.evaluate(metrics["run"], entry, episodes=job["episodes"], seed=seed)
+        played = script.evaluate(run, entry, episodes=job["episodes"], seed=seed)
         everyone = played["focal_return"] + (seats - 1) * played["co_player_return"]
         result["returns"][kind] = round(played["focal_return"], 4)
         result["by_episode"][kind] = [round(x, 4) for x in played["by_episode"]]
         result["all_seats"][kind] = round(everyone / seats, 4)
-    return result | {"curve": curve(metrics["run"], seconds), "folder": metrics["run"]}
-
-
-def save(content: dict, path: Path) -> None:
-    """A kept checkpoint; a killed benchmark leaves the whole of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    return result | {"curve": curve(run, result["train_cpu_seconds"])}
 
 
 def curve(run: str, cpu_seconds: float) -> list[list[float]]:

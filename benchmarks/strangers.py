@@ -29,8 +29,8 @@ class Stranger:
     `--co-players` wants it. `wants` and `cost` are functions of what it has seen, its attributes,
     that tell bool and float [R, S] by cell. In each of R rows:
 
-    - by cell [R, S]: `players` (the others), `items`, the `first` and `second` kind of items; and
-      `distance` from the own cell;
+    - by cell [R, S]: `players` (the others), `items`, the `first` and `second` kind of items;
+      `distance` from the own cell, and that of the nearest other player, `alone`;
     - [R, 1]: steps `done` in the episode, the `episode` in the match, items that are `left` in it,
       `most` at its start, and how often the row has `taken` one;
     - distances between cells `apart` [S, S], and their `column` [S]."""
@@ -66,6 +66,7 @@ class Stranger:
         self.apart += (self.column - self.column[:, None]).abs()
         own = planes[:, 0].int().argmax(1)
         self.distance = self.apart[own]
+        self.alone = where(self.players[:, None], self.apart, 99).amin(2)
         costs = where(self.wants(self), self.cost(self).float(), torch.inf)
         costs = costs + 0.5 * torch.rand(costs.shape, generator=generator, device=costs.device)
         least, target = costs.min(1)
@@ -82,16 +83,11 @@ class Stranger:
         return where(taking, MOVES + takes.int().argmax(1), action)
 
 
-def apart_from_players(seen: Stranger) -> Tensor:
-    """float [R, S]: distance from the nearest other player."""
-    return where(seen.players[:, None], seen.apart, 99).amin(2).float()
-
-
 Waiting = Stranger(lambda seen: seen.items & (seen.done >= 8))
 Turns = Stranger(lambda seen: where(seen.episode % 2 == 0, seen.first, seen.second))
 Follower = Stranger(lambda seen: seen.players)
 Nearest = Stranger(lambda seen: seen.items)
-Shy = Stranger(lambda seen: seen.second, lambda seen: 100 - apart_from_players(seen))
+Shy = Stranger(lambda seen: seen.second, lambda seen: 100 - seen.alone)
 Late = Stranger(lambda seen: where(seen.done < 15, seen.first, seen.second))
 Lazy = Stranger(lambda seen: seen.items & (seen.distance <= 2))
 Shifts = Stranger(lambda seen: seen.items & (seen.episode % 2 == 0))

@@ -40,7 +40,8 @@ def test_the_file_is_what_was_played():
     data = offline.load(PLAY, game, GAME).data
     assert all((values.numpy() == arrays[name]).all() for name, values in data.items())
     assert [x.itemsize for x in arrays.values() if x.dtype.kind in "iu" and x.ndim] == [1] * 9
-    state, after = offline.states(game, data), offline.states(game, data, "next_")
+    names = [[prefix + name for name in script.GridState._fields] for prefix in ("", "next_")]
+    state, after = (script.GridState(*(data[k].flatten(0, 1) for k in each)) for each in names)
     stepped, *outcome = game.step(state, data["action"].flatten(0, 1))
     told = [*after, *(data[k].flatten(0, 1) for k in ("reward", "terminated", "truncated"))]
     assert all(map(torch.equal, [*stepped, *outcome], told))
