@@ -74,8 +74,9 @@ def training(setting: str, seed: int, script: str, words: str, steps: int, **mor
 
 
 def trained(script, job: dict, watch=None) -> dict:
-    """Trains a script with `options` of the command line; the beginning of a result. `keep`: path
-    from ROOT of the player that is to be kept; a killed benchmark leaves all of it or nothing."""
+    """Trains a script with `options` of the command line, in which what ends in .pt is a path from
+    ROOT; the beginning of a result. `keep`: path from ROOT of the player that is to be kept; a
+    killed benchmark leaves all of it or nothing."""
     words = [str(ROOT / w) if w.endswith(".pt") else w for w in shlex.split(job["options"])]
     began = time.process_time()
     folder = script.train(script.parse_arguments(words), watch)["run"]
