@@ -133,7 +133,7 @@ class Args:
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = 0  # first game steps of the run, which train goals alone
+    pretrain_moa_steps: int = 0  # first game steps of the run, which train the goal model alone
 
 
 FROM_0_TO_1 = "gamma gae_lambda prosocial plan_until inter_om_alpha".split()  # in any script
@@ -242,7 +242,7 @@ class GridGame:
     """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`) of HOP (Huang et al. 2024), as pure
     batched functions. Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is
     `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts; `msg` is `msg-8x8-4p-6d`). Players act
-    at once; an action is read against the state before the step. Raises UsageError."""
+    at once; an action is read against the state before the step. UsageError for any other id."""
 
     simulates = True  # `step` works from any state
     state_type = GridState
@@ -668,7 +668,7 @@ def make_game(args, device):
 # ---- Co-players ----------------------------------------------------------------------------------
 def runs_in(entry):
     """The runs in a folder of runs, or the entry itself."""
-    paths = glob("*/checkpoint.pt", root_dir=entry)
+    paths = glob("*/checkpoint.pt", root_dir=entry) if entry else []
     return sorted(f"{Path(entry, path).parent}" for path in paths) or [entry]
 
 
@@ -959,7 +959,7 @@ class MatchBuffer:
         self.episode_start = self.match_start  # [B]
 
     def add(self, state, step, ended, match_ended):
-        """Adds a `step` in `state`, by name [B, N, ..]; bool [B]: episodes and matches it ended."""
+        """Adds a `step` from `state`, by name [B, N, ..], and bool [B] what ended with it."""
         values = {name: step[name] for name in self.stored}
         starts = {"match": self.match_start, "episode": self.episode_start}
         for name, value in (state._asdict() | values | starts).items():
@@ -1187,7 +1187,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 # ours: no planner
 PLAYED = ["assignment"]  # what `evaluate` may change
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
-ABOUT = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
+EVALUATE_ONLY = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
 
 
 def checkpoint_path(run):
@@ -1293,10 +1293,9 @@ def evaluate(
 def print_evaluation(args):
     """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
     company = args.co_players or "self"
-    typed = dict(vars(args).items() - vars(Args()).items())
-    unread = typed.keys() - {*EVALUATED, *ABOUT}
+    unread = dict(vars(args).items() - vars(Args()).items()).keys() - {*EVALUATED, *EVALUATE_ONLY}
     if unread:
-        raise UsageError(f"--evaluate does not read {', '.join(sorted(unread))}")
+        raise UsageError(f"--evaluate reads no --{', --'.join(sorted(unread)).replace('_', '-')}")
     options = {name: getattr(args, name) for name in EVALUATED}
     device = "cuda" if args.cuda else "cpu"
     result = evaluate(args.evaluate, company, episodes=args.eval_episodes, device=device, **options)

@@ -118,7 +118,7 @@ def jobs_of(game: str, seed: int, quick: bool):
 # ---- Matches -------------------------------------------------------------------------------------
 def windows(ends: list[tuple[int, float]], steps: int) -> list[float]:
     """Mean return by window [steps / WINDOW] of episodes (step of the end, return); nan if none."""
-    step, value = np.array(ends).T
+    step, value = np.array(ends).reshape(-1, 2).T
     parts = [value[step // WINDOW == k] for k in range(steps // WINDOW)]
     return [float(part.mean()) if len(part) else float("nan") for part in parts]
 

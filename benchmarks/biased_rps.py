@@ -14,7 +14,7 @@ class Biased:
     """Each of R rows prefers one of A moves for a match, drawn at the first step of the match."""
 
     preferred = 0  # int64 [R]
-    begins = False  # bool [R] a match has started, and nothing is drawn for it yet
+    begins = torch.tensor(True)  # bool [R] a match has started, and nothing is drawn for it yet
 
     def start_match(self, which: Tensor) -> None:
         """Takes bool [R]: rows whose match starts. The next call draws for them."""

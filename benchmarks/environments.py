@@ -30,8 +30,8 @@ def jobs(seeds: tuple[int, ...], quick: bool):
         for name, (env_id, company, steps) in ENVIRONMENTS.items():
             for method, (script, words) in METHODS.items():
                 words = f"--env-id {env_id} --co-players {company} --num-envs 32 {words}"
-                steps = 2048 if quick else steps
-                job = training(f"{name} | {method}", seed, script, words, steps)
+                length = 2048 if quick else steps
+                job = training(f"{name} | {method}", seed, script, words, length)
                 kinds = {"trained with": company}
                 yield {**job, "kinds": kinds, "episodes": 32 if quick else 320}
 

@@ -51,9 +51,10 @@ def report(results: list[dict]) -> str:
                 returns = [np.array([r["returns"][company] for r in of]) for of in each]
                 halves = [np.array([r["by_episode"][company][5:] for r in of]) for of in each]
                 shares = (share(returns), share([half.mean(1) for half in halves]))
-                cells = [figure(of.tolist()) for of in returns]
+                cells = [figure(of.tolist()) for of in (*returns, returns[1] - returns[0])]
                 rows.append([f"{game}, {company}", script, *cells, *shares])
-    head = ["learner with", "script", *GOALS, "share inferred", "in episodes 6 to 10"]
+    head = ["learner with", "script", *GOALS, "inferred - none"]
+    head += ["share inferred", "in episodes 6 to 10"]
     return table(head, rows)
 
 

@@ -6,7 +6,7 @@ without goals). The mixture is the default one: `self`, the game's scripted kind
 forms. Judged after training by `evaluate`: self-play by the mean of all seats, the mixture by the
 learner's mean with three of each kind. For equal time, runs among the mixture with more game steps
 come on top (`longer`). On the 8x8 stag hunts, where a method can be trapped by the hares, self-play
-has five seeds.
+has five seeds to run, else there are three.
 """
 
 import itertools

@@ -157,10 +157,10 @@ def accuracy(votes: torch.Tensor, pairs: torch.Tensor, names: list[str]) -> floa
     kinds = torch.arange(len(names))
     if "cleaner" in names:
         kinds = torch.tensor([name == "cleaner" for name in names]).long()
-    table = torch.zeros(64, len(names))
+    counts = torch.zeros(64, len(names))
     ones = torch.ones(len(votes))
-    table.index_put_((votes[:, 0], kinds[votes[:, 1]]), ones, accumulate=True)
-    return float((table.argmax(1)[pairs[:, 0]] == kinds[pairs[:, 1]]).float().mean())
+    counts.index_put_((votes[:, 0], kinds[votes[:, 1]]), ones, accumulate=True)
+    return float((counts.argmax(1)[pairs[:, 0]] == kinds[pairs[:, 1]]).float().mean())
 
 
 def report(results: list[dict]) -> str:

@@ -102,7 +102,7 @@ def collect(options):
         state = game.restart(after, ended, generator) if ended.any() else after
     arrays = {name: stack([step[name] for step in steps]).numpy() for name in steps[0]}
     for name, values in arrays.items():
-        if values.dtype == np.int64:  # in the smallest type that holds them
+        if values.dtype == np.int64:  # in the smallest signed type that holds them
             arrays[name] = values.astype(np.min_scalar_type(min(values.min(), ~values.max())))
     with script.refused(f"cannot write {options.file}"), open(options.file, "wb") as file:
         np.savez_compressed(file, env_id=options.env_id, horizon=game.horizon, **arrays)
@@ -268,7 +268,8 @@ def report(results):
     rows = []
     for name in models[0] if models else ():
         ends = [(model[name][0], *model[name][STEPS - 1 :]) for model in models]  # of V one figure
-        rows.append([name, *(figures.figure(list(values), 3) for values in zip(*ends))])
+        cells = [figures.figure(list(values), 3) for values in zip(*ends)]
+        rows.append([name, *cells, *[""] * (2 - len(cells))])
     known = figures.table(["model, offline", "1 step", f"{STEPS} steps"], rows)
     return f"{returns}\n\n{known}" if models else returns
 

@@ -38,7 +38,8 @@ class Stranger:
     def __init__(self, wants, cost=attrgetter("distance")):
         self.wants = wants
         self.cost = cost
-        self.episode = self.taken = self.most = 0
+        self.episode = -1
+        self.taken = self.most = 0
 
     def start_match(self, which: Tensor) -> None:
         """Takes bool [R]: rows whose match starts."""

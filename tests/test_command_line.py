@@ -40,7 +40,7 @@ WRONG = {  # and what the line says
     f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
     "--env-id msg --co-players DONE": "does not fit",
     "--evaluate DONE --eval-episodes 0": "at least 1",
-    "--evaluate DONE --horizon 9 --num-steps 8": "does not read horizon, num_steps",
+    "--evaluate DONE --horizon 9 --num-steps 8": "reads no --horizon, --num-steps",
 }
 
 

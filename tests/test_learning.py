@@ -6,7 +6,7 @@ from conftest import load_script
 from run_tools import parsed, run
 
 PLAIN = "--goal none --plan-update none"
-METHODS = {  # script, options: less planning than by default
+METHODS = {  # script, options: fewer samples than by default
     "plain PPO": ("hop_onestep", f"{PLAIN} --total-timesteps 24576"),
     "one step": ("hop_onestep", "--plan-samples 8 --total-timesteps 24576"),
     "search": ("hop_mcts", "--num-simulations 8 --num-goal-samples 1 --total-timesteps 12288"),
@@ -32,18 +32,18 @@ def test_two_learners_hunt_the_stag(monkeypatch, method):
     script, path = trained(monkeypatch, method, options)
     result = script.evaluate(path, "self", episodes=320)
     mean = (result["focal_return"] + result["co_player_return"]) / 2
-    assert 0.8 < mean < 1.2 if method == "plain PPO" else mean > 4.5
+    assert mean < 1.2 if method == "plain PPO" else mean > 4.5
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_snow_is_left_to_who_clears_it(monkeypatch, method):
     """Of three drifts each pays 6 to both, less 4 to who clears it. Beside one that never does, 6
-    is the most; beside one that always does, 18, and without goals a learner clears as well."""
+    is the most; beside one that always does, 18, and plain PPO, without goals, clears as well."""
     options = "--env-id msg-4x4-2p-3d --co-players cleaner,exploiter"
     script, path = trained(monkeypatch, method, options)
     kinds = ("cleaner", "exploiter")
     results = [script.evaluate(path, kind, episodes=320)["focal_return"] for kind in kinds]
-    assert 12.0 < results[0] < 14.5 if method == "plain PPO" else results[0] > 15.0
+    assert results[0] < 14.5 if method == "plain PPO" else results[0] > 15.0
     assert results[1] > 5.0
 
 
@@ -51,9 +51,9 @@ SEARCH = "--num-simulations 16 --num-goal-samples 1"
 
 
 @pytest.mark.parametrize(
-    "name, words, low, high", [("hop_mcts", SEARCH, 2.0, 3.0), ("hop_onestep", PLAIN, 0.2, 0.9)]
+    "name, words, low, high", [("hop_mcts", SEARCH, 2.0, 3.0), ("hop_onestep", PLAIN, 0.0, 0.9)]
 )
-def test_search_leaves_the_hares_on_8x8(name, words, low, high):
+def test_on_8x8_search_leaves_the_hares_and_plain_ppo_does_not(name, words, low, high):
     """Four learners, of 3.0 each at most; plain PPO gets less than a hare each."""
     script = load_script(name)
     options = "--env-id msh --co-players self --num-envs 16 --plan-until 1 --total-timesteps 14336"

@@ -120,7 +120,7 @@ class Args:
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
-    pretrain_moa_steps: int = 0  # first game steps of the run, which train goals alone
+    pretrain_moa_steps: int = 0  # first game steps of the run, which train the goal model alone
     # planner
     plan_update: Literal["offset", "hop", "none"] | None = None  # in the logits, alone, or none
     plan_beta: float | None = None  # weight of the scores, in scaled returns
@@ -252,7 +252,7 @@ class GridGame:
     """Markov Stag-Hunt (`msh`) or Markov Snowdrift (`msg`) of HOP (Huang et al. 2024), as pure
     batched functions. Ids are `msh[-HxW][-Np][-KhMs]` (K hares, M stags; `msh` is
     `msh-8x8-4p-4h1s`) and `msg[-HxW][-Np][-Dd]` (D drifts; `msg` is `msg-8x8-4p-6d`). Players act
-    at once; an action is read against the state before the step. Raises UsageError."""
+    at once; an action is read against the state before the step. UsageError for any other id."""
 
     simulates = True  # `step` works from any state
     state_type = GridState
@@ -678,7 +678,7 @@ def make_game(args, device):
 # ---- Co-players ----------------------------------------------------------------------------------
 def runs_in(entry):
     """The runs in a folder of runs, or the entry itself."""
-    paths = glob("*/checkpoint.pt", root_dir=entry)
+    paths = glob("*/checkpoint.pt", root_dir=entry) if entry else []
     return sorted(f"{Path(entry, path).parent}" for path in paths) or [entry]
 
 
@@ -960,7 +960,7 @@ SUBGOAL_COEF = 0.1  # weight of the subgoal's reconstruction
 
 def moa_loss(agent, batch, pretraining, generator):
     """Loss -log pi_hat + alpha KL(q || N(0, I)) + SUBGOAL_COEF * reconstruction on what a
-    MatchBuffer read; its terms in nats a step. `pretraining`: where subgoals are, the VAE alone."""
+    MatchBuffer read, and its terms. `pretraining` is without -log pi_hat if subgoals are known."""
     moa = agent.moa
     args = agent.args
     index = batch["weight"].flatten().nonzero()[:, 0]
@@ -1007,7 +1007,7 @@ class MatchBuffer:
         self.episode_start = self.match_start  # [B]
 
     def add(self, state, step, ended, match_ended):
-        """Adds a `step` in `state`, by name [B, N, ..]; bool [B]: episodes and matches it ended."""
+        """Adds a `step` from `state`, by name [B, N, ..], and bool [B] what ended with it."""
         values = {name: step[name] for name in self.stored}
         starts = {"match": self.match_start, "episode": self.episode_start}
         for name, value in (state._asdict() | values | starts).items():
@@ -1521,7 +1521,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 # changed: of the diffusion model
 PLAYED = "plan_update plan_beta plan_samples co_player_model denoising_steps".split()
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
-ABOUT = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
+EVALUATE_ONLY = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
 
 
 def checkpoint_path(run):
@@ -1634,10 +1634,9 @@ def evaluate(
 def print_evaluation(args):
     """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
     company = args.co_players or "self"
-    typed = dict(vars(args).items() - vars(Args()).items())
-    unread = typed.keys() - {*EVALUATED, *ABOUT}
+    unread = dict(vars(args).items() - vars(Args()).items()).keys() - {*EVALUATED, *EVALUATE_ONLY}
     if unread:
-        raise UsageError(f"--evaluate does not read {', '.join(sorted(unread))}")
+        raise UsageError(f"--evaluate reads no --{', --'.join(sorted(unread)).replace('_', '-')}")
     options = {name: getattr(args, name) for name in EVALUATED}
     device = "cuda" if args.cuda else "cpu"
     result = evaluate(args.evaluate, company, episodes=args.eval_episodes, device=device, **options)
