@@ -10,6 +10,7 @@ Trained this way a script reads flattened planes in place of relative cells, and
 that the clock in the infos tells: it learns more slowly than on the same game by its own id.
 """
 
+import operator
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -84,7 +85,7 @@ class GridParallelEnv(ParallelEnv):
         if seed is not None:
             if not 0 <= seed < 2**64:
                 raise ValueError(f"a seed lies in 0..2**64 - 1, not {seed}")
-            self.generator.manual_seed(int(seed))
+            self.generator.manual_seed(operator.index(seed))
         self.game_state = self.game.start(1, self.generator)
         self.agents = self.possible_agents[:]
         return self.views()
