@@ -102,7 +102,7 @@ class Args:
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
     # ours: no planner
-    learning_rate: float = 2e-3  # of all but the MOA (Adam)
+    learning_rate: float = 2e-3  # of policy and value (Adam)
     soft_coef: float | None = None  # entropy bonus in scaled rewards, with --anneal; 0 from half on
     pg: bool = False  # plain policy gradient, no clipped loss (on policy: --update-epochs 1)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
@@ -195,8 +195,9 @@ def clock_features(game, state):
 
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
-    pairs = zip(state, fresh)
-    return state._make(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs)
+    return state._make(
+        where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip(state, fresh)
+    )
 
 
 def co_player_seats(num_players):
@@ -1048,7 +1049,7 @@ class Player:
     def __init__(self, agent, batch):
         self.agent = agent
         shape = (batch, agent.game.num_players, 2, agent.moa.memory_size)
-        self.memory = torch.zeros(shape).to(agent.game.device)
+        self.memory = torch.zeros(shape, device=agent.game.device)
 
     def infer(self, state, co_players):
         """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; of every seat the goal [B, N, Z]

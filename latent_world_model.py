@@ -108,7 +108,6 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    # ours: the model has its own
     learning_rate: float = 1e-3  # of policy and value (Adam)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
@@ -207,8 +206,9 @@ def clock_features(game, state):
 
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
-    pairs = zip(state, fresh)
-    return state._make(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs)
+    return state._make(
+        where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip(state, fresh)
+    )
 
 
 def co_player_seats(num_players):
@@ -1188,7 +1188,7 @@ class Player:
     def __init__(self, agent, batch):
         self.agent = agent
         shape = (batch, agent.game.num_players, 2, agent.moa.memory_size)
-        self.memory = torch.zeros(shape).to(agent.game.device)
+        self.memory = torch.zeros(shape, device=agent.game.device)
 
     def infer(self, state, co_players):
         """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; of every seat the goal [B, N, Z]

@@ -209,7 +209,7 @@ def test_ratios_and_passes(script, record, monkeypatch):
 def test_rollouts_in_which_there_is_nothing_to_learn(script, record):
     """The others go on for some steps after the learner has left; nobody has been paid yet, and the
     MOA learns from episodes with a reward alone."""
-    options = {"num_envs": 1, "num_steps": 1, "total_timesteps": 32, "update_epochs": 1}
+    options = {"num_envs": 1, "num_steps": 1, "total_timesteps": 96, "update_epochs": 1}
     options |= {"moa_buffer": "positive", "plan_update": "hop", "moa_updates": 1}
     options |= {"env_id": "msh-2x2-3p-2h1s", "co_players": "random", "plan_until": 1.0}
     steps, iterations = record(seed=3, **options, plan_beta=0.0)  # which acts at random

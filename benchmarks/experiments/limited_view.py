@@ -109,7 +109,7 @@ class Args:
     total_timesteps: int = 500_000  # game steps of the run, over all parallel games
     num_envs: int = 64  # parallel games
     num_steps: int = 32  # steps in each game an iteration
-    learning_rate: float = 1e-3  # of all but the MOA (Adam)
+    learning_rate: float = 1e-3  # of policy and value (Adam)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
@@ -201,8 +201,9 @@ def clock_features(game, state):
 
 def replaced(state, fresh, ended):
     """`state` with the games of bool [B] `ended` as in `fresh`."""
-    pairs = zip(state, fresh)
-    return state._make(where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in pairs)
+    return state._make(
+        where(ended.view(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip(state, fresh)
+    )
 
 
 def co_player_seats(num_players):
@@ -1138,7 +1139,7 @@ class Player:
         self.agent = agent
         players = agent.game.num_players
         shape = (batch, players, players, 2, agent.moa.memory_size)
-        self.memory = torch.zeros(shape).to(agent.game.device)
+        self.memory = torch.zeros(shape, device=agent.game.device)
 
     # changed: view
     def infer(self, state, co_players):
@@ -1562,7 +1563,7 @@ def train(args, watch=None):
     agent = Agent(game, args)
     learnt = {"params": [*agent.actor.parameters(), *agent.critic.parameters()]}
     moa = {"params": agent.moa.parameters(), "lr": args.moa_learning_rate}
-    model = {"params": agent.transition.parameters()}
+    model = {"params": agent.transition.parameters(), "lr": 3e-3}
     optimizer = torch.optim.Adam([learnt, moa, model], args.learning_rate, eps=1e-5)
     reservoir = {}  # surprising transitions
     reads_moa = args.goal == "inferred" or args.plan_update != "none"
@@ -1758,7 +1759,7 @@ def train(args, watch=None):
                     moves = {name: rows[name][rows["alive"]] for name in TRANSITION}
                     with no_grad():
                         reservoir = surprising(agent.transition, moves, reservoir, generator)
-                    for part in minibatches(moves, 2, 16, generator):
+                    for part in minibatches(moves, 4, 16, generator):
                         loss, terms = transition_loss(agent.transition, part, reservoir, generator)
                         descend(optimizer, 2, loss, inf, terms, sums)
 
