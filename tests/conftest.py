@@ -34,7 +34,6 @@ PLANNER = {"plan_update", "plan_beta", "plan_until"}  # options of every script 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "only(*names): the scripts that a test is run for")
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
     torch.set_num_threads(1)  # the games are small, threads cost more than they bring
 
 

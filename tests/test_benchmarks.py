@@ -167,7 +167,8 @@ def test_jobs_can_be_run(name, quick):
         assert args.seed == job["seed"]
 
 
-def test_intervals():
+def test_figures():
+    """Intervals; curves, smoothed; runs of the same seeds; what random play gets."""
     assert figures.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.3027 / 3**0.5), abs=1e-3)
     assert math.isnan(figures.interval([4.0])[1])
     assert figures.figure([1.0, 2.0, 3.0]) == "2.00 ± 2.48 (3)"
@@ -176,6 +177,10 @@ def test_intervals():
     places, means = figures.curves([run], 0)
     assert places.tolist() == [0, 10, 20, 30, 40, 50]
     assert means.tolist() == [[1.0, 1.5, 3.0, 3.0, 3.0, 4.0]]
+    first, second = ([{"seed": seed} for seed in seeds] for seeds in ((1, 2, 4), (2, 3, 4)))
+    assert figures.paired(first, second) == [[{"seed": 2}, {"seed": 4}]] * 2
+    returns = [figures.random_return("msh-4x4-4h1s", kind) for kind in ("nh", "self")]
+    assert 0.0 < returns[0] < returns[1] < ppo.GridGame("msh-4x4-4h1s").best_return
 
 
 def test_share_of_what_true_goals_are_worth():
@@ -184,11 +189,6 @@ def test_share_of_what_true_goals_are_worth():
     assert goals.share([none, none + 0.5, none + 1.0]) == "50%"
     assert goals.share([none, none + 0.5, np.array([2.0, 0.0, 1.0])]) == ""  # may be noise
     assert goals.share([none[:1], none[:1], none[:1] + 1.0]) == ""
-
-
-def test_seeds_are_compared_with_the_same():
-    first, second = ([{"seed": seed} for seed in seeds] for seeds in ((1, 2, 4), (2, 3, 4)))
-    assert figures.paired(first, second) == [[{"seed": 2}, {"seed": 4}]] * 2
 
 
 def test_true_goals_are_those_of_the_step_that_is_predicted(monkeypatch):
@@ -225,13 +225,6 @@ def test_times_are_compared_with_the_same_seed_on_the_same_machine():
     runs = {f"msg | mixture | {k}": [dict(zip(names, r)) for r in of] for k, of in times.items()}
     assert learning.pace(runs, "one step") == "3.0 to 4.0"
     assert learning.pace(runs, "Direct-OM") == ""
-
-
-def test_score_of_random_play():
-    alone = figures.random_return("msh-4x4-4h1s", "self")
-    with_hares = figures.random_return("msh-4x4-4h1s", "nh")
-    best = ppo.GridGame("msh-4x4-4h1s").best_return
-    assert 0.0 < with_hares < alone < best == pytest.approx(3.0)
 
 
 def test_return_after_some_time():
