@@ -32,9 +32,9 @@ def shape_of(text: str) -> dict[str, float]:
     """Lines, tokens, tokens a line of code, lines above 100 characters, and options (of `Args`)."""
     tree = ast.parse(text)
     documented = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for one in ast.walk(tree):
+        if isinstance(one, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(one):
+            documented |= set(range(one.body[0].lineno, one.body[0].end_lineno + 1))
     count = 0
     code = set()  # numbers of lines
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
