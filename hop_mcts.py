@@ -3,7 +3,7 @@
 A learner plays among co-players whose goals it infers, one for every seat, from what that seat did
 in this *match* (several episodes with the same co-players in the same seats). A model of other
 agents (MOA) predicts their actions from the goal, z of a VAE; a tree search on exact steps of the
-game scores each own action; PPO learns around it.
+game scores each own action, and PPO learns around it or imitates it.
 
     python hop_mcts.py --num-envs 16                         # train on the small stag hunt
     python hop_mcts.py --env-id msg --co-players self        # self-play on the snowdrift game
@@ -11,7 +11,7 @@ game scores each own action; PPO learns around it.
     python hop_mcts.py --evaluate runs/NAME --co-players ns  # play with three stag hunters
     python hop_mcts.py --init runs/NAME --co-players nh      # go on learning within one match
 
-One iteration; `train` has it line by line:
+One iteration of `train`; what a player thinks is in `Player.act`:
 
     repeat num_steps times, in B games at once:                          # ROLLOUT
         q_phi(z | h_j), mean z_j, for every seat j                       # goals, from the match
@@ -24,7 +24,7 @@ One iteration; `train` has it line by line:
         h_j <- h_j + (o_j, a_j);  o, r <- step(a)
     MOA: -log pi_hat(a_j | o_j, t, z_j) + alpha KL(q_phi || N(0, I)) + subgoal, on whole matches
     PPO: clipped loss on the policy that acted, V towards lambda-returns
-         (hop: pi_theta towards exp(beta Q) by cross-entropy, V with its entropy bonus)
+         (hop: pi_theta towards exp(beta Q) by cross-entropy, V towards E Q and the soft return)
     beta = plan_beta times how right Q has been, the slope of (return - V) on it, in 0..1; --init: 1
 
 A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, exploiter, random; each
@@ -95,7 +95,7 @@ class Args:
     evaluate: str | None = None  # run to play instead of training
     eval_episodes: int = 200  # episodes of --evaluate
     # game and co-players
-    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd], module[:function]
+    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd], package.module[:f]
     env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
     env_workers: int = 0  # processes that step PettingZoo environments; 0: this one
     horizon: int | None = None  # most steps of an episode (default: by game)
@@ -125,7 +125,7 @@ class Args:
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     moa_updates: int = 4  # minibatches for the MOA an iteration
-    moa_capacity: int = 200_000  # game steps that the match buffer holds
+    moa_capacity: int = 200_000  # game steps that the match buffer holds, at least 512 a game
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
@@ -159,6 +159,13 @@ def refused(what):
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"{what}: {text[-400:]}") from error  # a worker's cause comes last
+
+
+def imported(name):
+    """What `package.module:attribute` names, modules of the working directory included."""
+    sys.path.append(os.getcwd())
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def checked(args, game):
@@ -223,7 +230,7 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
     "msh": ({"stag": 1, "hare": 4}, [2, 1], [10.0, 1.0], 0.0),
     "msg": ({"drift": 6}, [1], [-4.0], 6.0),
 }
-DEFAULTS = {  # of the options that are None, by measurements (README.md)
+DEFAULTS = {  # of the options that are None, by measurements (benchmarks/hop_onestep.md)
     "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
     "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
     "other": dict(gamma=0.95, plan_update="offset", plan_beta=5.0, plan_until=1.0),  # ours: plans
@@ -241,7 +248,7 @@ class GridState(NamedTuple):
     players: Tensor  # [B, N] cell row * W + col; -1 once the player has left
     items: Tensor  # [B, M] cell, stags before hares; -1 once gone
     time: Tensor  # [B] steps done
-    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before, in `msg`
+    first_hunt: Tensor  # [B] step number of the first successful hunt; 0 before it, and in msg
 
 
 class GridGame:
@@ -258,7 +265,7 @@ class GridGame:
         self.family = env_id[:3]
         if match is None or match["drift" if self.family == "msh" else "hare"]:
             ids = "msh[-HxW][-Np][-KhMs], msg[-HxW][-Np][-Dd]"
-            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or a module's name")
+            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or package.module[:name]")
         self.height = int(match["height"] or 8)
         self.width = int(match["width"] or 8)
         self.num_players = int(match["players"] or 4)
@@ -466,7 +473,7 @@ class GridGame:
 
 
 class ParallelState(NamedTuple):
-    """What is known of B copies of a PettingZoo environment, which lie in the game."""
+    """What B copies of a PettingZoo environment, which lie in the game, returned last."""
 
     observation: Tensor  # float32 [B, N, O] flattened and padded; NaN where a player has none
     mask: Tensor  # bool [B, N, A] legal actions; the first alone for a player that is not there
@@ -527,13 +534,6 @@ class Copies:
     def render(self):
         """Picture uint8 [.., .., 3] of the first copy."""
         return np.array(self.envs[0].render())
-
-
-def imported(name):
-    """What `package.module:attribute` names, modules of the working directory included."""
-    sys.path.append(os.getcwd())
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 BaseManager.register("Copies", Copies)  # for other processes
@@ -682,8 +682,8 @@ class CoPlayers:
     """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
     (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
     seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are
-    dealt at random at each match. Kind 0 is `self`: seats of the learner, `agents[0]`, which is set
-    by who has one (else they play anything). Raises UsageError."""
+    dealt at random at each match. Kind 0 is `self`, the learner: who makes this sets `agents[0]`
+    (without one its seats play any legal action). Raises UsageError."""
 
     def __init__(self, game, pool, batch, match_episodes, generator, fixed=False):
         self.game = game
@@ -1036,15 +1036,15 @@ class Player:
 
     def infer(self, state, co_players):
         """Features, own [B, N, X] and co-players' [B, N, N-1, Y]; of every seat the goal [B, N, Z]
-        and how sure it is, as MOA.encode has them."""
+        and its log-spread (discrete: its shares), as MOA.encode has them."""
         agent = self.agent
-        own, others = agent.game.features(state)
+        own, views = agent.game.features(state)
         if agent.args.goal == "inferred":
-            return own, others, *agent.moa.encode(self.memory, own, others)
+            return own, views, *agent.moa.encode(self.memory, own, views)
         goals = own.new_zeros(*own.shape[:2], agent.moa.goal_size)
         if agent.args.goal == "oracle":
             goals = agent.game.oracle(state, *co_players.scripted())
-        return own, others, goals, zeros_like(goals) - 30.0
+        return own, views, goals, zeros_like(goals) - 30.0
 
     def value(self, state, co_players):
         """V [B, N] of every seat."""
@@ -1404,7 +1404,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
 PLAYED = "plan_update plan_beta num_simulations num_goal_samples puct_c max_depth".split()  # ours:
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
-EVALUATE_ONLY = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
+EVALUATE_ALSO = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
 
 
 def checkpoint_path(run):
@@ -1511,9 +1511,9 @@ def evaluate(
 
 
 def print_evaluation(args):
-    """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
+    """`--evaluate`: plays the checkpoint; prints mean returns, 95 % interval over matches."""
     company = args.co_players or "self"
-    unread = dict(vars(args).items() - vars(Args()).items()).keys() - {*EVALUATED, *EVALUATE_ONLY}
+    unread = dict(vars(args).items() - vars(Args()).items()).keys() - {*EVALUATED, *EVALUATE_ALSO}
     if unread:
         raise UsageError(f"--evaluate reads no --{', --'.join(sorted(unread)).replace('_', '-')}")
     options = {name: getattr(args, name) for name in EVALUATED}

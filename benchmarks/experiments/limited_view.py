@@ -96,7 +96,7 @@ class Args:
     eval_episodes: int = 200  # episodes of --evaluate
     # game and co-players
     # changed: walls
-    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs][-Ww], msg[..][-Dd][-Ww], module[:function]
+    env_id: str = "msh-4x4-4h1s"  # msh[-HxW][-Np][-KhMs][-Ww], msg[..][-Dd][-Ww], pkg.module[:f]
     view: int = 0  # changed: cells, in rows and columns, that players see around them; 0: all
     env_kwargs: str = "{}"  # arguments of a PettingZoo environment, as JSON
     env_workers: int = 0  # processes that step PettingZoo environments; 0: this one
@@ -127,7 +127,7 @@ class Args:
     moa_alpha: float = 0.01  # weight of KL(q(z|h) || N(0, I)) a step
     moa_learning_rate: float = 3e-3  # of the MOA (Adam)
     moa_updates: int = 4  # minibatches for the MOA an iteration
-    moa_capacity: int = 200_000  # game steps that the match buffer holds
+    moa_capacity: int = 200_000  # game steps that the match buffer holds, at least 512 a game
     moa_buffer: Literal["all", "positive"] = "all"  # learn from all episodes, or rewarded ones
     load_moa: str | None = None  # run from which the MOA is taken
     freeze_moa: bool = False  # do not train the MOA
@@ -158,6 +158,13 @@ def refused(what):
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"{what}: {text[-400:]}") from error  # a worker's cause comes last
+
+
+def imported(name):
+    """What `package.module:attribute` names, modules of the working directory included."""
+    sys.path.append(os.getcwd())
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 # changed: view
@@ -276,7 +283,7 @@ RULES = {  # items and how many; for each, players that it takes, and what they 
     "msh": ({"stag": 1, "hare": 4}, [2, 1], [10.0, 1.0], 0.0),
     "msg": ({"drift": 6}, [1], [-4.0], 6.0),
 }
-DEFAULTS = {  # of the options that are None, by measurements (README.md)
+DEFAULTS = {  # of the options that are None, by measurements (benchmarks/hop_onestep.md)
     "msh": dict(horizon=35, gamma=0.99, plan_update="hop", plan_beta=25.0, plan_until=0.4),
     "msg": dict(horizon=50, gamma=0.85, plan_update="offset", plan_beta=20.0, plan_until=1.0),
     "other": dict(gamma=0.95, plan_update="none", plan_beta=5.0, plan_until=1.0),
@@ -295,7 +302,7 @@ class GridState(NamedTuple):
     players: Tensor  # [B, N] cell row * W + col; -1 once the player has left
     items: Tensor  # [B, M] cell, stags before hares; -1 once gone
     time: Tensor  # [B] steps done
-    first_hunt: Tensor  # [B] number of the step of the first successful hunt; 0 before, in `msg`
+    first_hunt: Tensor  # [B] step number of the first successful hunt; 0 before it, and in msg
 
 
 # changed: walls, view
@@ -315,7 +322,7 @@ class GridGame:
         self.family = env_id[:3]
         if match is None or match["drift" if self.family == "msh" else "hare"]:
             ids = "msh[-HxW][-Np][-KhMs][-Ww], msg[-HxW][-Np][-Dd][-Ww]"
-            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or a module's name")
+            raise UsageError(f"unknown game {env_id!r}: ids are {ids}, or package.module[:name]")
         self.height = int(match["height"] or 8)
         self.width = int(match["width"] or 8)
         self.num_players = int(match["players"] or 4)
@@ -549,7 +556,7 @@ class GridGame:
 
 
 class ParallelState(NamedTuple):
-    """What is known of B copies of a PettingZoo environment, which lie in the game."""
+    """What B copies of a PettingZoo environment, which lie in the game, returned last."""
 
     observation: Tensor  # float32 [B, N, O] flattened and padded; NaN where a player has none
     mask: Tensor  # bool [B, N, A] legal actions; the first alone for a player that is not there
@@ -610,13 +617,6 @@ class Copies:
     def render(self):
         """Picture uint8 [.., .., 3] of the first copy."""
         return np.array(self.envs[0].render())
-
-
-def imported(name):
-    """What `package.module:attribute` names, modules of the working directory included."""
-    sys.path.append(os.getcwd())
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 BaseManager.register("Copies", Copies)  # for other processes
@@ -772,8 +772,8 @@ class CoPlayers:
     """Who sits where in B parallel matches, and what all seats play. `pool` lists co-players
     (module docstring); a match draws from it: half of the matches one kind at all N-1 seats, half
     seat by seat. With `fixed`, `pool` has N-1 entries and each plays in every match. Seats are
-    dealt at random at each match. Kind 0 is `self`: seats of the learner, `agents[0]`, which is set
-    by who has one (else they play anything). Raises UsageError."""
+    dealt at random at each match. Kind 0 is `self`, the learner: who makes this sets `agents[0]`
+    (without one its seats play any legal action). Raises UsageError."""
 
     def __init__(self, game, pool, batch, match_episodes, generator, fixed=False):
         self.game = game
@@ -1144,18 +1144,18 @@ class Player:
     # changed: view
     def infer(self, state, co_players):
         """Of every observer and seat: features, own [B, N, N, X] and co-players' [B, N, N, N-1, Y],
-        the goal [B, N, N, Z] and how sure it is, as MOA.encode has them."""
+        the goal [B, N, N, Z] and its log-spread, as MOA.encode has them."""
         agent = self.agent
         players = agent.game.num_players
         features = agent.game.features(views_of(agent.game, state))
-        own, others = (x.unflatten(0, (-1, players)) for x in features)
+        own, views = (x.unflatten(0, (-1, players)) for x in features)
         if agent.args.goal == "inferred":
-            return own, others, *agent.moa.encode(self.memory, own, others)
+            return own, views, *agent.moa.encode(self.memory, own, views)
         goals = own.new_zeros(*own.shape[:3], agent.moa.goal_size)
         if agent.args.goal == "oracle":
             truth = agent.game.oracle(state, *co_players.scripted())
             goals = truth[:, None].expand(-1, players, -1, -1)
-        return own, others, goals, zeros_like(goals) - 30.0
+        return own, views, goals, zeros_like(goals) - 30.0
 
     # changed: view
     def value(self, state, co_players):
@@ -1372,7 +1372,7 @@ def descend(optimizer, group, loss, max_norm, terms, sums):
 # ---- Checkpoints and evaluation ------------------------------------------------------------------
 PLAYED = "plan_update plan_beta plan_samples view".split()  # changed: view; what `evaluate` changes
 EVALUATED = ["env_id", "num_envs", "match_episodes", "seed", *PLAYED]  # what `--evaluate` reads
-EVALUATE_ONLY = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
+EVALUATE_ALSO = "evaluate eval_episodes co_players capture_video cuda".split()  # and beside that
 
 
 def checkpoint_path(run):
@@ -1482,9 +1482,9 @@ def evaluate(
 
 
 def print_evaluation(args):
-    """`--evaluate`: plays the checkpoint and prints returns with 95 % intervals over matches."""
+    """`--evaluate`: plays the checkpoint; prints mean returns, 95 % interval over matches."""
     company = args.co_players or "self"
-    unread = dict(vars(args).items() - vars(Args()).items()).keys() - {*EVALUATED, *EVALUATE_ONLY}
+    unread = dict(vars(args).items() - vars(Args()).items()).keys() - {*EVALUATED, *EVALUATE_ALSO}
     if unread:
         raise UsageError(f"--evaluate reads no --{', --'.join(sorted(unread)).replace('_', '-')}")
     options = {name: getattr(args, name) for name in EVALUATED}
