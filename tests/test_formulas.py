@@ -209,10 +209,10 @@ def test_ratios_and_passes(script, record, monkeypatch):
 def test_rollouts_in_which_there_is_nothing_to_learn(script, record):
     """The others go on for some steps after the learner has left; nobody has been paid yet, and the
     MOA learns from episodes with a reward alone."""
-    options = {"num_envs": 1, "num_steps": 1, "total_timesteps": 96, "update_epochs": 1}
+    options = {"num_envs": 1, "num_steps": 1, "total_timesteps": 40, "update_epochs": 1}
     options |= {"moa_buffer": "positive", "plan_update": "hop", "moa_updates": 1}
     options |= {"env_id": "msh-2x2-3p-2h1s", "co_players": "random", "plan_until": 1.0}
-    steps, iterations = record(seed=3, **options, plan_beta=0.0)  # which acts at random
+    steps, iterations = record(seed=5, **options, plan_beta=0.0)  # which acts at random
     learnt = [len(one.rows["advantage"]) for one in iterations]
     assert set(learnt) == {0, 1}
     paid = stacked(steps, "reward").any(2).flatten().int().argmax()  # in which iteration
@@ -322,7 +322,7 @@ def test_moa_loss_is_its_formula(script, record, monkeypatch, goal, pretraining)
     player remembered when it acted: nothing of the present or the future, nor of other seats."""
     options = {"moa_alpha": 0.3, "goal": goal, "moa_buffer": "positive", "match_episodes": 2}
     options |= {**PLAYED, "plan_update": "offset"}
-    steps, iterations = record(total_timesteps=60 * 4, **options)
+    steps, iterations = record(total_timesteps=60 * 5, **options)
     agent = iterations[-1].agent
     moa = agent.moa
     history = History(script, steps, iterations[-1].buffer)
