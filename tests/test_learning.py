@@ -6,10 +6,11 @@ from conftest import load_script
 from run_tools import parsed, run
 
 PLAIN = "--goal none --plan-update none"
+SEARCH = "--num-simulations 8 --num-goal-samples 1"
 METHODS = {  # script, options: fewer samples than by default
     "plain PPO": ("hop_onestep", f"{PLAIN} --total-timesteps 24576"),
-    "one step": ("hop_onestep", "--plan-samples 8 --total-timesteps 24576"),
-    "search": ("hop_mcts", "--num-simulations 8 --num-goal-samples 1 --total-timesteps 12288"),
+    "one step": ("hop_onestep", "--plan-samples 8 --no-anneal --total-timesteps 16384"),
+    "search": ("hop_mcts", f"{SEARCH} --total-timesteps 10240"),
     "discrete goals": ("hop_ppo_gumbel", "--total-timesteps 24576"),
     "latent model": ("latent_world_model", "--total-timesteps 16384"),
 }
@@ -21,7 +22,7 @@ def trained(monkeypatch, method, words):
     script = load_script(name)
     if method == "latent model":
         monkeypatch.setattr(script, "MODEL_UPDATES", 8)
-        monkeypatch.setattr(script, "MODEL_BATCH", 1024)
+        monkeypatch.setattr(script, "MODEL_BATCH", 512)
     return script, run(script, parsed(script, f"{words} --num-envs 16 {own}")).path
 
 
@@ -47,15 +48,12 @@ def test_snow_is_left_to_who_clears_it(monkeypatch, method):
     assert results[1] > 5.0
 
 
-SEARCH = "--num-simulations 16 --num-goal-samples 1"
-
-
 @pytest.mark.parametrize(
     "name, words, low, high", [("hop_mcts", SEARCH, 1.5, 3.0), ("hop_onestep", PLAIN, 0.0, 0.9)]
 )
 def test_on_8x8_search_leaves_the_hares_and_plain_ppo_does_not(name, words, low, high):
     """Four learners, of 3.0 each at most; plain PPO gets less than a hare each."""
     script = load_script(name)
-    options = "--env-id msh --co-players self --num-envs 16 --plan-until 1 --total-timesteps 14336"
-    metrics = run(script, parsed(script, f"{options} {words}")).metrics
+    options = "--env-id msh --co-players self --num-envs 16 --total-timesteps 10240 --no-anneal"
+    metrics = run(script, parsed(script, f"{options} --plan-until 1 {words}")).metrics
     assert low < metrics["charts/episodic_return"] < high

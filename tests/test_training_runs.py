@@ -35,16 +35,16 @@ LABELS = {  # after "players" and what they do
     "hop_mcts": "planner,game,MOA,PPO",
 }
 BASE = {  # short, with everything at work
-    **dict(env_id=HUNT, co_players="self,nh,ns", num_envs=2, num_steps=36, total_timesteps=144),
-    **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2),
+    **dict(env_id=HUNT, co_players="self,nh,ns", num_envs=2, num_steps=18, total_timesteps=72),
+    **dict(plan_update="offset", plan_until=1.0, update_epochs=1, moa_updates=2, horizon=8),
 }
 CHANGES = {  # another value of each option that learning depends on
-    **dict(seed=2, env_id="msh-3x3-3p-3h1s", horizon=10, co_players="nh", match_episodes=1),
-    **dict(snapshot_every=1, prosocial=0.5, total_timesteps=216, num_envs=3, num_steps=35),
+    **dict(seed=2, env_id="msh-3x3-3p-3h1s", horizon=7, co_players="nh", match_episodes=1),
+    **dict(snapshot_every=1, prosocial=0.5, total_timesteps=108, num_envs=3, num_steps=17),
     **dict(learning_rate=3e-3, anneal=False, gamma=0.5, gae_lambda=0.1, update_epochs=2),
     **dict(num_minibatches=1, clip_coef=1e-4, ent_coef=0.5, vf_coef=2.0, max_grad_norm=1e-3),
     **dict(hidden_size=8, reward_scale=2.0, goal="none", goal_size=2, moa_learning_rate=1e-2),
-    **dict(moa_updates=1, moa_buffer="positive", pretrain_moa_steps=72),
+    **dict(moa_updates=1, moa_buffer="positive", pretrain_moa_steps=36),
 }
 PLANNER = dict(moa_alpha=1.0, plan_update="hop", plan_beta=5.0, plan_until=0.0)
 SEARCH = dict(num_simulations=12, num_goal_samples=1, puct_c=20.0, max_depth=1)
