@@ -767,7 +767,7 @@ class CoPlayers:
             agent.remember(actions)
         return actions
 
-    def observe(self, ended):
+    def advance(self, ended):
         """Takes in which games `ended`, bool [B]; returns in which a match ended, and one began."""
         self.target = self.target.masked_fill(ended[:, None], -1)
         self.episode = self.episode + ended
@@ -1329,7 +1329,7 @@ def evaluate(
         counted = ended & (number < episodes)
         totals[:, number[counted]] = stack([own, company])[:, counted]
         bar.update(int(counted.sum()))
-        match = match + batch * players.observe(ended)
+        match = match + batch * players.advance(ended)
         number = match * match_episodes + players.episode
         returns = returns.masked_fill(ended[:, None], 0.0)
         state = game.restart(state, ended, generator)
@@ -1581,7 +1581,7 @@ def train(args, watch=None):
                     for name, value in transition.items():
                         storage[name].append(value)
                     ended = (terminated | truncated).all(1)
-                    match_ended = co_players.observe(ended)
+                    match_ended = co_players.advance(ended)
                     if reads_moa:
                         buffer.add(state, transition, ended, match_ended)
                     returns = returns + reward

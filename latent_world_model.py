@@ -780,7 +780,7 @@ class CoPlayers:
             agent.remember(actions)
         return actions
 
-    def observe(self, ended):
+    def advance(self, ended):
         """Takes in which games `ended`, bool [B]; returns in which a match ended, and one began."""
         self.target = self.target.masked_fill(ended[:, None], -1)
         self.episode = self.episode + ended
@@ -849,7 +849,7 @@ class Recorded(CoPlayers):
         self.agents[0].remember(actions)
         return actions
 
-    def observe(self, ended):
+    def advance(self, ended):
         """As for CoPlayers: which matches ended, bool [B]. Goes on to the next step."""
         (match_ended,) = self.now("match_ended")
         self.agents[0].forget(ended, match_ended)
@@ -1508,7 +1508,7 @@ def evaluate(
         counted = ended & (number < episodes)
         totals[:, number[counted]] = stack([own, company])[:, counted]
         bar.update(int(counted.sum()))
-        match = match + batch * players.observe(ended)
+        match = match + batch * players.advance(ended)
         number = match * match_episodes + players.episode
         returns = returns.masked_fill(ended[:, None], 0.0)
         state = game.restart(state, ended, generator)
@@ -1774,7 +1774,7 @@ def train(args, watch=None):
                     for name, value in transition.items():
                         storage[name].append(value)
                     ended = (terminated | truncated).all(1)
-                    match_ended = co_players.observe(ended)
+                    match_ended = co_players.advance(ended)
                     if reads_moa:
                         buffer.add(state, transition, ended, match_ended)
                     returns = returns + reward

@@ -145,7 +145,7 @@ def frozen(script, path, entry, batch, steps, seed, **play):
             ends += [(step, value) for value in own[ended].tolist()]
             first += own[ended & (players.episode < FIRST)].tolist()
             returns = returns.masked_fill(ended[:, None], 0.0)
-            players.observe(ended)
+            players.advance(ended)
             state = game.restart(state, ended, generator)
     return windows(ends, steps), float(np.mean(first))
 

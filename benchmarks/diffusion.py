@@ -131,7 +131,7 @@ def scores_of_futures(agent, kinds, steps, seed):
         state, _, terminated, truncated = game.step(state, actions)
         ended = (terminated | truncated).all(1)
         episode = episode + ended[:, None]
-        players.observe(ended)
+        players.advance(ended)
         state = game.restart(state, ended, generator)
     batch = {name: stack(values, 1) for name, values in record.items()}  # [B, T, N]
     batch["ended"] = batch["active"] | True  # no future that is asked for reaches past the record

@@ -122,6 +122,6 @@ def random_return(game: str, company: str, matches: int = 200) -> float:
         counted = running.mean(1) if company == "self" else own
         returns.append(counted[ended & ~done])
         running[ended] = 0.0
-        done = done | players.observe(ended)
+        done = done | players.advance(ended)
         state = world.restart(state, ended, generator)
     return float(torch.cat(returns).mean())

@@ -146,7 +146,7 @@ def play(script, agent, kinds, seed):
             starts[k].append(pairs[others & now & fresh[:, None]])
         state, _, terminated, truncated = game.step(state, actions)
         fresh = (terminated | truncated).all(1)
-        done = done | players.observe(fresh)
+        done = done | players.advance(fresh)
         state = game.restart(state, fresh, generator)
     nll = (sums[:, 0] / sums[:, 1]).tolist()
     return nll, [torch.cat(pairs) for pairs in starts]

@@ -98,7 +98,7 @@ def collect(options):
         ended = (terminated | truncated).all(1)
         step = state._asdict() | {f"next_{k}": x for k, x in after._asdict().items()}
         step |= {"action": actions, "reward": reward, "terminated": terminated}
-        steps.append({**step, "truncated": truncated, "match_ended": players.observe(ended)})
+        steps.append({**step, "truncated": truncated, "match_ended": players.advance(ended)})
         state = game.restart(after, ended, generator) if ended.any() else after
     arrays = {name: stack([step[name] for step in steps]).numpy() for name in steps[0]}
     for name, values in arrays.items():
@@ -178,7 +178,7 @@ def judged(recorded, player, args):
             if start % EVERY == 0 and k < STEPS - 1:
                 following.append((start, ahead, on & ~over[t], others))
         rolling = following
-        recorded.observe(over[t].all(1))
+        recorded.advance(over[t].all(1))
     known = over.clone()
     for t in reversed(range(len(reward) - 1)):
         reward[t] += args.gamma * ~over[t] * reward[t + 1]

@@ -103,7 +103,7 @@ def watch(script, run, seed):
         state, _, terminated, truncated = game.step(state, actions)
         fresh = (terminated | truncated).all(1)
         player.remember(actions)
-        match_ended = players.observe(fresh)
+        match_ended = players.advance(fresh)
         player.forget(fresh, match_ended)
         done = done | match_ended
         state = game.restart(state, fresh, generator)

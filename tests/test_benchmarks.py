@@ -363,7 +363,7 @@ def played_by(family, name, steps=35, batch=64):
         state, _, terminated, truncated = game.step(state, actions)
         ended = (terminated | truncated).all(1)
         left.append(state.items >= 0)
-        players.observe(ended)
+        players.advance(ended)
         state = game.restart(state, ended, generator)
     return torch.stack(left)
 

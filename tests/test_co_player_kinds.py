@@ -133,14 +133,14 @@ def test_a_target_is_kept_until_it_is_gone_or_the_game_begins_anew(script):
 
     def assert_moves(column, action, items=items):
         assert (act(players, (0, column), items)[:, 1] == action).all()
-        players.observe(torch.zeros(50).bool())
+        players.advance(torch.zeros(50).bool())
 
     assert_moves(3, LEFT)
     assert_moves(6, LEFT)  # the other is nearer now
     assert_moves(7, LEFT)  # on the other
     assert_moves(3, RIGHT, [stag, None, (0, 7)])
     assert_moves(2, RIGHT)  # the new one is kept as well
-    players.observe(torch.ones(50).bool())
+    players.advance(torch.ones(50).bool())
     assert_moves(2, LEFT)
 
 
@@ -163,7 +163,7 @@ def test_fixed_co_players_play_every_match_at_seats_dealt_uniformly(script):
     pool = ["ns", "random-noisy", "nh"]
     players = script.CoPlayers(game, pool, 6000, 1, generator_of(0), fixed=True)
     before = players.kind
-    assert players.observe(torch.ones(6000).bool()).all()
+    assert players.advance(torch.ones(6000).bool()).all()
     orders = even(*itertools.permutations(range(4)))
     assert_shares(before, orders)
     assert_shares(players.kind[(before == torch.arange(4)).all(1)], orders)  # whatever was before
@@ -211,7 +211,7 @@ def test_agents_play_their_seats_and_remember_what_all_played(script):
         assert set(kind.flatten().tolist()) == {0, 1, 2}
         actions = act(players, (2, 2))
         assert (actions[kind == 0] == UP).all() and (actions[kind == 2] == DOWN).all()
-        match_ended = players.observe(ended)
+        match_ended = players.advance(ended)
         for number, agent in agents.items():
             told = [kind == number, actions, ended, match_ended]
             assert all(map(torch.equal, agent.told, told))
@@ -274,7 +274,7 @@ def test_a_callable_sees_a_row_for_each_seat_and_plays_its_own(script):
         illegal += int((seats & ~legal).sum())
         seated = players.kind.clone()
         ended = torch.rand(12, generator=generator) < 0.3
-        over = players.observe(ended)
+        over = players.advance(ended)
         count += ended
         assert torch.equal(over, count == 2)
         count[over] = 0

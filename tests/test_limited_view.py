@@ -65,7 +65,7 @@ def steps_of(game, player, players, buffer, state, count):
         reached = game.reached(state, actions, after)
         step = {**player.decision, "action": actions, "reward": reward, "reached": reached}
         ended = (ends[0] | ends[1]).all(1)
-        match_ended = players.observe(ended)
+        match_ended = players.advance(ended)
         buffer.add(state, step, ended, match_ended)
         yield {**step, "state": state, "memory": memory, "seen": player.seen, "sees": player.sees}
         state = game.restart(after, ended, generator_of(buffer.now))

@@ -71,7 +71,7 @@ def test_all_seats_are_drawn_from_the_pool():
         assert focal.mean() == pytest.approx(0.5, abs=0.05)
         seats += players.kind == 2
         assert torch.equal(told.count.view(4000, 3), seats.int())
-        players.observe(torch.ones(4000).bool())
+        players.advance(torch.ones(4000).bool())
 
 
 def test_what_is_refused(capsys):

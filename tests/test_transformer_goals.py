@@ -46,7 +46,7 @@ def played(game, agent, steps=150):
         step = {"action": actions, "alive": game.alive(state), "reward": reward}
         step["reached"] = game.reached(state, actions, after)
         ended = (terminated | truncated).all(1)
-        buffer.add(state, step, ended, co_players.observe(ended))
+        buffer.add(state, step, ended, co_players.advance(ended))
         state = game.restart(after, ended, generator)
     return buffer, torch.stack(inferred)
 
