@@ -17,7 +17,7 @@ SHARES = ["gamma", "gae_lambda", "prosocial", "plan_until", "inter_om_alpha"]
 FROM_0 = ["seed", "env_workers", "pretrain_moa_steps", "snapshot_every"]
 TAG = "--env-id mpe2.simple_tag_v3"
 WRONG = {  # and what the line says
-    "--hidden-size 9999": "--hidden-size must lie between 1 and 8192, not 9999",
+    "--hidden-size 9999": "--hidden-size must be 1 to 8192, not 9999",
     "--total-timesteps 100 --num-envs 8 --num-steps 16": "total-timesteps",
     "--env-id chess": "chess",
     "--env-id no_such_package.module": "no_such_package",
@@ -29,12 +29,12 @@ WRONG = {  # and what the line says
     f"--co-players x:{'y' * 5000}": "x:y",
     "--freeze-moa": "--load-moa",
     "--goal none --pretrain-moa-steps 100": "--pretrain-moa-steps",
-    "--cuda": "CUDA",
+    "--evaluate DONE --cuda": "CUDA",
     "--num-envs 1 --num-steps 8": "cannot write",  # a file is where the folder should be
     "--resume DONE --env-id msg": "'nh' is no co-player",
     "--resume DONE --num-envs 5": "--num-envs was 4",
     "--resume DONE --learning-rate 0.5": "--learning-rate was 0.001",
-    "--resume DONE --seed 2": "--seed was 1",
+    "--resume DONE --hidden-size 17": "--hidden-size was 16",
     "--init DONE --hidden-size 17": "does not fit",
     "--load-moa DONE --env-id msg": "--load-moa",
     f"--env-id {HUNT} --hidden-size 16 --goal-size 3 --load-moa DONE --goal oracle": "--load-moa",
@@ -100,7 +100,7 @@ def test_wrong_numbers(script):
         option = field.name.replace("_", "-")
         for value in map(number, values):
             args = dataclasses.replace(script.Args(), **{field.name: value})
-            with pytest.raises(script.UsageError, match=f"--{option} must lie between"):
+            with pytest.raises(script.UsageError, match=f"--{option} must be"):
                 script.checked(args, game)
         args = dataclasses.replace(script.Args(), **{field.name: number(field.name not in FROM_0)})
         assert field.name == "total_timesteps" or script.checked(args, game)

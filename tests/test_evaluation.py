@@ -95,7 +95,7 @@ def test_seed_determines_it_and_the_callers_random_state_is_left_alone(script, d
 def test_forms_of_co_players(script, done, monkeypatch):
     """One for all of them, or N-1; names, callables and checkpoints, also by a relative path."""
 
-    def stay(observation, action_mask, clock, generator):
+    def nh(observation, action_mask, clock, generator):  # only in name
         return torch.full((len(observation),), 4)
 
     monkeypatch.chdir(done.parent)
@@ -103,15 +103,15 @@ def test_forms_of_co_players(script, done, monkeypatch):
         ["nh", "nh,nh", ["nh"], ("nh", "nh")],
         ["ns,nh", ["ns", "nh"]],
         [str(done), f"{done},{done}", done.name, [done / "checkpoint.pt"] * 2],
-        [stay, [stay], [stay, stay]],
+        [nh, [nh], [nh, nh]],
     ]
     results = []
     for forms in groups:
         played = [script.evaluate(done, form, episodes=20) for form in forms]
         assert all(result == played[0] for result in played), forms
         results.append(played[0]["co_player_return"])
-    assert len(set(results)) >= 3
-    for wrong in (["nh"] * 3, "nh,nh,nh", [], ["nh", 3], "nobody", "", [stay, "cleaner"]):
+    assert len(set(results)) >= 3 and results[3] != results[0]
+    for wrong in (["nh"] * 3, "nh,nh,nh", [], ["nh", 3], "nobody", "", [nh, "cleaner"]):
         with pytest.raises(script.UsageError):
             script.evaluate(done, wrong, episodes=2)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from mpe2.simple_spread_v3 import env as in_turns  # noqa: F401
 from pettingzoo import ParallelEnv
 
 from conftest import SCRIPTS
@@ -26,7 +27,8 @@ BAD = [  # environment, its arguments, other options, a part of the message
     ("Small", {"actions": [2]}, {}, "Discrete"),
     ("Small", {"length": None}, {}, "--horizon"),
     ("Small", {"views": [84, 84, 3]}, {}, "4096"),
-    ("Small", {"agents": []}, {}, "needs agents"),
+    ("Small", {"agents": []}, {}, "needs ParallelEnv"),
+    ("in_turns", {}, {}, "needs ParallelEnv"),
     ("Small", {}, {"env_kwargs": "length=3"}, "length=3"),
 ]
 

@@ -153,7 +153,7 @@ def refused(what):
         raise
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"{what}: {text[-400:]}") from error  # a worker's cause comes last
+        raise UsageError(f"{what}: {text[:200]}{text[400:] and '..'}{text[200:][-200:]}") from error
 
 
 def imported(name):
@@ -174,8 +174,7 @@ def checked(args, game):
             low = int(type(value) is int and name not in FROM_0)
             high = 1 if name in FROM_0_TO_1 else 8192 if name.endswith("_size") else 10**9
             if not low <= value <= high:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} must lie between {low} and {high}, not {value}")
+                raise UsageError(f"--{name.replace('_', '-')} must be {low} to {high}, not {value}")
     loaded = args.load_moa or args.init
     short = args.total_timesteps < args.num_envs * args.num_steps
     problems = {
@@ -183,7 +182,7 @@ def checked(args, game):
         "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
-        "--co-player-model: no scripted kind": args.co_player_model
+        f"--co-player-model is none of moa, {', '.join(game.kinds)}": args.co_player_model
         not in ("diffusion", "moa", *game.kinds),
         "--future-steps: at most 64": args.future_steps > 64,
         "who learns --offline needs a planner, --plan-until 1, and no --goal oracle": args.offline
@@ -286,7 +285,7 @@ class GridGame:
         self.num_items = sum(self.item_counts)
         self.num_cells = self.height * self.width
         if not self.num_items <= self.num_cells <= 1024:
-            raise UsageError(f"bad game {env_id!r}: at most 1024 cells, and an item in each")
+            raise UsageError(f"bad game {env_id!r}: at most 1024 cells, and one for each item")
         self.device = torch.device(device)
         with self.device:
             self.make_tables(tensor(quota), tensor(share))
@@ -497,8 +496,9 @@ class Copies:
         self.views = [env.observation_space(agent) for agent in self.agents]
         self.actions = [env.action_space(agent) for agent in self.agents]
         size = max(map(spaces.flatdim, self.views), default=9999)
-        if size > 4096 or not all(isinstance(space, spaces.Discrete) for space in self.actions):
-            raise UsageError(f"{make}: needs agents, Discrete actions, at most 4096 numbers seen")
+        discrete = all(isinstance(space, spaces.Discrete) for space in self.actions)
+        if size > 4096 or not discrete or hasattr(env, "agent_iter"):
+            raise UsageError(f"{make}: needs ParallelEnv, Discrete actions, <= 4096 numbers seen")
         self.sizes = [size, max(int(space.n) for space in self.actions), 4]
         self.seen = np.zeros((count, len(self.agents), sum(self.sizes)), np.float32)
 
@@ -717,7 +717,7 @@ class CoPlayers:
     def join(self, entry, batch):
         """Adds a co-player to the pool, for coming matches, as the next kind."""
         kinds = self.game.kinds
-        name = getattr(entry, "__name__", str(entry))
+        name = str(entry)
         script = name.removesuffix("-noisy")
         k = len(self.names)
         if k and script not in kinds:
@@ -727,10 +727,10 @@ class CoPlayers:
                 with refused(f"{name[:100]!r} is no co-player, checkpoint or package.module:name"):
                     player = imported(entry) if isinstance(entry, str) else entry
                     self.callables[k] = player() if isinstance(player, type) else deepcopy(player)
-        self.names.append(name)
+        self.names.append(getattr(entry, "__name__", name))
         self.pool = F.pad(self.pool, (0, 1), value=k)
         self.script = F.pad(self.script, (0, 1), value=[*kinds, script].index(script))
-        self.noisy = F.pad(self.noisy, (0, 1), value=name.endswith("-noisy"))
+        self.noisy = F.pad(self.noisy, (0, 1), value=name != script)
 
     def start_matches(self, which):
         """Deals seats and kinds anew in the games of bool [B] `which`."""
@@ -1579,7 +1579,7 @@ def evaluate(
     [match_episodes], the focal mean at the k-th episode of a match. `watch(**locals())` sees every
     state, the last of an episode included. Raises UsageError."""
     if min(episodes, num_envs, match_episodes) < 1:
-        raise UsageError("episodes, --num-envs, --match-episodes: at least 1")
+        raise UsageError("--eval-episodes, --num-envs, --match-episodes: at least 1")
     with refused(f"{checkpoint} is a run of other options"):
         args = Args(**load_checkpoint(checkpoint, device)["args"] | play)
     if env_id not in (None, args.env_id):
@@ -1601,26 +1601,25 @@ def evaluate(
     totals = torch.zeros(2, episodes, device=device)  # of the focal player, of the others
     match = arange(batch, device=device)  # number of the running match
     number = match * match_episodes  # of the running episode
-    bar = tqdm(desc=args.env_id, total=episodes, unit="episode")
-    while (number < episodes).any():
-        if watch:
-            watch(**locals())
-        actions = players.act(state, game.action_mask(state))
-        state, reward, terminated, truncated = game.step(state, actions)
-        returns = returns + reward
-        ended = (terminated | truncated).all(1)
-        if watch and ended.any():
-            watch(**locals())
-        own = pick(returns, players.focal)
-        company = (returns.sum(1) - own) / max(1, game.num_players - 1)
-        counted = ended & (number < episodes)
-        totals[:, number[counted]] = stack([own, company])[:, counted]
-        bar.update(int(counted.sum()))
-        match = match + batch * players.advance(ended)
-        number = match * match_episodes + players.episode
-        returns = returns.masked_fill(ended[:, None], 0.0)
-        state = game.restart(state, ended, generator)
-    bar.close()
+    with tqdm(desc=args.env_id, total=episodes, unit="episode") as bar:
+        while (number < episodes).any():
+            if watch:
+                watch(**locals())
+            actions = players.act(state, game.action_mask(state))
+            state, reward, terminated, truncated = game.step(state, actions)
+            returns = returns + reward
+            ended = (terminated | truncated).all(1)
+            if watch and ended.any():
+                watch(**locals())
+            own = pick(returns, players.focal)
+            company = (returns.sum(1) - own) / max(1, game.num_players - 1)
+            counted = ended & (number < episodes)
+            totals[:, number[counted]] = stack([own, company])[:, counted]
+            bar.update(int(counted.sum()))
+            match = match + batch * players.advance(ended)
+            number = match * match_episodes + players.episode
+            returns = returns.masked_fill(ended[:, None], 0.0)
+            state = game.restart(state, ended, generator)
     focal, others = totals
     by_episode = [float(focal[k::match_episodes].mean()) for k in range(match_episodes)]
     return {
@@ -1698,8 +1697,6 @@ def train(args, watch=None):
     device = torch.device("cuda" if args.cuda else "cpu")
     resumes = args.resume is not None
     source = args.resume if resumes else args.init
-    if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: no CUDA device is available")
     content = load_checkpoint(source, device) if source is not None else {}
     game = make_game(args, device)
     if args.offline:
@@ -1747,13 +1744,14 @@ def train(args, watch=None):
     reads_batches = reads_moa and (diffuses or not args.freeze_moa)
     moa_updates = args.moa_updates if reads_batches else 0
     with refused(f"{source} does not fit this run"):
-        if content:
-            agent.load_state_dict(content["agent"])
         if resumes:
             for field, value in vars(args).items():
                 if field not in FREE and content["args"][field] != value:
                     option = f"--{field.replace('_', '-')}"
                     raise UsageError(f"--resume: {option} was {content['args'][field]!r} there")
+        if content:
+            agent.load_state_dict(content["agent"])
+        if resumes:
             global_step, iteration, tracking_id = content["progress"]
             for k in range(0, iteration + 1, args.snapshot_every or 10**9)[1:]:
                 co_players.join(f"{folder}/snapshot_{k}.pt", args.num_envs)
@@ -2043,6 +2041,8 @@ def main():
     """Command line: trains, or evaluates with `--evaluate`."""
     try:
         args = parse_arguments(sys.argv[1:])
+        if args.cuda and not torch.cuda.is_available():
+            raise UsageError("--cuda: no CUDA device is available")
         if args.evaluate is None:
             train(args)
         else:
