@@ -29,8 +29,7 @@ A co-player is `self`; a scripted name (msh: ns, nh, random; msg: cleaner, explo
 also with -noisy; elsewhere: random); a checkpoint or its run's folder, or a folder of runs, for all
 of them; or `package.module:name`, a callable or class `(observation [R, ..], action_mask [R, A],
 clock [R, 2], generator) -> actions [R]`, R = B * N rows, one for each seat of each game, those that
-it does not play included. If it has `start_match(which [R] bool)`, that is called when matches
-start.
+it does not play included. Its `start_match(which [R] bool)`, if any, is called as matches start.
 
 Papers: HOP (Huang et al., ICML 2024, arXiv 2406.08002), OMG (Yu et al., NeurIPS 2024), PPO
 (1707.06347), GAE (1506.02438), SAC (1801.01290). Shapes in comments: B games, N players/seats, A
@@ -176,6 +175,7 @@ def checked(args, game):
     short = args.total_timesteps < args.num_envs * args.num_steps
     problems = {
         "--total-timesteps is less than --num-envs * --num-steps": short,
+        "--env-kwargs is for PettingZoo": game.simulates and args.env_kwargs != "{}",
         "--goal oracle is for msh and msg": args.goal == "oracle" and not game.simulates,
         "--freeze-moa needs --load-moa or --init": args.freeze_moa and not loaded,
         "--pretrain-moa-steps needs goals": args.pretrain_moa_steps and args.goal != "inferred",
@@ -813,7 +813,7 @@ def masked(logits, mask):
 
 def pick(values, index):
     """[..]: `values` [.., A] at int64 `index` [..]."""
-    return values.gather(-1, index[..., None]).squeeze(-1)
+    return values.gather(-1, index[..., None])[..., 0]
 
 
 def uniform(shape, generator):
@@ -829,7 +829,7 @@ def sample(logits, generator):
 
 def random_actions(mask, generator):
     """int64 [..]: uniform over the legal actions of bool `mask` [.., A]."""
-    return sample(masked(mask.float(), mask), generator)
+    return sample(masked(mask * 1.0, mask), generator)
 
 
 # ---- Goal model and MOA --------------------------------------------------------------------------
@@ -1042,7 +1042,7 @@ class Player:
     def value(self, state, co_players):
         """V [B, N] of every seat."""
         own, views, goals, _ = self.infer(state, co_players)
-        return self.agent.critic(own, *self.agent.inputs(views, goals)).squeeze(-1)
+        return self.agent.critic(own, *self.agent.inputs(views, goals))[..., 0]
 
     def act(self, state, mask, seats, co_players):
         """What every seat sees, thinks and does, by name; what counts is that of the learner's
@@ -1054,7 +1054,7 @@ class Player:
             own, views, goals, _ = seen
         with record_function("policy and value"):
             others, goal = agent.inputs(views, goals)
-            value = agent.critic(own, others, goal).squeeze(-1)
+            value = agent.critic(own, others, goal)[..., 0]
             prior = masked(agent.actor(own, others, goal), mask).log_softmax(-1)
         q_plan = zeros_like(prior)
         offset = q_plan
@@ -1141,7 +1141,7 @@ def scores(agent, state, seen, chosen, generator):
 def calibration(rows):
     """Slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how right the planner is."""
     gain = pick(rows["q_plan"], rows["action"]) - rows["expected"]
-    return (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-9)
+    return (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-4)
 
 
 RESERVOIR = 1024  # surprising transitions of the whole run that are learnt from again
@@ -1195,7 +1195,7 @@ def ppo_loss(agent, rows, ent_coef):
     imitate = agent.plan_mode == "hop"
     log_policy = (prior if imitate else prior + offset).log_softmax(-1)
     entropy = -(log_policy.exp() * log_policy).sum(-1).mean()
-    value_loss = 0.5 * (agent.critic(*inputs).squeeze(-1) - rows["return"]).square().mean()
+    value_loss = 0.5 * (agent.critic(*inputs)[..., 0] - rows["return"]).square().mean()
     terms = {"losses/value": value_loss, "losses/entropy": entropy}
     advantage = rows["advantage"]
     advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
@@ -1428,7 +1428,7 @@ def train(args, watch=None):
     folder = f"runs/{name}"
     pool = [run for entry in args.co_players.split(",") for run in runs_in(entry)]
     if resumes:
-        folder = f"{Path(checkpoint_path(args.resume)).parent}"
+        folder = f"{Path(checkpoint_path(source)).parent}"
         pool = content.get("pool", pool)  # a folder may have other runs by now
     co_players = CoPlayers(game, pool, args.num_envs, args.match_episodes, generator)
     state = game.start(args.num_envs, generator)
@@ -1491,7 +1491,7 @@ def train(args, watch=None):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not resumes:
         Path(folder, "args.json").write_text(json.dumps(vars(args), indent=2))
-    writer = SummaryWriter(folder, purge_step=global_step + 1 if resumes else None)
+    writer = SummaryWriter(folder, purge_step=global_step + 1)
     bar = tqdm(desc=args.env_id, total=args.total_timesteps, unit="step", initial=global_step)
     profiler = None
     if args.profile:
@@ -1594,7 +1594,7 @@ def train(args, watch=None):
                     spread = rows["reward"].sum(0).std(correction=0)
                     largest = spread.maximum(rows["reward"].abs().max())
                     args.reward_scale = 1.0 / (float(largest) or 1.0)
-                shared = rows["reward"].mean(2, keepdim=True)
+                shared = rows["reward"].mean(2, True)
                 rows["reward"] = args.reward_scale * rows["reward"].lerp(shared, args.prosocial)
                 last_value = player.value(state, co_players)
                 following = cat([rows["value"][1:], last_value[None]])

@@ -23,6 +23,7 @@ WRONG = {  # and what the line says
     "--env-id no_such_package.module": "no_such_package",
     "--env-id json:no_such_function": "no_such_function",
     f'{TAG} --env-kwargs {{"no_such":1}}': "no_such",
+    '--env-kwargs {"N":4}': "--env-kwargs is for PettingZoo",
     f"{TAG} --goal oracle": "oracle",
     f"{TAG} --co-players ns": "'ns'",
     "--co-players nh,.": "no checkpoint at './checkpoint.pt'",  # an empty folder
@@ -99,9 +100,8 @@ def test_wrong_numbers(script):
         values += [float("nan")] if number is float else [0] * (field.name not in FROM_0)
         option = field.name.replace("_", "-")
         for value in map(number, values):
-            args = dataclasses.replace(script.Args(), **{field.name: value})
             with pytest.raises(script.UsageError, match=f"--{option} must be"):
-                script.checked(args, game)
+                script.checked(dataclasses.replace(script.Args(), **{field.name: value}), game)
         args = dataclasses.replace(script.Args(), **{field.name: number(field.name not in FROM_0)})
         assert field.name == "total_timesteps" or script.checked(args, game)
 
