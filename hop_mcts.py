@@ -861,26 +861,26 @@ class MOA(nn.Module):
         self.decoder = PlayerNetwork(*sizes, self.goal_size, game.num_actions, hidden)
         self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
-    def step_features(self, own, others, actions, active):
+    def step_features(self, own, views, actions, active):
         """[.., E + 1]: what one step adds to the memory; 0 where bool `active` [..] is False."""
-        seen = cat([own, others.sum(-2), F.one_hot(actions, self.decoder.out.out_features)], -1)
+        seen = cat([own, views.sum(-2), F.one_hot(actions, self.decoder.out.out_features)], -1)
         feature = self.step_feature(seen).tanh()
         return F.pad(feature, (0, 1), value=1.0) * active[..., None]
 
-    def subgoal_logits(self, own, others, goal, features, present):
+    def subgoal_logits(self, own, views, goal, features, present):
         """[.., M + 1]: logits of what is reached next, from candidates' features [.., M, F] and
         bool [.., M] whether they are there (else -1e9); the last is none."""
-        query = self.subgoal(own, others, goal)
+        query = self.subgoal(own, views, goal)
         by_kind = query[..., 1:].unflatten(-1, (-1, features.shape[-1]))
         scores = (by_kind[..., self.item_kind, :] * features).sum(-1)
         return cat([masked(scores, present), query[..., :1]], -1)
 
-    def encode(self, memory, own, others):
+    def encode(self, memory, own, views):
         """Mean and log standard deviation [.., Z] of q_phi(z | h), by memory and features now."""
         memory = memory * (self.memory_steps / memory[..., -1:].clamp(min=self.memory_steps))
         sums, count = memory.split([memory.shape[-1] - 1, 1], -1)
         scaled = [sums / (1.0 + count), sums / (10.0 + 0.2 * count), count.log1p() / 4.0]
-        mean, log_std = self.encoder(own, others, cat(scaled, -1).flatten(-2)).chunk(2, -1)
+        mean, log_std = self.encoder(own, views, cat(scaled, -1).flatten(-2)).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
 
@@ -897,11 +897,11 @@ def moa_loss(agent, batch, pretraining, generator):
     index = batch["weight"].flatten().nonzero()[:, 0]
     index = index[uniform(index.shape, generator).argsort()[:MOA_ROWS]]
     rows = {name: value.flatten(0, 2)[index] for name, value in batch.items()}  # [R, ..]
-    seen = (rows["own"], rows["others"])
+    seen = (rows["own"], rows["views"])
     goal = rows.get("goals", seen[0].new_zeros(len(index), moa.goal_size))
     kl = tensor(0.0)
     if args.goal == "inferred":
-        step = moa.step_features(*map(batch.get, "own others action active".split()))
+        step = moa.step_features(*map(batch.get, "own views action active".split()))
         before = step.cumsum(1) - step  # [.., L, N, E + 1] sums strictly before each step
         within = before - before.take_along_dim(batch["first"][..., None], 1)
         mean, log_std = moa.encode(stack([before, within], 3).flatten(0, 2)[index], *seen)
@@ -985,7 +985,7 @@ class MatchBuffer:
         game = self.game
         state = game.state_type._make(part[k].flatten(0, 1) for k in game.state_type._fields)
         seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
-        names = "own others mask features present".split()
+        names = "own views mask features present".split()
         return {
             **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
             **{name: part[name] for name in self.stored},

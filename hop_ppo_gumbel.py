@@ -858,9 +858,9 @@ class MOA(nn.Module):
         self.decoder = PlayerNetwork(*sizes, 1, heads, hidden, 1.0)  # linear in e_g at the end
         self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
-    def log_likelihood(self, own, others, mask, actions):
+    def log_likelihood(self, own, views, mask, actions):
         """[.., G]: log pi_hat(a | o, t, e_g) of `actions` [..], for all goals in one call."""
-        heads = self.decoder(own, others, own.new_zeros(1)).unflatten(-1, (self.goal_size + 1, -1))
+        heads = self.decoder(own, views, own.new_zeros(1)).unflatten(-1, (self.goal_size + 1, -1))
         logits = F.pad(self.table, (0, 1), value=1.0) @ heads  # [.., G, A]
         log_probs = masked(logits, mask[..., None, :]).log_softmax(-1)
         return pick(log_probs, actions[..., None].expand(log_probs.shape[:-1]))
@@ -878,15 +878,15 @@ class MOA(nn.Module):
         mixed = posterior.lerp(memory[..., 0, :].softmax(-1), self.args.inter_om_alpha)
         return (0.999 * mixed + 0.001 / self.memory_size).log()  # no goal is ever ruled out
 
-    def subgoal_logits(self, own, others, goal, features, present):
+    def subgoal_logits(self, own, views, goal, features, present):
         """[.., M + 1]: logits of what is reached next, from candidates' features [.., M, F] and
         bool [.., M] whether they are there (else -1e9); the last is none."""
-        query = self.subgoal(own, others, goal)
+        query = self.subgoal(own, views, goal)
         by_kind = query[..., 1:].unflatten(-1, (-1, features.shape[-1]))
         scores = (by_kind[..., self.item_kind, :] * features).sum(-1)
         return cat([masked(scores, present), query[..., :1]], -1)
 
-    def encode(self, memory, own, others):
+    def encode(self, memory, own, views):
         """Embeddings [B, N, Z] of the goals assigned to every seat, and their shares [B, N, G]:
         `soft`, the belief; `hard`, the likeliest; `exclusive`, one-to-one, the largest joint
         probability, and the mean of the best if there are several: no seat comes first."""
@@ -921,7 +921,7 @@ def moa_loss(agent, batch, pretraining, generator):
     index = batch["weight"].flatten().nonzero()[:, 0]
     index = index[uniform(index.shape, generator).argsort()[:MOA_ROWS]]
     rows = {name: value.flatten(0, 2)[index] for name, value in batch.items()}  # [R, ..]
-    seen = (rows["own"], rows["others"])
+    seen = (rows["own"], rows["views"])
     matches, length, players = batch["weight"].shape
     match = index // (length * players) * players + index % players  # [R] of which seat
     log_probs = moa.log_likelihood(*seen, rows["mask"], rows["action"])  # [R, G]
@@ -1007,7 +1007,7 @@ class MatchBuffer:
         game = self.game
         state = game.state_type._make(part[k].flatten(0, 1) for k in game.state_type._fields)
         seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
-        names = "own others mask features present".split()
+        names = "own views mask features present".split()
         return {
             **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
             **{name: part[name] for name in self.stored},

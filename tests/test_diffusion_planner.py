@@ -117,7 +117,7 @@ def test_loss_is_the_bound_over_all_masks(monkeypatch):
     denoise = script.denoise
     monkeypatch.setattr(script, "denoise", lambda *x: read.append(x[-1]) or denoise(*x))
     for known in (1, 2):
-        seen = {"own": own, "others": views, "mask": mask, "first": now * 0, "ended": alive & False}
+        seen = {"own": own, "views": views, "mask": mask, "first": now * 0, "ended": alive & False}
         rows = [{**seen, "action": now, "active": alive, "weight": alive}]
         active = alive & (known == 2)
         rows.append({**seen, "action": now * 0 + 3, "active": active, "weight": alive & False})

@@ -150,7 +150,7 @@ def test_moa_loss_by_a_loop(script, record, monkeypatch, training, rule, limit, 
     rows = batch["weight"].nonzero()[:limit].tolist()
     sums = {}  # by match and seat [G]
     for m, t, i in rows:
-        row = [batch[name][m, t, i] for name in ("own", "others", "mask", "action")]
+        row = [batch[name][m, t, i] for name in ("own", "views", "mask", "action")]
         sums[m, i] = sums.get((m, i), 0.0) + moa.log_likelihood(*row)
     torch.manual_seed(5)
     noise = -torch.empty(matches * players, 3).double().exponential_().log()
@@ -167,9 +167,9 @@ def test_moa_loss_by_a_loop(script, record, monkeypatch, training, rule, limit, 
         marginal = marginal - (logits.exp() / 3).sum().log() / len(rows)
     for m, t, i in rows:
         if batch["ended"][m, t, i]:
-            names = ("own", "others", "features", "present", "subgoal")
-            own, others, features, present, subgoal = (batch[name][m, t, i] for name in names)
-            logits = moa.subgoal_logits(own, others, goals[m, i] @ moa.table, features, present)
+            names = ("own", "views", "features", "present", "subgoal")
+            own, views, features, present, subgoal = (batch[name][m, t, i] for name in names)
+            logits = moa.subgoal_logits(own, views, goals[m, i] @ moa.table, features, present)
             recon = recon - logits.log_softmax(0)[subgoal] / len(rows)
     expected = 0.5 * recon + (marginal if training == "em" else nll + kl * len(sums) / len(rows))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)

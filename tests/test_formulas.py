@@ -242,7 +242,7 @@ def test_matches_are_read_as_they_were_played(script, record, monkeypatch, rule,
         for t, step in enumerate(steps[start:end]):
             state = type(step["state"])(*(field[b : b + 1] for field in step["state"]))
             views = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
-            for name, view in zip(["own", "others", "mask", "features", "present"], views):
+            for name, view in zip(["own", "views", "mask", "features", "present"], views):
                 assert torch.equal(batch[name][s, t], view[0])
             for name in ("action", "reward", "reached"):
                 assert torch.equal(batch[name][s, t], step[name][b])
@@ -335,17 +335,17 @@ def test_moa_loss_is_its_formula(script, record, monkeypatch, goal, pretraining)
     monkeypatch.setattr(script, "uniform", lambda shape, _: -torch.arange(*shape).float())
     loss, terms = script.moa_loss(agent, batch, pretraining, generator_of(0))
     s, t, i = rows.T
-    own, others, mask = (batch[name][s, t, i] for name in ("own", "others", "mask"))
+    own, views, mask = (batch[name][s, t, i] for name in ("own", "views", "mask"))
     z = torch.zeros(90, moa.goal_size)
     kl = torch.tensor(0.0)
     if goal == "inferred":
         memory = [steps[starts[a] + b]["memory"][games[a], c] for a, b, c in rows.tolist()]
-        mean, log_std = moa.encode(torch.stack(memory), own, others)
+        mean, log_std = moa.encode(torch.stack(memory), own, views)
         z = mean + log_std.exp() * torch.randn(mean.shape, generator=generator_of(0))
         kl = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum(1).mean()
-    nll = -policy_of(moa.decoder(own, others, z), mask).log_prob(batch["action"][s, t, i]).mean()
+    nll = -policy_of(moa.decoder(own, views, z), mask).log_prob(batch["action"][s, t, i]).mean()
     features, present = batch["features"][s, t, i], batch["present"][s, t, i]
-    items = Categorical(logits=moa.subgoal_logits(own, others, z, features, present))
+    items = Categorical(logits=moa.subgoal_logits(own, views, z, features, present))
     subgoals = [history.subgoal(spans[a], b, c) for a, b, c in rows.tolist()]
     known = torch.tensor([history.known(spans[a], b) for a, b, _ in rows.tolist()])
     subgoals = torch.tensor(subgoals) % 4  # none is the last

@@ -130,7 +130,7 @@ def test_a_read_match_is_what_its_observer_saw(monkeypatch):
     steps = [*steps_of(game, player, players, buffer, game.start(6, generator_of(2)), 90)]
     number, observer = torch.arange(12) % 6, torch.arange(12) % 3
     batch = buffer.read(number, observer, torch.zeros(12).long())
-    feature = player.agent.moa.step_features(*map(batch.get, "own others action active".split()))
+    feature = player.agent.moa.step_features(*map(batch.get, "own views action active".split()))
     before = feature.cumsum(1) - feature
     within = before - before.take_along_dim(batch["first"][..., None], 1)
     memory = torch.stack([before, within], 3)
@@ -144,7 +144,7 @@ def test_a_read_match_is_what_its_observer_saw(monkeypatch):
             view = game.seen_by(state, observer[r, None])
             own, others = game.features(view)
             assert torch.equal(batch["own"][r, t], own[0])
-            assert torch.equal(batch["others"][r, t], others[0])
+            assert torch.equal(batch["views"][r, t], others[0])
             assert torch.equal(batch["active"][r, t], steps[t]["sees"][b, i])
             kept = steps[t]["memory"][b, i]
             torch.testing.assert_close(memory[r, t], kept, atol=1e-4, rtol=1e-4)

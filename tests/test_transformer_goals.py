@@ -11,7 +11,7 @@ from run_tools import shake
 
 WINDOW = 12
 HUNT = "msh-3x3-3p-2h1s"
-PARTS = "own others action active first".split()
+PARTS = "own views action active first".split()
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_play_infers_what_training_infers(env_id):
         for start in buffer.ring["match"][:150, number].unique():
             batch = buffer.read(number, start[None])
             summary = agent.moa.summaries(*map(batch.get, PARTS))
-            encoded = torch.cat(agent.moa.encode(summary, batch["own"], batch["others"]), -1)[0]
+            encoded = torch.cat(agent.moa.encode(summary, batch["own"], batch["views"]), -1)[0]
             lengths.append(len(encoded))
             expected = inferred[start : start + len(encoded), number.item()]
             torch.testing.assert_close(encoded, expected, rtol=1e-4, atol=1e-4)
@@ -80,7 +80,7 @@ def test_the_loss_reads_each_row_s_own_history():
     buffer, _ = played(game, agent)
     batch = buffer.sample(script.MOA_MATCHES, torch.Generator().manual_seed(5))
     summary = agent.moa.summaries(*map(batch.get, PARTS))
-    mean, log_std = agent.moa.encode(summary, batch["own"], batch["others"])
+    mean, log_std = agent.moa.encode(summary, batch["own"], batch["views"])
     prior = torch.distributions.Normal(0.0, 1.0)
     q = torch.distributions.Normal(mean, log_std.exp())
     kl = torch.distributions.kl_divergence(q, prior).sum(-1)[batch["weight"]].mean()

@@ -935,20 +935,20 @@ class MOA(nn.Module):
         self.subgoal = PlayerNetwork(*sizes, self.goal_size, queries, hidden)
 
     # changed: new, in place of step_features
-    def tokens(self, own, others, actions=None):
+    def tokens(self, own, views, actions=None):
         """[.., E]: steps, by features and `actions` [..]; without these, steps not done yet."""
         size = self.decoder.out.out_features
         done = own.new_zeros(*own.shape[:-1], size)
         if actions is not None:
             done = F.one_hot(actions, size)
-        return self.step_feature(cat([own, others.sum(-2), done], -1)).tanh()
+        return self.step_feature(cat([own, views.sum(-2), done], -1)).tanh()
 
     # changed: new
-    def summaries(self, own, others, actions, active, first):
+    def summaries(self, own, views, actions, active, first):
         """[B, L, N, E]: what each step of whole matches reads of those before, by what a
         MatchBuffer read of them."""
-        tokens = self.tokens(own, others, actions).transpose(1, 2).flatten(0, 1)  # [R, L, E]
-        now = self.tokens(own, others).transpose(1, 2).flatten(0, 1)
+        tokens = self.tokens(own, views, actions).transpose(1, 2).flatten(0, 1)  # [R, L, E]
+        now = self.tokens(own, views).transpose(1, 2).flatten(0, 1)
         active = active.transpose(1, 2).flatten(0, 1)  # [R, L]
         first = first.transpose(1, 2).flatten(0, 1)
         mask = attention_mask(readable_tokens(active, first, self.window))
@@ -980,17 +980,17 @@ class MOA(nn.Module):
         return memory["steps"][:, None], memory["keys"][:, k], memory["values"][:, k], mask
 
     # changed: new
-    def summary(self, memory, own, others):
+    def summary(self, memory, own, views):
         """[B, N, E]: what the step now reads of those before, by features [B, N, ..]."""
-        now = self.tokens(own, others)
+        now = self.tokens(own, views)
         read = self.block(now.flatten(0, 1)[:, None], *self.context(memory, 0))
         return self.readout(read, *self.context(memory, 1)).view_as(now)
 
     # changed: new
-    def append(self, memory, own, others, actions, active):
+    def append(self, memory, own, views, actions, active):
         """Writes a step that was done, by features [B, N, ..], `actions` [B, N] and bool `active`
         [B, N], over what was `window` steps ago."""
-        tokens = self.tokens(own, others, actions).flatten(0, 1)[:, None]
+        tokens = self.tokens(own, views, actions).flatten(0, 1)[:, None]
         steps, *_ = context = self.context(memory, 0)
         offered = [self.block.attention.keys_and_values(tokens, steps)]
         offered.append(self.readout.keys_and_values(self.block(tokens, *context), steps))
@@ -1002,19 +1002,19 @@ class MOA(nn.Module):
         memory["readable"][rows, :, place] = active.flatten()[:, None]
         memory["steps"] += 1
 
-    def subgoal_logits(self, own, others, goal, features, present):
+    def subgoal_logits(self, own, views, goal, features, present):
         """[.., M + 1]: logits of what is reached next, from candidates' features [.., M, F] and
         bool [.., M] whether they are there (else -1e9); the last is none."""
-        query = self.subgoal(own, others, goal)
+        query = self.subgoal(own, views, goal)
         by_kind = query[..., 1:].unflatten(-1, (-1, features.shape[-1]))
         scores = (by_kind[..., self.item_kind, :] * features).sum(-1)
         return cat([masked(scores, present), query[..., :1]], -1)
 
     # changed: of a transformer's summary
-    def encode(self, summary, own, others):
+    def encode(self, summary, own, views):
         """Mean and log standard deviation [.., Z] of q_phi(z | h), by what was read of the history
         [.., E] and features now."""
-        mean, log_std = self.encoder(own, others, summary).chunk(2, -1)
+        mean, log_std = self.encoder(own, views, summary).chunk(2, -1)
         return mean, log_std.clamp(-6.0, 2.0)
 
 
@@ -1032,11 +1032,11 @@ def moa_loss(agent, batch, pretraining, generator):
     index = batch["weight"].flatten().nonzero()[:, 0]
     index = index[uniform(index.shape, generator).argsort()[:MOA_ROWS]]
     rows = {name: value.flatten(0, 2)[index] for name, value in batch.items()}  # [R, ..]
-    seen = (rows["own"], rows["others"])
+    seen = (rows["own"], rows["views"])
     goal = rows.get("goals", seen[0].new_zeros(len(index), moa.goal_size))
     kl = tensor(0.0)
     if args.goal == "inferred":
-        summary = moa.summaries(*map(batch.get, "own others action active first".split()))
+        summary = moa.summaries(*map(batch.get, "own views action active first".split()))
         mean, log_std = moa.encode(summary.flatten(0, 2)[index], *seen)
         goal = gaussian(mean, log_std, generator)
         kl = (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).sum(1).mean() / 2
@@ -1118,7 +1118,7 @@ class MatchBuffer:
         game = self.game
         state = game.state_type._make(part[k].flatten(0, 1) for k in game.state_type._fields)
         seen = [*game.features(state), game.action_mask(state), *game.subgoals(state)]
-        names = "own others mask features present".split()
+        names = "own views mask features present".split()
         return {
             **{name: value.unflatten(0, inside.shape[:2]) for name, value in zip(names, seen)},
             **{name: part[name] for name in self.stored},
