@@ -23,7 +23,7 @@ from torch import Generator, cat, no_grad, tensor
 
 import hop_mcts
 import hop_onestep
-from figures import draw_panels, table
+from figures import by_setting, draw_panels, figure, table
 
 GAMES = ("msh", "msg")
 BATCHES = (1, 16, 64)  # parallel games
@@ -273,12 +273,13 @@ def work(job: dict) -> dict:
 def report(results: list[dict]) -> str:
     """Decisions a second of every method."""
     rows = []
-    for result in results:
-        for games, rates in result["rates"].items():
-            cells = [f"{rates[name]:,.{1 if rates[name] < 100 else 0}f}" for name in METHODS]
-            ratio = rates["batched search"] / rates["sequential search"]
-            setting = [result["game"], games, f"{result['simulations']}"]
-            rows.append([*setting, *cells, f"{ratio:.1f}"])
+    for of in by_setting(results).values():
+        for games in of[0]["rates"]:
+            each = {name: [run["rates"][games][name] for run in of] for name in METHODS}
+            cells = [figure(rates, 1 if max(rates) < 100 else 0) for rates in each.values()]
+            pairs = zip(each["batched search"], each["sequential search"])
+            cells.append(figure([batched / sequential for batched, sequential in pairs], 1))
+            rows.append([of[0]["game"], games, f"{of[0]['simulations']}", *cells])
     head = ["game", "games", "simulations", *METHODS, "batched / sequential"]
     return f"Decisions a CPU second, {TREES} trees each:\n\n{table(head, rows)}"
 
@@ -286,9 +287,10 @@ def report(results: list[dict]) -> str:
 def draw(results: list[dict]) -> None:
     """planner_speed.png: decisions a second against parallel games."""
     panels = {}
-    for result in results:
-        of = result["rates"]
-        lines = {name: (result["batches"], [x[name] for x in of.values()]) for name in METHODS}
-        panels[f"{result['game']}, {result['simulations']} simulations"] = lines
+    for setting, of in by_setting(results).items():
+        lines = panels[setting.replace(" |", ",")] = {}
+        for name in METHODS:
+            rates = [[x[name] for x in run["rates"].values()] for run in of]
+            lines[name] = (of[0]["batches"], tensor(rates).numpy())  # [seeds, numbers of games]
     axes = {"xscale": "log", "yscale": "log"}
     draw_panels("planner_speed", panels, "parallel games", "decisions a CPU second", **axes)
