@@ -142,9 +142,9 @@ def test_a_read_match_is_what_its_observer_saw(monkeypatch):
         for t in range(length):
             state = script.GridState(*(field[b, None] for field in steps[t]["state"]))
             view = game.seen_by(state, observer[r, None])
-            own, others = game.features(view)
+            own, views = game.features(view)
             assert torch.equal(batch["own"][r, t], own[0])
-            assert torch.equal(batch["views"][r, t], others[0])
+            assert torch.equal(batch["views"][r, t], views[0])
             assert torch.equal(batch["active"][r, t], steps[t]["sees"][b, i])
             kept = steps[t]["memory"][b, i]
             torch.testing.assert_close(memory[r, t], kept, atol=1e-4, rtol=1e-4)
