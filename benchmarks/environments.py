@@ -32,8 +32,7 @@ def jobs(seeds: tuple[int, ...], quick: bool):
                 words = f"--env-id {env_id} --co-players {company} --num-envs 32 {words}"
                 length = 2048 if quick else steps
                 job = training(f"{name} | {method}", seed, script, words, length)
-                kinds = {"trained with": company}
-                yield {**job, "kinds": kinds, "episodes": 32 if quick else 320}
+                yield {**job, "kinds": {"trained with": company}, "episodes": 32 if quick else 320}
 
 
 def report(results: list[dict]) -> str:

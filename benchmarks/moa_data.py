@@ -158,8 +158,7 @@ def accuracy(votes: torch.Tensor, pairs: torch.Tensor, names: list[str]) -> floa
     if "cleaner" in names:
         kinds = torch.tensor([name == "cleaner" for name in names]).long()
     counts = torch.zeros(64, len(names))
-    ones = torch.ones(len(votes))
-    counts.index_put_((votes[:, 0], kinds[votes[:, 1]]), ones, accumulate=True)
+    counts.index_put_((votes[:, 0], kinds[votes[:, 1]]), torch.tensor(1.0), accumulate=True)
     return float((counts.argmax(1)[pairs[:, 0]] == kinds[pairs[:, 1]]).float().mean())
 
 
