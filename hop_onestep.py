@@ -1443,7 +1443,7 @@ def train(args, watch=None):
     iteration = 0
     tracking_id = None
     moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
-    with refused(f"{source} does not fit this run"):
+    with refused(f"{source} does not fit this run, or is no whole run of {SCRIPT}.py"):
         if resumes:
             for field, value in vars(args).items():
                 if field not in FREE and content["args"][field] != value:

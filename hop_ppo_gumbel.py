@@ -120,7 +120,7 @@ class Args:
     goal_size: int = 8  # dimensions of a goal
     goals: int = 4  # G, goals that a player can have
     goal_training: Literal["gumbel", "em"] = "gumbel"  # one is drawn for a match, or all by share
-    temperature: float = 1.0  # of the Gumbel-Softmax at the start; annealed to a tenth
+    temperature: float = 1.0  # of the Gumbel-Softmax at the start; falls to a tenth (least: 1e-3)
     inter_om: Literal["posterior", "count"] = "posterior"  # what an episode adds to the next prior
     inter_om_alpha: float = 0.0  # weight of the old prior in it
     assignment: Literal["soft", "hard", "exclusive"] = "soft"  # mean, likeliest, one-to-one
@@ -1388,7 +1388,7 @@ def train(args, watch=None):
     iteration = 0
     tracking_id = None
     moa_updates = args.moa_updates if reads_moa and not args.freeze_moa else 0
-    with refused(f"{source} does not fit this run"):
+    with refused(f"{source} does not fit this run, or is no whole run of {SCRIPT}.py"):
         if resumes:
             for field, value in vars(args).items():
                 if field not in FREE and content["args"][field] != value:

@@ -111,15 +111,20 @@ def report(results: list[dict]) -> str:
 
 def pace(runs: dict[str, list[dict]], method: str) -> str:
     """Least and greatest CPU time of a method's runs, in that of plain PPO's run of the same game,
-    company and seed, of the same commit on the same machine: not of another day, as a rule."""
+    company and seed, of the same commit on the same machine: not of another day, as a rule. The
+    games are named if not all of them have such runs."""
     seconds = defaultdict(dict)  # by method
     for game, company, name in itertools.product(STEPS, COMPANIES, (method, "plain PPO")):
         for run in runs.get(f"{game} | {company} | {name}", []):
             key = (game, company, run["seed"], run["machine"], run["commit"])
             seconds[name][key] = run["train_cpu_seconds"]
     own, plain = seconds[method], seconds["plain PPO"]
-    ratios = [own[key] / plain[key] for key in own.keys() & plain.keys()]
-    return f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else ""
+    ratios = {key: own[key] / plain[key] for key in own.keys() & plain.keys()}
+    if not ratios:
+        return ""
+    games = [game for game in STEPS if any(game in key for key in ratios)]
+    where = f" ({', '.join(games)})" if len(games) < len(STEPS) else ""
+    return f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f}{where}"
 
 
 def draw(results: list[dict]) -> None:

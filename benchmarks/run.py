@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Literal
@@ -181,8 +182,9 @@ def commit() -> str:
     return (told[0] or "unknown") + "-dirty" * bool(told[1])
 
 
-def jobs_left(jobs: list[dict], options: Options, results: list[dict]) -> list[dict]:
-    """Those of `jobs` that are asked for and have no result. With `--quick` nothing is left out."""
+def jobs_left(name: str, options: Options, results: list[dict]) -> list[dict]:
+    """A benchmark's jobs that are asked for and have no result; with `--quick` all asked for."""
+    jobs = importlib.import_module(name).jobs(options.seeds, options.quick)
     parts = re.split(",(?! )", options.only)
     jobs = [job for job in jobs if any(part in job["setting"] for part in parts)]
     there = set() if options.quick else {(r["setting"], r["seed"]) for r in results}
@@ -226,9 +228,8 @@ def side_by_side(jobs: list[dict], at_once: int, deadline: float):
 def run_all(name: str, options: Options, deadline: float) -> int:
     """Works off the jobs of a benchmark that are left; returns how many failed."""
     file = results_of(name, options)
-    jobs = importlib.import_module(name).jobs(options.seeds, options.quick)
     about = {"benchmark": name, "commit": commit()}
-    jobs = [{**job, **about} for job in jobs_left(jobs, options, results_in(file))]
+    jobs = [{**job, **about} for job in jobs_left(name, options, results_in(file))]
     failed = 0
     with tqdm(total=len(jobs), unit="run", desc=name) as progress:
         for stage in sorted({job.get("stage", 0) for job in jobs}):
@@ -256,10 +257,11 @@ def report(options: Options) -> None:
         if results:
             if kept and hasattr(benchmark, "draw"):
                 benchmark.draw(results)
-            of = sorted({f"{r['commit']} on {r['machine']}" for r in results})
-            parts = [f"## {name}", benchmark.report(results), f"Commits: {'; '.join(of)}."]
-            for picture in sorted((ROOT / "benchmarks" / "pictures").glob(f"{name}*.png")):
-                parts.append(f"![{picture.stem}](pictures/{picture.name})")
+            made = Counter(f"{r['commit']} on {r['machine']}" for r in results)
+            told = "; ".join(f"{made[key]} of {key}" for key in sorted(made))
+            parts = [f"## {name}", benchmark.report(results), f"Results, by commit: {told}."]
+            pictures = (ROOT / "benchmarks" / "pictures").glob(f"{name}*.png") if kept else ()
+            parts += [f"![{picture.stem}](pictures/{picture.name})" for picture in sorted(pictures)]
             pages.append("\n\n".join(parts) + "\n")
     page = "\n".join(pages)
     print(page)
@@ -273,9 +275,15 @@ def main(options: Options) -> int:
     if options.worker:
         print("\n" + json.dumps(work(json.loads(options.worker))))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no run outlives this
-    deadline = time.time() + 60 * options.minutes
     names = () if options.report else options.names
+    asked = [job for name in names for job in jobs_left(name, options, [])]
+    if options.jobs < 1 or names and not asked:
+        problem = f"no setting has {options.only!r} in it" if options.jobs > 0 else "--jobs below 1"
+        print(f"run.py: error: {problem}", file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # no run outlives this
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    deadline = time.time() + 60 * options.minutes
     failed = sum(run_all(name, options, deadline) for name in names)
     report(options)
     if failed:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,14 @@ def run(tmp_path, monkeypatch):
     return go
 
 
+def test_what_asks_for_nothing_is_refused(run, capsys):
+    assert run(only="msg")[1] == PLACES[:2]
+    assert runner.main(runner.Options(names=("goals",), only="mgs")) == 2
+    assert "no setting has 'mgs' in it" in capsys.readouterr().err
+    assert runner.main(runner.Options(names=("goals",), jobs=0)) == 2
+    assert "--jobs" in capsys.readouterr().err
+
+
 def test_what_is_there_is_not_run_again(run):
     """And nothing starts after the deadline."""
     file, ran = run(minutes=0.0)
@@ -90,8 +99,9 @@ def test_an_unfinished_line_is_left_out_and_not_written_to(run, capsys):
     assert len(runner.results_in(file)) == len(JOBS)
 
 
-def test_workers_end_with_the_benchmark(tmp_path):
-    """A killed benchmark leaves no process behind, and starts no further one."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_end_with_the_benchmark(tmp_path, number):
+    """A benchmark that is ended leaves no process behind, starts no further one, and is silent."""
     script = f"""
 import json, os, sys, time
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
@@ -110,14 +120,16 @@ run.subprocess.Popen = lambda command, **more: popen(
 run.main(run.Options(names=("goals",)))
 """
     (tmp_path / "program.py").write_text(script)
-    benchmark = subprocess.Popen([sys.executable, tmp_path / "program.py"])
+    command = [sys.executable, tmp_path / "program.py"]
+    benchmark = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     started = [tmp_path / name for name in ("0", "1")]
     until = time.time() + 60
     while not all(file.exists() and file.read_text() for file in started) and time.time() < until:
         time.sleep(0.1)
     workers = [int(file.read_text()) for file in started]
-    benchmark.terminate()
-    assert benchmark.wait(30) == 143
+    benchmark.send_signal(number)
+    assert "Traceback" not in benchmark.communicate(timeout=30)[1]
+    assert benchmark.returncode == 128 + number
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
@@ -223,7 +235,7 @@ def test_times_are_compared_with_the_same_seed_on_the_same_machine():
         times[name].append((4, "a", name, 5.0))  # of another commit
     names = ("seed", "machine", "commit", "train_cpu_seconds")
     runs = {f"msg | mixture | {k}": [dict(zip(names, r)) for r in of] for k, of in times.items()}
-    assert learning.pace(runs, "one step") == "3.0 to 4.0"
+    assert learning.pace(runs, "one step") == "3.0 to 4.0 (msg)"
     assert learning.pace(runs, "Direct-OM") == ""
 
 

@@ -1,6 +1,7 @@
 """What README.md and the pages of the scripts tell to type, and where they link to, is there."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -49,18 +50,27 @@ def test_examples_run():
     script = load_script("hop_onestep")
     names = {}
     for example in examples:
-        if "class Patient" in example or "def scores" in example:
+        if "class Patient" in example:
             exec(example, names)
     game = script.GridGame("msh-3x3-3p-2h1s")
     generator = torch.Generator().manual_seed(1)
     players = script.CoPlayers(game, [names["Patient"]], 5, 2, generator)
-    agent = script.Agent(game, script.Args(plan_update="none"))
+    agent = script.Agent(game, script.Args(plan_update="none", gamma=0.9))
     players.agents[0] = player = script.Player(agent, 5)
     state = game.start(5, generator)
     assert (players.act(state, game.action_mask(state))[players.kind > 0] == script.STAY).all()
     seen = player.infer(state, players)
     chosen = (torch.tensor([0, 3]), torch.tensor([1, 2]))
-    assert names["scores"](agent, state, seen, chosen, generator).shape == (2, game.num_actions)
+    (last,) = [text for text in examples if "amin" in text]
+    mean = inspect.getsource(script.scores).splitlines()[-1].strip()
+    names = dict(vars(script))
+    exec(inspect.getsource(script.scores).replace(mean, last), names)
+    each = []
+    for scores in (script.scores, names["scores"]):
+        each.append(scores(agent, state, seen, chosen, generator.manual_seed(2)))
+    assert each[1].shape == (2, game.num_actions)
+    assert (each[1] < each[0]).any() and (each[1] < each[0] + 1e-6).all()
+    assert each[1].std(1).min() > 1e-4
     (reward,) = [text for text in examples if "takers" in text]
     names = {"self": game, "state": state, "wins": torch.zeros(5, 3, 3)}
     names |= {"taken": torch.ones(5, 1, 3), "takers": torch.ones(5, 1, 3)}

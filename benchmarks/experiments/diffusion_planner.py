@@ -1744,7 +1744,7 @@ def train(args, watch=None):
     diffuses = args.co_player_model == "diffusion"
     reads_batches = reads_moa and (diffuses or not args.freeze_moa)
     moa_updates = args.moa_updates if reads_batches else 0
-    with refused(f"{source} does not fit this run"):
+    with refused(f"{source} does not fit this run, or is no whole run of {SCRIPT}.py"):
         if resumes:
             for field, value in vars(args).items():
                 if field not in FREE and content["args"][field] != value:
