@@ -276,9 +276,10 @@ def main(options: Options) -> int:
         print("\n" + json.dumps(work(json.loads(options.worker))))
         return 0
     names = () if options.report else options.names
-    asked = [job for name in names for job in jobs_left(name, options, [])]
-    if options.jobs < 1 or names and not asked:
-        problem = f"no setting has {options.only!r} in it" if options.jobs > 0 else "--jobs below 1"
+    problem = "--jobs must be at least 1" if options.jobs < 1 else ""
+    if names and not any(jobs_left(name, options, []) for name in names):
+        problem = f"no setting has {options.only!r} in it"
+    if problem:
         print(f"run.py: error: {problem}", file=sys.stderr)
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):  # no run outlives this
