@@ -103,7 +103,7 @@ class Args:
     # ours: no planner
     learning_rate: float = 2e-3  # of policy and value (Adam)
     soft_coef: float | None = None  # entropy bonus in scaled rewards, with --anneal; 0 from half on
-    pg: bool = False  # plain policy gradient, no clipped loss (on policy: --update-epochs 1)
+    pg: bool = False  # plain policy gradient, no clipped loss (on policy: 1 epoch, 1 minibatch)
     anneal: bool = True  # let PPO's learning rate and entropy bonus fall linearly over the run
     gamma: float | None = None  # discount (default: by game)
     gae_lambda: float = 0.95  # lambda of the advantage estimates
@@ -215,7 +215,7 @@ def co_player_seats(num_players):
 STAY = 4  # the moves are UP, DOWN, LEFT, RIGHT, STAY; interactions follow: STAG, HARE or REMOVE
 COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
 NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
-NEVER = 9999  # rank of items that nobody seeks, distance of what is gone
+NEVER = 9999  # the distance of what is gone
 SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -1: walks about
     "msh": {"ns": (1, 2), "nh": (0, 1), "random": (0, 0)},
     "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
@@ -1201,7 +1201,7 @@ def load_checkpoint(run, device="cpu"):
     path = checkpoint_path(run)
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path[:200]!r}")
-    with refused(f"cannot read checkpoint {path}"):  # all its parts are there
+    with refused(f"{path} is no checkpoint of these scripts"):  # or not whole
         content = torch.load(path, map_location=device, weights_only=True)
         dict(content["args"], **content["played"], of=[content["agent"], content["script"]])
     return content

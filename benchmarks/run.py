@@ -5,8 +5,8 @@
     python benchmarks/run.py --report                    # results.md and pictures of what is here
 
 Stop it and start it at will: at most the runs under way are lost, and a run that fails costs no
-other its result. A line of results has the command, seed, commit (`-dirty`: something was not
-committed), machine, version of torch and seconds.
+other its result. A line of results has setting, seed, command (of a training), commit
+(`-dirty`: something was not committed), machine, version of torch and seconds.
 
 A benchmark is a module of this folder with `jobs(seeds, quick)`, dicts with `setting` and `seed`,
 seeds outermost, so that everything has one before anything has two; `work(job)`, which makes the

@@ -199,7 +199,7 @@ def co_player_seats(num_players):
 STAY = 4  # the moves are UP, DOWN, LEFT, RIGHT, STAY; interactions follow: STAG, HARE or REMOVE
 COUNTDOWN = 5  # steps that Markov Stag-Hunt goes on after the first successful hunt
 NOISE = 0.2  # probability of a uniform legal action instead, in the `-noisy` kinds
-NEVER = 9999  # rank of items that nobody seeks, distance of what is gone
+NEVER = 9999  # the distance of what is gone
 SCRIPTED = {  # rank of (stags, hares) or (drifts,): 1 is sought first, 0 not; -1: walks about
     "msh": {"ns": (1, 2), "nh": (0, 1), "random": (0, 0)},
     "msg": {"cleaner": (1,), "exploiter": (-1,), "random": (0,)},
@@ -1284,7 +1284,7 @@ def scores(agent, state, seen, chosen, generator):
 
 def calibration(rows):
     """Slope of (return - V) on (Q_plan(a) - E_pi Q_plan) over R rows: how right the planner is."""
-    gain = pick(rows["q_plan"], rows["action"]) - rows["expected"]
+    gain = pick(rows["q_plan"], rows["action"]) - rows["expected"]  # no bonus: a soft return has
     return (gain * rows["advantage"]).sum() / gain.square().sum().clamp(min=1e-4)
 
 
@@ -1395,7 +1395,7 @@ def load_checkpoint(run, device="cpu"):
     path = checkpoint_path(run)
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path[:200]!r}")
-    with refused(f"cannot read checkpoint {path}"):  # all its parts are there
+    with refused(f"{path} is no checkpoint of these scripts"):  # or not whole
         content = torch.load(path, map_location=device, weights_only=True)
         dict(content["args"], **content["played"], of=[content["agent"], content["script"]])
     return content
